@@ -1,0 +1,30 @@
+"""dagpath: the neuron graph of any PyTorch ReLU network, its path quantities, and the rescaling that balances it."""
+
+from dagpath.balance import balance, random_rescaling
+from dagpath.criteria import PathConditioning
+from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
+from dagpath.graph import NeuronGraph
+from dagpath.lifting import gram_diagonal, path_norm
+from dagpath.rescale import rescale_
+from dagpath.rescaling import Rescaling
+from dagpath.trace import TracedModel, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BalanceError",
+    "CaptureError",
+    "DagpathError",
+    "NeuronGraph",
+    "PathConditioning",
+    "Rescaling",
+    "TracedModel",
+    "UnsupportedOpError",
+    "VerificationError",
+    "balance",
+    "gram_diagonal",
+    "path_norm",
+    "random_rescaling",
+    "rescale_",
+    "trace",
+]

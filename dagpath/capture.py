@@ -1,0 +1,261 @@
+"""From a model to a functional ``torch.fx`` graph of ATen operations, with the model left as it was.
+
+The graph comes from :func:`torch.export.export`. Both modes are captured: path quantities are those of the eval
+graph; the train graph may read scaled neurons where the eval graph does not (an auxiliary head).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from dagpath.errors import CaptureError
+
+_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One mode of a model as a functional graph.
+
+    Attributes:
+        module: the graph; every node is an ATen operation whose ``meta["val"]`` holds its shape.
+        parameters: placeholder name -> name in ``model.named_parameters()``.
+        tensors: placeholder name -> buffer or constant tensor (the live one, not a copy).
+        batch: number of examples that it was captured with; None where the inputs were used as given.
+    """
+
+    module: fx.GraphModule
+    parameters: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    batch: int | None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Both modes of a model; ``train`` is None where that mode cannot be captured, and ``train_failure`` says why."""
+
+    eval: CapturedGraph
+    train: CapturedGraph | None
+    train_failure: str
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that owns the parameters, below DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put ``model`` in train or eval mode; afterwards every attribute, buffer and random state is what it was."""
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.train(training)
+            yield
+        finally:
+            for current, saved in (*attributes, *registered):
+                current.clear()
+                current.update(saved)
+            for parameter, requires_grad in frozen:
+                parameter.requires_grad_(requires_grad)
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    if not buffer.is_meta and not torch.equal(buffer, values):
+                        buffer.copy_(values)
+
+
+def user_line(error: BaseException) -> str:
+    """The deepest source line of ``error`` that lies in the user's code, as ``file:line (code)``; empty if none."""
+    found = ""
+    current: BaseException | None = error
+    while current is not None:
+        for frame in traceback.extract_tb(current.__traceback__):
+            if not frame.filename.startswith((*_LIBRARY_FOLDERS, "<")):
+                found = f"{frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return found
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+    """Capture both modes of ``model``.
+
+    Dimension 0 of the example inputs is the batch. A path belongs to one example, so the eval graph is that of the
+    first one; the train graph is that of two, since a batch norm may not train on one. Inputs that the model does not
+    take in these numbers (they have no batch dimension, or a fixed one) are used as given.
+
+    Raises:
+        CaptureError: the model's forward raised, or depends on the values of its input.
+    """
+    given = (args, dict(kwargs))
+    evaluated, failure = _first_capture(model, given, 1, training=False)
+    if evaluated is None:
+        raise CaptureError(_explain_failure(model, given, failure)) from failure
+    trained, failure = _first_capture(model, given, 2, training=True)
+    reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
+    return Capture(evaluated, trained, reason)
+
+
+def with_batch(given: Any, size: int | None) -> Any:
+    """Inputs with ``size`` examples in their batch: the first ones, or the first one repeated.
+
+    The inputs themselves where they have no common batch size, or where ``size`` is None.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    sizes = {tensor.shape[0] for tensor in tensors}
+    if size is None or len(sizes) != 1 or sizes <= {0, size}:
+        return given
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return leaf
+        return leaf[:size] if len(leaf) >= size else torch.cat([leaf[:1]] * size)
+
+    return pytree.tree_map(resize, given)
+
+
+def _first_capture(
+    model: nn.Module, given: Any, size: int, training: bool
+) -> tuple[CapturedGraph | None, Exception | None]:
+    """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
+    failure: Exception | None = None
+    resized = with_batch(given, size)
+    for batch, inputs in ((size, resized), (None, given)):
+        if batch is not None and inputs is given:
+            continue
+        try:
+            graph = _export(model, inputs, batch, training)
+        except Exception as error:  # export raises many types; the caller reports the last
+            failure = error
+            continue
+        if batch is None or training or _outputs_have_batch(graph, batch):
+            return graph, None
+    return None, failure
+
+
+def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
+    output = next(node for node in graph.module.graph.nodes if node.op == "output")
+    values = [node.meta.get("val") for node in output.all_input_nodes]
+    return all(value.shape[0] == size for value in values if isinstance(value, Tensor) and value.ndim)
+
+
+def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) -> CapturedGraph:
+    args, kwargs = inputs
+    with mode(model, training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
+        program = torch.export.export(model, args, kwargs, strict=False)
+        if not make_functional(program.graph_module):
+            program = program.run_decompositions({})
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        placeholder = getattr(spec.arg, "name", "")
+        if spec.kind == InputKind.PARAMETER:
+            parameters[placeholder] = names[id(owners[str(spec.target)])]
+        elif spec.kind == InputKind.BUFFER and spec.target in buffers:
+            tensors[placeholder] = buffers[spec.target]
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            tensors[placeholder] = program.constants[str(spec.target)]
+    return CapturedGraph(program.graph_module, parameters, tensors, batch)
+
+
+def make_functional(module: fx.GraphModule) -> bool:
+    """Replace in-place operations by their results, in place; False where views make that unsafe.
+
+    After ``y = relu_(x)``, a later use of ``x`` means the new value: it is redirected to ``y``. Another view of the
+    same storage that is used later has no node to be redirected to, and needs a full functionalization. A result
+    written into a parameter, buffer or input outlives the call: its node is marked ``meta["escapes"]``.
+    """
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    by_storage: dict[int, list[fx.Node]] = {}
+    for node in list(module.graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append(node)
+    for node in order:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for argument, info in zip(node.args, schema.arguments, strict=False):
+            if info.alias_info is None or not info.alias_info.is_write or not isinstance(argument, fx.Node):
+                continue
+            value = argument.meta["val"]
+            for alias in by_storage.get(value.untyped_storage()._cdata, []):
+                if order[alias] >= order[node]:
+                    continue
+                later = [user for user in alias.users if order[user] > order[node]]
+                if later and not _same_view(alias.meta["val"], node.meta["val"]):
+                    return False
+                for user in later:
+                    user.replace_input_with(alias, node)
+                if alias.op == "placeholder":
+                    node.meta["escapes"] = True
+        node.target = _functional(node.target)
+    module.recompile()
+    return True
+
+
+def _same_view(a: Tensor, b: Any) -> bool:
+    if not isinstance(b, Tensor):
+        return False
+    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+
+
+def _functional(target: Any) -> Callable[..., Any]:
+    """The out-of-place overload of an in-place ATen operation; the operation itself where there is none."""
+    name = target.overloadpacket.__name__
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    functional: Callable[..., Any] = getattr(packet, target._overloadname, target)
+    return functional
+
+
+def _headline(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _explain_failure(model: nn.Module, given: Any, failure: Exception | None) -> str:
+    args, kwargs = given
+    shapes = ", ".join(
+        f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+        for leaf in pytree.tree_leaves(given)
+    )
+    try:
+        with mode(model, training=False), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        return (
+            f"the model's forward raised on the example inputs ({shapes}): {_headline(error)}\n"
+            f"  at {user_line(error) or 'an unknown line'}\n"
+            "  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in eval mode."
+        )
+    assert failure is not None
+    return (
+        f"{type(model).__name__} runs, but cannot be captured as a graph: {_headline(failure)}\n"
+        f"  at {user_line(failure) or 'an unknown line'}\n"
+        "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
+        "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
+    )

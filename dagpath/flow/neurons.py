@@ -1,0 +1,267 @@
+"""Which neuron stands where: the graph of operations run on neuron numbers in place of activations.
+
+Every activation becomes an integer tensor of its own shape whose entries are neuron numbers. Data movement is the
+operation itself, applied to the numbers; a linear operation makes fresh neurons and records, for each parameter, the
+numbers at both ends of its edges; sums and pooling declare neurons to be one. Tensors stay expanded (stride 0) where
+a channel's positions share a number, so a number is stored once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dagpath.capture import CapturedGraph
+from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
+
+_UNUSED = -2
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Neuron (or group) numbers at both ends of a parameter's edges, broadcastable to the parameter's shape."""
+
+    dst: Tensor
+    src: Tensor
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Neurons that must share a scale: ``left[i]`` and ``right[i]``; where ``right`` is None, ``left`` is fixed.
+
+    ``reason`` completes the sentence "tied by ..." or, where ``right`` is None, "fixed: ...".
+    """
+
+    left: Tensor
+    right: Tensor | None
+    node: fx.Node
+    reason: str
+
+
+class NeuronRule(Protocol):
+    """What an operation knows of neurons."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any: ...
+
+
+class NeuronFlow(fx.Interpreter):
+    """Runs graphs of one model on neuron numbers; collects neurons, ties and the ends of every parameter.
+
+    Several graphs of the same model (its two modes) may be run one after the other: they share their parameters, and a
+    parameter's edges have the same ends in each.
+    """
+
+    def __init__(self, model: nn.Module, rule: Callable[[Any], NeuronRule]) -> None:
+        self._rule = rule
+        self.parameters = dict(model.named_parameters())
+        self._owners = [name for name, parameter in self.parameters.items() if parameter.numel()]
+        sizes = [self.parameters[name].numel() for name in self._owners]
+        self._starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        self.num_neurons = 0
+        self.makers: list[tuple[fx.Node, int]] = []
+        self.ties: list[Tie] = []
+        self._ends: dict[str, Ends] = {}
+        self._pins: list[tuple[Weight, fx.Node]] = []
+        self._made: dict[tuple[str, int], tuple[int, int]] = {}
+        self._calls: dict[str, int] = {}
+        self._names: Mapping[str, str] = {}
+        self.node: fx.Node
+
+    # -- running a graph -----------------------------------------------------------------------------------------
+
+    def run_graph(self, graph: CapturedGraph) -> None:
+        super().__init__(graph.module)
+        self._names = graph.parameters
+        self._calls = {}
+        placeholders = sum(node.op == "placeholder" for node in graph.module.graph.nodes)
+        self.run(*[None] * placeholders, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        result = super().run_node(n)
+        if n.meta.get("escapes"):
+            self._fix_all(result, "written into a buffer or an input")
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        super().placeholder(target, args, kwargs)
+        name = self._names.get(str(target))
+        if name is not None:
+            return Weight(self.parameters[name].shape, name=name)
+        return self.constant(self.node.meta.get("val"))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._rule(target).neurons(self, Call(target, args, dict(kwargs), self.node))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.constant(self.node.meta.get("val"))
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self._fix_all(args, "an output of the model")
+
+    def _fix_all(self, values: Any, reason: str) -> None:
+        for value in pytree.tree_leaves(values, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor))):
+            if isinstance(value, Weight):
+                self.pin(value)
+            elif isinstance(value, Tensor):
+                self.fix(value, reason)
+
+    # -- what operations call --------------------------------------------------------------------------------------
+
+    def constant(self, output: Any) -> Any:
+        """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
+        return pytree.tree_map_only(Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape), output)
+
+    def fresh(self, count: int, weight: Weight) -> Tensor:
+        """Numbers of ``count`` new neurons, fed through ``weight``.
+
+        A later graph of the same model meets the neurons of an earlier one again: the same call of a parameter makes
+        the same neurons.
+        """
+        key = None
+        if weight.name is not None:
+            key = (weight.name, self._calls.get(weight.name, 0))
+            self._calls[weight.name] = key[1] + 1
+            start, made = self._made.get(key, (0, -1))
+            if made == count:
+                return torch.arange(start, start + count)
+        start = self.num_neurons + 1
+        self.num_neurons += count
+        self.makers.append((self.node, count))
+        if key is not None:
+            self._made[key] = (start, count)
+        return torch.arange(start, start + count)
+
+    def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Declare the neurons of two broadcastable tensors to be one, entry by entry."""
+        a, b = broadcast(compact(a), compact(b))
+        differ = (a != b) & (a != ZERO) & (b != ZERO)
+        if differ.any():
+            self.ties.append(Tie(a[differ], b[differ], self.node, reason))
+
+    def fix(self, numbers: Tensor, reason: str) -> None:
+        """Declare that these neurons keep their scale."""
+        numbers = compact(numbers)
+        free = numbers[numbers > FIXED]
+        if free.numel():
+            self.ties.append(Tie(free, None, self.node, reason))
+
+    def pin(self, weight: Weight) -> None:
+        """Declare that these elements are not rescaled: wherever they are edges, both ends share a scale."""
+        self._pins.append((weight, self.node))
+
+    def mix(self, numbers: Tensor, dims: Iterable[int], reason: str) -> Tensor:
+        """Declare the entries along ``dims`` to be one neuron; return the numbers with those dimensions of size 1."""
+        dims = list(dims)
+        numbers = compact(numbers, dims)
+        dims = [dim for dim in dims if numbers.shape[dim] > 1]
+        if not dims or not numbers.numel():
+            return numbers
+        result = numbers.amax(dims, keepdim=True)
+        self.tie(numbers, result, reason)
+        return result
+
+    def per_channel(self, numbers: Tensor, axis: int, reason: str) -> Tensor:
+        """One number per entry of ``axis``: all other dimensions are mixed. Zeros count as fixed."""
+        axis = axis % numbers.ndim
+        mixed = self.mix(numbers, [dim for dim in range(numbers.ndim) if dim != axis], reason)
+        return mixed.reshape(-1).expand(numbers.shape[axis])
+
+    def use(self, weight: Weight, dst: Tensor, src: Tensor) -> None:
+        """Record the ends of a parameter's edges. A parameter met twice has the same ends both times."""
+        dst, src = (torch.where(end == ZERO, FIXED, end) for end in (dst, src))
+        if weight.name is not None and weight.name not in self._ends:
+            self._ends[weight.name] = Ends(dst, src)
+        elif weight.name is not None:
+            known = self._ends[weight.name]
+            self._ends[weight.name] = Ends(self._merge(known.dst, dst), self._merge(known.src, src))
+        else:
+            elements = self.elements(weight)
+            for name, inside, local in self._by_parameter(elements):
+                known = self._full_ends(name)
+                for stored, end in ((known.dst, dst), (known.src, src)):
+                    flat, new = stored.view(-1), end.expand(elements.shape)[inside]
+                    flat[local] = torch.where(flat[local] == _UNUSED, new, flat[local])
+                    self.tie(flat[local], new, _SHARED)
+
+    def elements(self, weight: Weight) -> Tensor:
+        """The element numbers of a weight, as a tensor of its shape."""
+        if weight.elements is not None:
+            return weight.elements
+        assert weight.name is not None
+        start = int(self._starts[self._owners.index(weight.name)]) if math.prod(weight.shape) else 0
+        return torch.arange(start, start + math.prod(weight.shape)).view(weight.shape)
+
+    def as_neurons(self, weight: Weight) -> Tensor:
+        """A parameter that stands where an activation is expected: one neuron per element, fed by the constant 1."""
+        elements = self.elements(weight)
+        small = compact(elements)
+        unique, inverse = torch.unique(small, return_inverse=True)
+        numbers = self.fresh(len(unique), weight)[inverse]
+        self.use(Weight(small.shape, elements=small), numbers, torch.tensor(FIXED))
+        return numbers.expand(elements.shape)
+
+    def activation(self, value: Any) -> Any:
+        """``value``, with a weight turned into neurons."""
+        return self.as_neurons(value) if isinstance(value, Weight) else value
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Ends]:
+        """The ends of all parameters, after the ties that pinned elements demand."""
+        for weight, node in self._pins:
+            self.node = node
+            if weight.name is not None:
+                if weight.name in self._ends:
+                    ends = self._ends[weight.name]
+                    self._tie_ends(ends.dst, ends.src)
+                continue
+            for name, _, local in self._by_parameter(self.elements(weight)):
+                if name in self._ends:
+                    ends = self._full_ends(name)
+                    self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local])
+        unused = torch.tensor(FIXED)
+        return {
+            name: Ends(ends.dst.clamp(min=FIXED), ends.src.clamp(min=FIXED))
+            for name in self.parameters
+            for ends in [self._ends.get(name, Ends(unused, unused))]
+        }
+
+    def _tie_ends(self, dst: Tensor, src: Tensor) -> None:
+        dst, src = broadcast(dst, src)
+        used = dst != _UNUSED
+        self.tie(dst[used], src[used], "a parameter that is used elsewhere in a way that no rescaling can follow")
+
+    def _merge(self, known: Tensor, new: Tensor) -> Tensor:
+        known, new = broadcast(known, new)
+        merged = torch.where(known == _UNUSED, new, known) if (known == _UNUSED).any() else known
+        self.tie(merged, new, _SHARED)
+        return merged
+
+    def _full_ends(self, name: str) -> Ends:
+        shape = self.parameters[name].shape
+        known = self._ends.get(name)
+        if known is None:
+            known = Ends(torch.full(shape, _UNUSED), torch.full(shape, _UNUSED))
+        elif known.dst.shape != shape or not (known.dst.is_contiguous() and known.src.is_contiguous()):
+            known = Ends(known.dst.expand(shape).contiguous(), known.src.expand(shape).contiguous())
+        self._ends[name] = known
+        return known
+
+    def _by_parameter(self, elements: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+        """(parameter, mask over ``elements``, their flat positions in the parameter), for each parameter met."""
+        owners = torch.bucketize(elements.contiguous(), self._starts, right=True) - 1
+        result = []
+        for owner in sorted(set(owners.flatten().tolist())):
+            inside = owners == owner
+            result.append((self._owners[owner], inside, elements[inside] - self._starts[owner]))
+        return result
+
+
+_SHARED = "a parameter that is used in several places"

@@ -1,0 +1,137 @@
+"""The values that travel through the graph in place of activations, and the call that an operation answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+FIXED = 0
+"""The neuron number of everything that keeps its scale: inputs, constants, results of unknown operations."""
+
+ZERO = -1
+"""The neuron number of an entry that is always zero (padding): it is right under any scale, so it ties nothing."""
+
+
+NOTHING = -(1 << 30)
+"""The magnitude of a mass of zero."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter on its way to the operation that uses it: which element stands in each entry.
+
+    Attributes:
+        shape: shape of this tensor.
+        name: the parameter, while its elements stand in their own order; None after they were moved.
+        elements: int64 tensor of ``shape``, numbers of the elements over all parameters; None while ``name`` is set.
+    """
+
+    shape: torch.Size
+    name: str | None = None
+    elements: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mass:
+    """A tensor of path masses ``values * 2**exponent``, one mass per entry.
+
+    Attributes:
+        values: float64 (or float32) tensor, non-negative.
+        exponent: the power of two beside it, so that no mass leaves the floating-point range.
+        zero: are all values zero? Then other masses need not be aligned with this one.
+        data: does it depend on the input of the network or on a barrier (then it is an activation)?
+        params: does it depend on a parameter?
+        node: the node of the graph that made it.
+    """
+
+    values: Tensor
+    exponent: int = 0
+    zero: bool = False
+    data: bool = False
+    params: bool = False
+    node: fx.Node | None = field(default=None, repr=False)
+
+    @property
+    def magnitude(self) -> int:
+        """The exponent to which others are aligned; below all others for a mass of zero."""
+        return NOTHING if self.zero else self.exponent
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation: its target and its arguments, by position and by the names of its ATen schema.
+
+    The schema's ``self`` is called ``input`` here.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        bound: dict[str, Any] = {}
+        for position, argument in enumerate(self.target._schema.arguments):  # type: ignore[attr-defined]
+            name = "input" if argument.name == "self" else argument.name
+            if position < len(self.args) and not argument.kwarg_only:
+                bound[name] = self.args[position]
+            elif argument.name in self.kwargs:
+                bound[name] = self.kwargs[argument.name]
+            elif argument.has_default_value():
+                bound[name] = argument.default_value
+        return bound
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    @property
+    def output(self) -> Any:
+        """What the operation returns, as fake tensors: shapes and types without values."""
+        return self.node.meta.get("val")
+
+    def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
+        """The arguments of the given type, those inside lists too, in their order."""
+        return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, kind)]
+
+    def run(self, convert: Callable[[Any], Any]) -> Any:
+        """Execute the operation itself on converted arguments."""
+        args, kwargs = pytree.tree_map(convert, (self.args, self.kwargs), is_leaf=_is_value)
+        return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
+
+
+_ANY_STRIDES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+"""Operations that refuse some memory layouts, and their equals that take all: expanded numbers have any layout."""
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, (Weight, Mass, Tensor))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return pytree.tree_leaves(tree, is_leaf=_is_value)
+
+
+def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """:func:`torch.broadcast_tensors`, with types."""
+    return tuple(torch.broadcast_tensors(*tensors))  # type: ignore[no-untyped-call]
+
+
+def compact(tensor: Tensor, dims: Iterable[int] | None = None) -> Tensor:
+    """``tensor`` with its expanded (stride 0) dimensions narrowed to size 1, among ``dims`` or everywhere."""
+    for dim in range(tensor.ndim) if dims is None else dims:
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -1,0 +1,186 @@
+"""The neuron graph of a model: neurons, the groups that share a scale, and which neurons every parameter joins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csgraph, csr_array
+from torch import Tensor, fx
+
+from dagpath.flow.neurons import Ends, NeuronFlow, Tie
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model: one call of an operation.
+
+    Attributes:
+        operation: name of the ATen operation, for example ``conv2d``.
+        module: path of the module that made the call, for example ``layer1.0.conv1``.
+        source: the line of source code, as ``file:line (code)``.
+    """
+
+    operation: str
+    module: str
+    source: str
+
+    def __str__(self) -> str:
+        place = f"{self.operation} in {self.module or 'the model itself'}"
+        return f"{place}, {self.source}" if self.source else place
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why neurons are fixed: the call that fixed them, or tied them to something fixed, and the reason in words."""
+
+    site: Site
+    reason: str
+
+
+class NeuronGraph:
+    """Neurons of a traced model and the scale groups that they form.
+
+    A neuron is a unit of a linear layer or a channel of a convolution or of a normalization. Neurons that must share
+    one factor λ (the operands of a residual sum, channel by channel) form a scale group. Group 0 is fixed: it keeps
+    λ = 1.
+
+    Attributes:
+        num_neurons: number of neurons.
+        num_groups: number of free scale groups, those that may be rescaled.
+        num_parameters: number of elements of all parameters.
+        group_of: LongTensor [num_neurons]; 0 where the neuron is fixed, else its free group, 1 .. num_groups.
+        ends: parameter name -> group numbers at both ends of its edges, each broadcastable to the parameter. The
+            factor of an element is ``λ[dst] / λ[src]``.
+        shapes: parameter name -> shape, in the order of ``model.parameters()``.
+        maker_of: LongTensor [num_neurons]; which of ``sites`` made the neuron.
+        cause_of: LongTensor [num_neurons]; which of ``causes`` fixed the neuron, -1 where it is free.
+        sites: the calls that made neurons.
+        causes: the calls that fixed neurons.
+    """
+
+    def __init__(self, flow: NeuronFlow) -> None:
+        ends = flow.finish()
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in flow.parameters.items()}
+        self.num_neurons = flow.num_neurons
+        self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
+
+        left, right, tie_of = _pairs(flow.ties)
+        links = csr_array((np.ones(len(left), np.int8), (left, right)), shape=(self.num_neurons + 1,) * 2)
+        _, component = csgraph.connected_components(links, directed=False)
+        group_of = torch.from_numpy(_number_groups(component))
+        self.group_of: Tensor = group_of[1:]
+        self.num_groups = int(group_of.max())
+        self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
+
+        counts = torch.tensor([count for _, count in flow.makers], dtype=torch.long)
+        self.sites = [site_of(node) for node, _ in flow.makers]
+        self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        tie_index = _fixing_ties(links, left, right, tie_of)[1:]
+        used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
+        self.causes = [_cause(flow.ties[tie]) for tie in used]
+        self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
+        self.cause_of[torch.from_numpy(tie_index >= 0)] = torch.from_numpy(cause_of)
+
+    def __repr__(self) -> str:
+        return (
+            f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
+            f"{self.num_parameters:,} parameters)"
+        )
+
+    def incidence(self, device: torch.device | str | None = None) -> Tensor:
+        """The incidence matrix B of parameters and free groups.
+
+        Under a rescaling by ``λ = exp(z)`` each parameter element e is multiplied by ``exp((B z)_e)``: B has +1 at the
+        group of its destination neuron and -1 at the group of its source neuron. An element between two neurons of one
+        group, or between fixed neurons, has a row of zeros.
+
+        Args:
+            device: where to build it; None for the CPU.
+
+        Returns:
+            float64 sparse CSR tensor [num_parameters, num_groups]. Rows follow ``model.parameters()``, each flattened
+            in its own order; column j is free group j + 1.
+
+        Cost: 2 entries of 16 bytes per parameter element, built without loops over elements.
+        """
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        row_parts, column_parts, value_parts, start = [nothing], [nothing], [nothing.double()], 0
+        for name, shape in self.shapes.items():
+            dst, src = (end.to(device).expand(shape).reshape(-1) for end in (self.ends[name].dst, self.ends[name].src))
+            rows = torch.arange(start, start + shape.numel(), device=dst.device)
+            for end, sign in ((dst, 1.0), (src, -1.0)):
+                kept = (end > 0) & (dst != src)
+                row_parts.append(rows[kept])
+                column_parts.append(end[kept] - 1)
+                value_parts.append(torch.full_like(column_parts[-1], sign, dtype=torch.float64))
+            start += shape.numel()
+        indices = torch.stack([torch.cat(row_parts), torch.cat(column_parts)])
+        size = (self.num_parameters, self.num_groups)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            entries = torch.sparse_coo_tensor(indices, torch.cat(value_parts), size, check_invariants=True)
+            return entries.coalesce().to_sparse_csr()
+
+
+def _cause(tie: Tie) -> Cause:
+    reason = tie.reason if tie.right is None else f"tied by {tie.reason} to something fixed"
+    return Cause(site_of(tie.node), reason)
+
+
+def site_of(node: fx.Node) -> Site:
+    """Where in the model's source the call of a node stands."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    packet = getattr(node.target, "overloadpacket", node.target)
+    operation = getattr(packet, "__name__", str(packet)) if node.op == "call_function" else node.op
+    return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))
+
+
+def _source_line(stack_trace: str) -> str:
+    """The innermost line outside of torch in a node's stack trace, as ``file:line (code)``."""
+    found = ""
+    lines = stack_trace.splitlines()
+    for line, code in zip(lines, [*lines[1:], ""], strict=False):
+        if line.lstrip().startswith("File ") and "/torch/nn/" not in line.replace("\\", "/"):
+            file, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+            found = f"{file}:{number} ({code.strip()})"
+    return found
+
+
+def _pairs(ties: list[Tie]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All ties as pairs of neuron numbers, and the index of the tie that each pair came from."""
+    if not ties:
+        nothing = np.zeros(0, np.int64)
+        return nothing, nothing, nothing
+    left = np.concatenate([tie.left.numpy() for tie in ties])
+    right = np.concatenate([(torch.zeros_like(t.left) if t.right is None else t.right).numpy() for t in ties])
+    return left, right, np.repeat(np.arange(len(ties)), [len(tie.left) for tie in ties])
+
+
+def _number_groups(component: np.ndarray) -> np.ndarray:
+    """Component labels renumbered: 0 for the component of neuron number 0, the others in the order they appear."""
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def _lookup(group_of: Tensor, ends: Ends) -> Ends:
+    return Ends(group_of[ends.dst], group_of[ends.src])
+
+
+def _fixing_ties(links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray) -> np.ndarray:
+    """For each neuron number the tie on its shortest way to 0; -1 for free neurons and for 0 itself."""
+    size = links.shape[0]
+    order, parent = csgraph.breadth_first_order(links, 0, directed=False, return_predecessors=True)
+    result = np.full(size, -1)
+    reached = order[1:]
+    if len(reached):
+        low, high = np.minimum(left, right), np.maximum(left, right)
+        keys, first = np.unique(low * size + high, return_index=True)
+        wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
+        result[reached] = tie_of[first[np.searchsorted(keys, wanted)]]
+    return result

@@ -1,0 +1,68 @@
+"""The path Gram matrix ``G = ∂Φᵀ∂Φ``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dagpath.trace import TracedModel
+
+
+def visit_gram_diagonal(
+    traced: TracedModel, visit: Callable[[str, Tensor], None], dtype: torch.dtype = torch.float64
+) -> int:
+    """Hand ``diag(G) / 2**exponent`` to ``visit``, parameter by parameter as the backward pass completes each.
+
+    A parameter that no path meets is not visited. Nothing is kept: the memory of each part is freed after its visit.
+
+    Returns:
+        The exponent.
+    """
+    flow = traced.masses(2, dtype, on_gradient=visit)
+    total = flow.total()
+    if total.values.requires_grad:
+        torch.autograd.backward(total.values)
+    return total.exponent
+
+
+def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
+    """The diagonal of the path Gram matrix, ``G_ee = Σ_{p ∋ e} (Φ_p / θ_e)²``, at the parameters' current values.
+
+    G_ee is the squared mass that arrives at the source of e times the squared mass that leaves its destination, summed
+    over the positions where e is used. Under a rescaling by ``exp(z)`` it becomes ``G_ee exp(−2 (B z)_e)``.
+
+    Args:
+        traced: the traced model.
+        log: return natural logarithms (-inf for zero), which are finite where G itself leaves float64.
+
+    Returns:
+        parameter name -> float64 tensor of its shape, in the order of ``model.named_parameters()``. Zero for
+        parameters that no path meets, such as the slope of a PReLU or a layer that eval mode does not use.
+
+    Cost: one forward and one backward pass in float64 at batch 1. Source: Lebeurrier, Vayer, Gribonval 2026.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 1))
+        >>> with torch.no_grad():
+        ...     for parameter in net.parameters():
+        ...         _ = parameter.fill_(3.0)
+        >>> gram = dagpath.gram_diagonal(dagpath.trace(net, torch.zeros(1, 2)))
+        >>> {name: values.tolist() for name, values in gram.items()}
+        {'0.weight': [[9.0, 9.0]], '2.weight': [[18.0]], '2.bias': [1.0]}
+    """
+    found: dict[str, Tensor] = {}
+    exponent = visit_gram_diagonal(traced, found.__setitem__)
+    result = {}
+    for name, parameter in traced.model.named_parameters():
+        values = found.pop(name, None)
+        if values is None:
+            values = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        if log:
+            result[name] = values.log_().add_(exponent * math.log(2))
+        else:
+            result[name] = torch.ldexp(values, torch.tensor(exponent, device=values.device))
+    return result

@@ -1,0 +1,16 @@
+"""The operations dagpath knows, one file per family; importing this package registers them all."""
+
+from dagpath.ops import elementwise, linear, movement, normalization, pooling
+from dagpath.ops.base import Operation, Unknown, operation_of, register
+
+__all__ = [
+    "Operation",
+    "Unknown",
+    "elementwise",
+    "linear",
+    "movement",
+    "normalization",
+    "operation_of",
+    "pooling",
+    "register",
+]

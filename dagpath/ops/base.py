@@ -1,0 +1,76 @@
+"""What an operation is to dagpath: its facts stand together in one small class.
+
+Each ATen operation says how **neurons** flow through it (which neuron stands in each entry of its output, which ones
+must share a scale), and how **mass** flows through it (sums over paths). A pass over the graph
+(:mod:`dagpath.flow.neurons`, :mod:`dagpath.flow.masses`) hands each operation a :class:`~dagpath.flow.values.Call`
+and itself; the operation answers with the value of its output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import Call, Weight
+
+
+class Operation:
+    """How one kind of ATen operation treats neurons and masses. Instances are stateless and shared."""
+
+    moves_weights = False
+    """Does a parameter stay one (each entry of the output an element, perhaps times a constant)?"""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        """The neuron numbers of the output: int64 tensors of its shapes (or a :class:`Weight`)."""
+        raise NotImplementedError
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        """The masses of the output, from the masses of the inputs."""
+        raise NotImplementedError
+
+
+class Unknown(Operation):
+    """An operation without a rule, or one that is not positively homogeneous: what it touches is fixed.
+
+    For path masses it is a barrier: what enters counts as an output, what leaves as a new input.
+    """
+
+    def __init__(self, reason: str = "enters an operation without a rule") -> None:
+        self.reason = reason
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        for weight in call.leaves(Weight):
+            flow.pin(weight)
+        for numbers in call.leaves(Tensor):
+            flow.fix(numbers, self.reason)
+        return flow.constant(call.output)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.barrier(call)
+
+
+_REGISTRY: dict[str, Operation] = {}
+_UNKNOWN = Unknown()
+
+
+def register(operation: Operation, *names: str) -> None:
+    """Give the ATen operations of these names (every overload of each, in-place forms too) a rule."""
+    for name in names:
+        _REGISTRY[name] = operation
+
+
+def operation_of(target: Any) -> Operation:
+    """The rule of a call's target; :class:`Unknown` where there is none."""
+    return _REGISTRY.get(operation_name(target), _UNKNOWN)
+
+
+def operation_name(target: Any) -> str:
+    """``conv2d`` for ``aten.conv2d.default``, ``relu`` for ``aten.relu_.default``, ``getitem`` for the builtin."""
+    packet = getattr(target, "overloadpacket", target)
+    name = getattr(packet, "__name__", str(packet))
+    if getattr(target, "namespace", "aten") != "aten":
+        return f"{target.namespace}::{name}"
+    return name.rstrip("_") if not name.startswith("_") else "_" + name.strip("_")

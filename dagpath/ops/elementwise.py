@@ -1,0 +1,164 @@
+"""Elementwise operations: homogeneous functions of one tensor, sums, products and quotients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact
+from dagpath.ops.base import Operation, Unknown, register
+
+_PRODUCT = "a factor of a product of two tensors that could both be rescaled"
+_CONSTANT = "a constant is added to it"
+
+
+class Homogeneous(Operation):
+    """f(λx) = λ f(x) for λ > 0, entry by entry. For path masses: an activation, the identity."""
+
+    def applies(self, call: Call) -> bool:
+        return True
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        value, *others = call.leaves((Tensor, Weight))
+        if isinstance(value, Weight) or not self.applies(call) or any(isinstance(o, Tensor) for o in others):
+            return Unknown("enters an operation that is not positively homogeneous").neurons(flow, call)
+        for slope in others:
+            flow.pin(slope)
+        return value
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return call.args[0] if self.applies(call) else flow.barrier(call)
+
+
+class Clamp(Homogeneous):
+    """Homogeneous when its bounds are zero or absent."""
+
+    def applies(self, call: Call) -> bool:
+        return all(call.get(bound) in (None, 0) for bound in ("min", "max"))
+
+
+class Sum(Operation):
+    """``input ± alpha · other``: both operands share a scale, entry by entry."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        if isinstance(a, Weight) and isinstance(b, Weight):
+            return Unknown("enters a sum of parameters").neurons(flow, call)
+        if not isinstance(b, (Tensor, Weight)):
+            return flow.activation(a) if b == 0 else Unknown(_CONSTANT).neurons(flow, call)
+        a, b = self._operand(flow, a, b), self._operand(flow, b, a)
+        flow.tie(a, b, "a sum")
+        small_a, small_b = broadcast(compact(a), compact(b))
+        return torch.where(small_a == ZERO, small_b, small_a).expand(call.output.shape)
+
+    @staticmethod
+    def _operand(flow: NeuronFlow, value: Any, other: Any) -> Tensor:
+        """``value`` as neurons; a parameter that is added to neurons everywhere is a bias of those."""
+        if not isinstance(value, Weight):
+            neurons: Tensor = value
+            return neurons
+        padded = (1,) * (other.ndim - len(value.shape)) + tuple(value.shape)
+        if len(padded) > other.ndim or (compact(other) == ZERO).any():
+            return flow.as_neurons(value)
+        dims = [dim for dim, size in enumerate(padded) if size == 1 and other.shape[dim] > 1]
+        dst = flow.mix(other, dims, "a bias that they share")
+        extra = len(padded) - len(value.shape)
+        flow.use(value, dst.reshape(dst.shape[extra:]) if extra else dst, torch.tensor(FIXED))
+        return dst
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        a, b, alpha = call["input"], call["other"], float(call.get("alpha", 1))
+        if not isinstance(b, Mass):
+            b = flow.constant(torch.tensor(float(b)))
+        exponent = flow.common([a, b])
+        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
+        return flow.result([a, b], values_a + values_b * flow.power(alpha), exponent)
+
+
+class Product(Operation):
+    """``input · other``: with a constant, a gate or another fixed tensor, the other operand keeps its neurons."""
+
+    moves_weights = True
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        if not isinstance(b, (Tensor, Weight)):
+            return a
+        if isinstance(a, Weight) and isinstance(b, Weight):
+            return Unknown("enters a product of parameters").neurons(flow, call)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return self._tensors(flow, call, a, b)
+        if isinstance(b, Weight):
+            a, b = b, a
+        return self._weighted(flow, a, b, call.output.shape)
+
+    @staticmethod
+    def _tensors(flow: NeuronFlow, call: Call, a: Tensor, b: Tensor) -> Any:
+        if not (compact(b) > FIXED).any():
+            return a.expand(call.output.shape)
+        if not (compact(a) > FIXED).any():
+            return b.expand(call.output.shape)
+        return Unknown(_PRODUCT).neurons(flow, call)
+
+    @staticmethod
+    def _weighted(flow: NeuronFlow, weight: Weight, x: Tensor, shape: torch.Size) -> Any:
+        """A parameter times an activation, entry by entry (a layer scale): a linear layer without sums."""
+        if not (compact(x) > FIXED).any():
+            elements = flow.elements(weight).expand(shape)
+            return weight if weight.shape == shape else Weight(shape, elements=elements)
+        padded = (1,) * (len(shape) - len(weight.shape)) + tuple(weight.shape)
+        x = x.expand(shape)
+        small = compact(x)
+        if any(size == 1 and small.shape[dim] > 1 for dim, size in enumerate(padded)):
+            flow.pin(weight)
+            return x
+        src = x[tuple(slice(0, size) for size in padded)].reshape(weight.shape)
+        dst = flow.fresh(src.numel(), weight).view(weight.shape)
+        flow.use(weight, dst, src)
+        return dst.expand(shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        if not isinstance(b, Mass):
+            factor = flow.power(abs(float(b)))
+            return flow.result([a], a.values * factor, a.exponent)
+        if a.data and b.data and a.params and b.params:
+            return flow.barrier(call)
+        return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
+
+
+class Quotient(Product):
+    """``input / other``: the divisor is fixed."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        if call.get("rounding_mode") is not None:
+            return Unknown("rounded").neurons(flow, call)
+        if not isinstance(b, (Tensor, Weight)):
+            return a
+        if isinstance(b, Weight) or (compact(b) > FIXED).any() or not isinstance(a, Tensor):
+            return Unknown("divides, or is divided by a tensor that could be rescaled").neurons(flow, call)
+        return a.expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        if call.get("rounding_mode") is not None or (isinstance(b, Mass) and b.data):
+            return flow.barrier(call)
+        divisor = b.values if isinstance(b, Mass) else flow.power(abs(float(b)))
+        exponent = b.exponent if isinstance(b, Mass) else 0
+        return flow.result([a], a.values / divisor, a.exponent - exponent)
+
+
+register(
+    Homogeneous(),
+    *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
+    *("neg", "abs"),
+)
+register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
+register(Sum(), "add", "sub")
+register(Product(), "mul", "multiply")
+register(Quotient(), "div", "divide", "true_divide")

@@ -1,0 +1,139 @@
+"""Pooling and reductions: order statistics and means over positions, which then share a scale.
+
+For path masses a maximum is a sum (every input has a path through it), and a mean over k entries is a sum of edges
+with the constant weight 1/k.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import Call, Mass, Weight
+from dagpath.ops.base import Operation, Unknown, register
+
+_MIXED = "pooling"
+
+
+class Pool(Operation):
+    """A sliding or adaptive window over the last ``spatial`` dimensions."""
+
+    def __init__(self, spatial: int, average: bool, adaptive: bool = False) -> None:
+        self.spatial, self.average, self.adaptive = spatial, average, adaptive
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        x = flow.activation(call["input"])
+        mixed = flow.mix(x, range(x.ndim - self.spatial, x.ndim), _MIXED)
+
+        outputs = call.output
+        if isinstance(outputs, Tensor):
+            return mixed.expand(outputs.shape)
+        return (mixed.expand(outputs[0].shape), flow.constant(outputs[1]))
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        mass = call["input"]
+        x = mass.values
+        shape = (call.output if isinstance(call.output, Tensor) else call.output[0]).shape[-self.spatial :]
+        if self.adaptive:
+            sizes = [_adaptive_sizes(x.shape[dim - self.spatial], shape[dim]) for dim in range(self.spatial)]
+            count = functools.reduce(torch.mul, torch.meshgrid(*sizes, indexing="ij")).to(x)
+            pooled = call.run(lambda leaf: leaf.values if isinstance(leaf, Mass) else leaf)
+            if not self.average:  # run as a mean: the windows are the same
+                pooled = _ADAPTIVE_MEAN[self.spatial](x, call["output_size"])
+            pooled = pooled * (count * flow.power(1 / count) if self.average else count)
+        else:
+            pooled = _window_sum(x, call, self.spatial, shape)
+            if self.average:
+                ones = torch.ones_like(x[:1, :1] if x.ndim == self.spatial + 2 else x[:1])
+                mean = call.run(lambda leaf: ones if isinstance(leaf, Mass) else leaf)
+                weight = mean / _window_sum(ones, call, self.spatial, shape)
+                pooled = pooled * flow.power(weight)
+        result = flow.result([mass], pooled, mass.exponent)
+        return result if isinstance(call.output, Tensor) else (result, None)
+
+
+_ADAPTIVE_MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _adaptive_sizes(size: int, count: int) -> Tensor:
+    """Window sizes of PyTorch's adaptive pooling of ``size`` entries into ``count`` windows."""
+    index = torch.arange(count)
+    return -(-(index + 1) * size // count) - index * size // count
+
+
+def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tensor:
+    """Sums over the windows of a pooling call, as a convolution with ones on every channel."""
+
+    def setting(name: str, default: int) -> list[int]:
+        value = call.get(name)
+        value = [default] if value is None or value == [] else value
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        return values * spatial if len(values) == 1 else values
+
+    kernel = setting("kernel_size", 1)
+    given = call.get("stride")
+    stride = kernel if given is None or given == [] else setting("stride", 1)
+    padding, dilation = setting("padding", 0), setting("dilation", 1)
+    pads: list[int] = []
+    for dim in range(spatial):
+        reach = (shape[dim] - 1) * stride[dim] + dilation[dim] * (kernel[dim] - 1) + 1
+        size = x.shape[dim - spatial]
+        pads = [padding[dim], reach - size - padding[dim], *pads]
+    flat = F.pad(x.reshape(-1, 1, *x.shape[-spatial:]), pads)
+    sums = _CONVOLUTION[spatial](flat, x.new_ones(1, 1, *kernel), stride=stride, dilation=dilation)
+    return sums.reshape(*x.shape[:-spatial], *sums.shape[-spatial:])
+
+
+class Reduce(Operation):
+    """A mean, sum, maximum or minimum over whole dimensions."""
+
+    def __init__(self, average: bool) -> None:
+        self.average = average
+
+    @staticmethod
+    def _dims(call: Call, ndim: int) -> list[int]:
+        dims = call.get("dim")
+        dims = list(range(ndim)) if dims is None or dims == [] else dims
+        return [dim % ndim for dim in (dims if isinstance(dims, (list, tuple)) else [dims])] if ndim else []
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        if isinstance(call["input"], Weight):
+            return Unknown("a parameter is reduced").neurons(flow, call)
+        x = call["input"]
+        dims = self._dims(call, x.ndim)
+        mixed = flow.mix(x, dims, _MIXED)
+        for dim in sorted(dims, reverse=True):
+            mixed = mixed.select(dim, 0)
+        outputs = call.output
+        if isinstance(outputs, Tensor):
+            return mixed.reshape(outputs.shape) if call.get("keepdim") else mixed
+        values = mixed.reshape(outputs[0].shape) if call.get("keepdim") else mixed
+        return (values, *pytree.tree_leaves(flow.constant(list(outputs[1:]))))
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        mass = call["input"]
+        dims = self._dims(call, mass.values.ndim)
+        total = mass.values.sum(dims, keepdim=bool(call.get("keepdim"))) if dims else mass.values
+        if self.average:
+            count = math.prod(mass.values.shape[dim] for dim in dims)
+            total = total * flow.power(1 / count)
+        result = flow.result([mass], total, mass.exponent)
+        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
+
+
+for _n in (1, 2, 3):
+    register(Pool(_n, average=False), f"max_pool{_n}d", f"max_pool{_n}d_with_indices")
+    register(Pool(_n, average=True), f"avg_pool{_n}d")
+    register(Pool(_n, average=True, adaptive=True), f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d")
+    register(Pool(_n, average=False, adaptive=True), f"adaptive_max_pool{_n}d")
+register(Reduce(average=True), "mean")
+register(Reduce(average=False), "sum", "amax", "amin", "max", "min")

@@ -1,0 +1,148 @@
+"""The main job: trace, balance, apply, verify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagpath.balance import balance
+from dagpath.capture import CapturedGraph, mode, unwrap, with_batch
+from dagpath.criteria import Criterion
+from dagpath.errors import VerificationError
+from dagpath.rescaling import Rescaling, transaction
+from dagpath.trace import TracedModel, trace
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Largest relative difference of outputs, by the narrowest type among parameters and outputs."""
+
+
+def rescale_(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    criterion: str | Criterion = "pathcond",
+    verify: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
+    **balance_options: Any,
+) -> Rescaling:
+    """Rescale a model in place, to the minimum of a criterion, and be certain that its function is the same.
+
+    Traces the model, balances it, multiplies its parameters, and compares its outputs on the example inputs before and
+    after. All or nothing: if anything fails or is interrupted, every parameter is bitwise what it was.
+
+    Args:
+        model: any module; see :func:`dagpath.trace`.
+        example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``.
+        criterion: ``"pathcond"`` or an object such as :class:`dagpath.PathConditioning`.
+        verify: run the model before and after, in eval mode (in train mode too, where that uses parameters that eval
+            mode does not), and compare.
+        kwargs: keyword arguments of ``model.forward``.
+        **balance_options: options of :func:`dagpath.balance`, such as ``power_of_two=True``.
+
+    Returns:
+        The :class:`Rescaling` that was applied; ``inverse().apply_()`` takes it back, up to rounding.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        BalanceError: a weight is not finite.
+        VerificationError: the outputs differ by more than rounding explains; the message has the difference.
+
+    Cost: for a ResNet-50 about ten training steps at batch 1; see ``benchmarks/rescale.py``. Memory: see there.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> before = net(x)
+        >>> rescaling = dagpath.rescale_(net, x)
+        >>> torch.allclose(net(x), before, atol=1e-5)
+        True
+    """
+    start = time.perf_counter()
+    traced = trace(model, example_inputs, kwargs)
+    rescaling = balance(traced, criterion, **balance_options)
+    given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
+    checks = _modes_to_check(traced, given) if verify else []
+    before = [_outputs(model, inputs, training) for training, inputs in checks]
+    balanced = time.perf_counter()
+    with transaction(dict(unwrap(model).named_parameters())):
+        rescaling.apply_()
+        applied = time.perf_counter()
+        difference = None
+        for (training, inputs), reference in zip(checks, before, strict=True):
+            worst = _compare(reference, _outputs(model, inputs, training))
+            _check(worst, _tolerance(traced, reference), training, rescaling)
+            difference = max(worst, difference or 0.0)
+    end = time.perf_counter()
+    stages = {
+        "trace": traced.seconds,
+        **rescaling.stages,
+        "apply": applied - balanced,
+        "verify": end - start - traced.seconds - rescaling.seconds - (applied - balanced),
+    }
+    return replace(rescaling, seconds=end - start, stages=stages, difference=difference)
+
+
+def _modes_to_check(traced: TracedModel, given: Any) -> list[tuple[bool, Any]]:
+    """(training, inputs) for eval mode, and for train mode where it uses parameters that eval mode does not."""
+    evaluated, trained = traced.captured.eval, traced.captured.train
+    checks = [(False, given)]
+    if trained is not None and used_parameters(trained) - used_parameters(evaluated):
+        checks.append((True, with_batch(given, trained.batch)))
+    return checks
+
+
+def used_parameters(graph: CapturedGraph) -> set[str]:
+    """Names of the parameters that a captured graph reads."""
+    return {
+        graph.parameters[node.name]
+        for node in graph.module.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in graph.parameters
+    }
+
+
+def _outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+    args, kwargs = inputs
+    with mode(model, training), torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _compare(before: list[Tensor], after: list[Tensor]) -> float:
+    """Largest difference of any output, relative to the largest entry of that output."""
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        if not a.numel():
+            continue
+        same = (a == b) | (a.isnan() & b.isnan())
+        error = torch.where(same, 0.0, (a.double() - b.double()).abs())
+        size = torch.where(torch.isfinite(a), a.double().abs(), 0.0).max()
+        ratio = float(error.max() / size) if float(size) > 0 else float(error.max())
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
+
+
+def _tolerance(traced: TracedModel, outputs: list[Tensor]) -> float:
+    types = {tensor.dtype for tensor in [*outputs, *traced.model.parameters()]}
+    return max((_TOLERANCES.get(dtype, 0.0) for dtype in types), default=1e-10)
+
+
+def _check(difference: float, tolerance: float, training: bool, rescaling: Rescaling) -> None:
+    if difference <= tolerance:
+        return
+    if rescaling.power_of_two:
+        remark = "Factors that are powers of two should leave them bitwise equal."
+    else:
+        remark = "If the model merely amplifies rounding errors, power_of_two=True is exact."
+    raise VerificationError(
+        f"after rescaling, the outputs in {'train' if training else 'eval'} mode differ by {difference:.2e} relative "
+        f"(allowed: {tolerance:.0e}); all parameters are restored. {remark} Otherwise an operation of this model has a "
+        "wrong rule: traced.explain() lists what was assumed.",
+        difference,
+        tolerance,
+    )

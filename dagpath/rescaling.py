@@ -1,0 +1,172 @@
+"""A rescaling of a model: one factor per scale group, and what applying it means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from dagpath.capture import unwrap
+from dagpath.errors import BalanceError
+from dagpath.flow.neurons import Ends
+from dagpath.report import table
+from dagpath.trace import TracedModel
+
+_CHUNK = 1 << 22
+"""Elements that are multiplied at a time, in float64."""
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors ``λ = exp(log_scales)`` of the free scale groups of a traced model.
+
+    Each parameter element is multiplied by ``λ[dst] / λ[src]``, which leaves the function of the model as it was.
+
+    Attributes:
+        traced: the model that it belongs to.
+        log_scales: float64 [num_groups], natural logarithms.
+        power_of_two: are all factors powers of two? Then applying it is exact in floating point.
+        objective: the criterion before and after; NaN where there is none (a random rescaling).
+        optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards).
+        iterations: iterations of the solver.
+        converged: did the solver reach its tolerance?
+        seconds: time taken, all stages together.
+        stages: the same, stage by stage.
+        bound: the largest |log λ| that was allowed.
+        difference: largest relative difference of the outputs, where it was verified.
+    """
+
+    traced: TracedModel = field(repr=False)
+    log_scales: Tensor = field(repr=False)
+    power_of_two: bool = False
+    objective: tuple[float, float] = (math.nan, math.nan)
+    optimality: float = math.nan
+    iterations: int = 0
+    converged: bool = True
+    seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict, repr=False)
+    bound: float = math.inf
+    difference: float | None = None
+
+    def multipliers(self) -> dict[str, Tensor]:
+        """The factor of every element: {parameter name: float64 tensor broadcastable to the parameter}."""
+        scales = self._scales()
+        return {name: scales[ends.dst] / scales[ends.src] for name, ends in self.traced.graph.ends.items()}
+
+    def inverse(self) -> Rescaling:
+        """The rescaling that takes this one back."""
+        return replace(self, log_scales=-self.log_scales, objective=self.objective[::-1], difference=None)
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module | None = None) -> nn.Module:
+        """Multiply the parameters in place. All or nothing: if it fails, every parameter is bitwise what it was.
+
+        Data types, devices, storages and ``requires_grad`` stay. Parameters with ``requires_grad=False`` are rescaled
+        too: the function would change otherwise.
+
+        Args:
+            model: a model with the same parameters as the traced one, for instance a copy; None for the traced one.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: the model's parameters have other names or shapes.
+            BalanceError: a product leaves the range of the parameter's type.
+
+        Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile.
+        """
+        model = self.traced.model if model is None else model
+        parameters = dict(unwrap(model).named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        if shapes != self.traced.graph.shapes:
+            wrong = next(iter(set(shapes.items()) ^ set(self.traced.graph.shapes.items())))
+            raise ValueError(f"the model is not the traced one: parameter {wrong[0]!r} of shape {tuple(wrong[1])}")
+        scales = self._scales()
+        with transaction(parameters):
+            for name, parameter in parameters.items():
+                _multiply_(name, parameter, self.traced.graph.ends[name], scales)
+        return model
+
+    def summary(self) -> str:
+        """What was found, as a table."""
+        graph = self.traced.graph
+        parameters = list(self.traced.model.parameters())
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        rows = [
+            ("neurons", f"{graph.num_neurons:,}"),
+            ("free scale groups", f"{graph.num_groups:,}"),
+            ("fixed neurons", f"{int((graph.group_of == 0).sum()):,}"),
+            ("objective before", f"{self.objective[0]:,.6f}"),
+            ("objective after", f"{self.objective[1]:,.6f}"),
+            ("optimality |grad F| / p", f"{self.optimality:.1e}" + ("" if self.converged else "  NOT CONVERGED")),
+            ("iterations", f"{self.iterations}"),
+            ("seconds", f"{self.seconds:.3f}"),
+        ]
+        if graph.num_groups:
+            spread = self.log_scales.exp()
+            rows.append(("scale factors, smallest", f"{float(spread.min()):.4g}"))
+            rows.append(("scale factors, median", f"{float(spread.median()):.4g}"))
+            rows.append(("scale factors, largest", f"{float(spread.max()):.4g}"))
+            at_bound = int((self.log_scales.abs() >= self.bound * (1 - 1e-12)).sum())
+            rows.append(("groups at the bound", f"{at_bound:,}"))
+        if frozen:
+            rows.append(("frozen parameters, rescaled too", f"{frozen} of {len(parameters)}"))
+        if self.difference is not None:
+            rows.append(("largest difference of outputs", f"{self.difference:.1e}"))
+        return table(("quantity", "value"), rows)
+
+    def _scales(self) -> Tensor:
+        """λ of every group, 1 for the fixed group 0 in front."""
+        exact = torch.round(self.log_scales / math.log(2))
+        scales = torch.exp2(exact) if self.power_of_two else self.log_scales.exp()
+        return torch.cat([scales.new_ones(1), scales]).cpu()
+
+
+class transaction:  # noqa: N801 (a context manager, used like a function)
+    """Keep copies of parameters; put them back, bitwise, if the block raises or is interrupted."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            with torch.no_grad():
+                for parameter, saved in self._saved:
+                    parameter.copy_(saved)
+
+
+def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor) -> None:
+    dst, src = (scales[end].to(parameter.device) for end in (ends.dst, ends.src))
+    if bool((dst == 1).all()) and bool((src == 1).all()):
+        return
+    for rows in _row_chunks(parameter):
+        part = parameter[rows]
+        product = part.double() * _rows_of(dst, rows, parameter) / _rows_of(src, rows, parameter)
+        part.copy_(product)
+        if not bool(torch.isfinite(part).all()):
+            raise BalanceError(
+                f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
+                f"{parameter.dtype}; balance with a smaller bound, or convert the model to a wider type first"
+            )
+
+
+def _row_chunks(parameter: Tensor) -> Iterator[slice | tuple[()]]:
+    """Slices of the first dimension that hold about ``_CHUNK`` elements each."""
+    if parameter.ndim == 0:
+        yield ()
+        return
+    step = max(1, _CHUNK * len(parameter) // max(parameter.numel(), 1))
+    for start in range(0, len(parameter), step):
+        yield slice(start, start + step)
+
+
+def _rows_of(end: Tensor, rows: slice | tuple[()], parameter: Tensor) -> Tensor:
+    """The part of a broadcastable tensor that meets ``parameter[rows]``."""
+    return end[rows] if end.ndim == parameter.ndim and end.ndim and end.shape[0] > 1 else end

@@ -1,0 +1,180 @@
+"""The solvers on numbers alone, against SciPy's general-purpose minimizer and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagpath.errors import BalanceError
+from dagpath.solver import LogOuter, MassAggregator, Problem, SumOuter, solve_coordinate, solve_newton
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+def random_elements(seed: int):
+    """Element masses and their groups: a random graph in which every group has an element in and one out."""
+    rng = np.random.default_rng(seed)
+    num_groups = int(rng.integers(1, 7))
+    extra = int(rng.integers(0, 12))
+    dst = np.concatenate(
+        [np.arange(1, num_groups + 1), np.zeros(num_groups, int), rng.integers(0, num_groups + 1, extra)]
+    )
+    src = np.concatenate(
+        [np.zeros(num_groups, int), np.arange(1, num_groups + 1), rng.integers(0, num_groups + 1, extra)]
+    )
+    masses = np.exp(rng.normal(0, 3, len(dst)))
+    return num_groups, masses, dst, src
+
+
+def path_conditioning(num_groups, masses, dst, src, **options) -> Problem:
+    aggregator = MassAggregator(num_groups)
+    aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
+    p = aggregator.num_live
+    return Problem(aggregator.matrix(), LogOuter(p), -2.0, 2 * aggregator.balance[1:], max(p, 1), **options)
+
+
+def plain_objective(z, masses, dst, src):
+    """F element by element, as it is written in the paper."""
+    padded = np.concatenate([[0.0], z])
+    live = masses > 0
+    exponent = (padded[dst] - padded[src])[live]
+    return live.sum() * np.log((masses[live] * np.exp(-2 * exponent)).sum()) + 2 * exponent.sum()
+
+
+@settings(max_examples=50)
+@given(seeds)
+def test_newton_and_coordinate_descent_reach_scipys_minimum(seed):
+    num_groups, masses, dst, src = random_elements(seed)
+    problem = path_conditioning(num_groups, masses, dst, src)
+    found = scipy.optimize.minimize(plain_objective, np.zeros(num_groups), args=(masses, dst, src), tol=1e-12)
+    newton = solve_newton(problem, tol=1e-12)
+    coordinate = solve_coordinate(problem, tol=1e-9)
+    assert newton.converged
+    assert newton.optimality <= 1e-12
+    assert newton.objective[0] == pytest.approx(plain_objective(np.zeros(num_groups), masses, dst, src))
+    assert newton.objective[1] == pytest.approx(plain_objective(newton.z.numpy(), masses, dst, src))
+    assert newton.objective[1] <= found.fun + 1e-9 * abs(found.fun)
+    assert newton.objective[1] <= coordinate.objective[1] + 1e-9 * abs(coordinate.objective[1])
+    assert coordinate.objective[1] == pytest.approx(newton.objective[1], rel=1e-7, abs=1e-7)
+
+
+@settings(max_examples=50)
+@given(seeds, st.sampled_from([("log", -2.0), ("sum", 2.0), ("sum", 1.0)]))
+def test_gradient_and_hessian_are_those_of_autograd(seed, kind):
+    num_groups, masses, dst, src = random_elements(seed)
+    aggregator = MassAggregator(num_groups)
+    aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
+    outer = LogOuter(7.0) if kind[0] == "log" else SumOuter()
+    linear = torch.randn(num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    problem = Problem(aggregator.matrix(), outer, kind[1], linear, 1.0)
+
+    def objective(z):
+        padded = torch.cat([z.new_zeros(1), z])
+        total = (torch.from_numpy(masses) * torch.exp(kind[1] * (padded[dst] - padded[src]))).sum()
+        return (7.0 * total.log() if kind[0] == "log" else total) + linear @ z
+
+    z, v = torch.randn(2, num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    point = problem.at(z)
+    hessian = torch.autograd.functional.hessian(objective, z)
+    assert point.value == pytest.approx(float(objective(z)))
+    torch.testing.assert_close(point.gradient, torch.autograd.functional.jacobian(objective, z), rtol=1e-9, atol=1e-9)
+    scale = float(hessian.abs().max())
+    torch.testing.assert_close(point.hessian_product(v), hessian @ v, rtol=1e-9, atol=1e-10 * scale)
+    diagonal = point.hessian_diagonal(problem.matrix.diagonal())
+    torch.testing.assert_close(diagonal, hessian.diagonal(), rtol=1e-9, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize(
+    ("dst_shape", "src_shape"),
+    [
+        ((6, 1, 1), (1, 5, 1)),
+        ((6, 1, 1), ()),
+        ((), (1, 5, 1)),
+        ((6, 1, 1), (6, 5, 1)),
+        ((6, 5, 4), (6, 5, 4)),
+        ((), ()),
+    ],
+)
+def test_aggregation_keeps_every_mass(dst_shape, src_shape):
+    generator = torch.Generator().manual_seed(0)
+    masses = torch.rand(6, 5, 4, dtype=torch.float64, generator=generator)
+    masses[masses < 0.2] = 0
+    dst, src = (torch.randint(0, 4, shape, generator=generator) for shape in (dst_shape, src_shape))
+    aggregator = MassAggregator(3)
+    aggregator.add(masses, dst, src)
+    matrix = aggregator.matrix()
+    expected, balance = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for index in np.ndindex(6, 5, 4):
+        d, s = int(dst.expand(6, 5, 4)[index]), int(src.expand(6, 5, 4)[index])
+        expected[d, s] += masses[index]
+        live = float(masses[index] > 0)
+        balance[d] += live
+        balance[s] -= live
+    found = torch.stack([matrix.matvec(unit) for unit in torch.eye(4, dtype=torch.float64)], 1)
+    transposed = torch.stack([matrix.rmatvec(unit) for unit in torch.eye(4, dtype=torch.float64)], 0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(transposed, expected)
+    torch.testing.assert_close(matrix.diagonal(), expected.diagonal())
+    torch.testing.assert_close(aggregator.balance, balance)
+    assert aggregator.num_live == int((masses > 0).sum())
+
+
+def test_one_group_between_two_elements_has_its_closed_form():
+    # one element of mass a in, one of mass b out: the masses a/x and b x are equal at the minimum
+    a, b = 3.0, 48.0
+    solution = solve_newton(path_conditioning(1, np.array([a, b]), np.array([1, 0]), np.array([0, 1])))
+    assert math.exp(2 * float(solution.z)) == pytest.approx(math.sqrt(a / b), rel=1e-9)
+
+
+def test_groups_without_live_elements_keep_their_scale():
+    masses = np.array([1.0, 5.0, 0.0, 0.0])
+    problem = path_conditioning(3, masses, np.array([1, 0, 2, 0]), np.array([0, 1, 0, 2]))
+    for solve in (solve_newton, solve_coordinate):
+        assert solve(problem).z[1:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("solve", [solve_newton, solve_coordinate])
+@pytest.mark.parametrize("num_groups", [0, 3])
+def test_an_empty_problem_is_solved_by_doing_nothing(solve, num_groups):
+    solution = solve(path_conditioning(num_groups, np.zeros(2), np.zeros(2, int), np.zeros(2, int)))
+    assert solution.converged
+    assert solution.z.tolist() == [0.0] * num_groups
+    assert solution.objective == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("solve", [solve_newton, solve_coordinate])
+def test_the_bound_is_kept_and_optimality_is_measured_within_it(solve):
+    masses, dst, src = np.array([1e12, 1.0, 2.0, 1.0]), np.array([1, 0, 2, 0]), np.array([0, 1, 0, 2])
+    solution = solve(path_conditioning(2, masses, dst, src, bound=0.5))
+    assert solution.converged
+    assert float(solution.z[0]) == 0.5
+    assert abs(float(solution.z[1])) < 0.5
+
+
+def test_masses_far_apart_are_balanced():
+    num_groups = 30
+    chain_dst, chain_src = np.arange(1, num_groups + 2), np.arange(num_groups + 1)
+    chain_dst[-1] = 0
+    rng = np.random.default_rng(0)
+    masses = 10.0 ** rng.uniform(-4, 4, num_groups + 1)
+    solution = solve_newton(path_conditioning(num_groups, masses, chain_dst, chain_src))
+    assert solution.converged
+    padded = np.concatenate([[0.0], solution.z.numpy()])
+    scaled = masses * np.exp(-2 * (padded[chain_dst] - padded[chain_src]))
+    assert scaled == pytest.approx(np.full(num_groups + 1, np.exp(np.log(masses).mean())), rel=1e-6)
+
+
+def test_bad_numbers_are_refused():
+    aggregator = MassAggregator(1)
+    aggregator.add(torch.tensor([float("inf")]), torch.tensor(1), torch.tensor(0))
+    with pytest.raises(BalanceError, match="not finite"):
+        Problem(aggregator.matrix(), SumOuter(), 2.0, torch.zeros(1, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        path_conditioning(1, np.ones(1), np.ones(1, int), np.zeros(1, int), bound=0.0)
+    general = Problem(MassAggregator(1).matrix(), SumOuter(), 2.0, torch.zeros(1, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="path-conditioning criterion only"):
+        solve_coordinate(general)
