@@ -38,7 +38,8 @@ def balance(
         solver: ``"newton"``, or ``"coordinate"`` for the published algorithm.
         tol: stop when ``‖∇F‖∞ / p`` is at most this.
         max_iter: most iterations of the solver (Newton steps, or sweeps); None for the solver's default.
-        power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same.
+        power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
+            objective reached is that of the rounded factors, and never above the one at the start.
         bound: largest |log λ|, by default ln 2**20.
         device: where to solve; None for the device of the parameters.
 
@@ -81,8 +82,11 @@ def balance(
     z, after = solution.z, solution.objective[1]
     if power_of_two:
         limit = math.floor(bound / math.log(2))
-        z = torch.round(z / math.log(2)).clamp(-limit, limit) * math.log(2)
-        after = problem.at(z).value
+        rounded = torch.round(z / math.log(2)).clamp(-limit, limit) * math.log(2)
+        z, after = min(
+            ((candidate, problem.at(candidate).value) for candidate in (rounded, torch.zeros_like(z))),
+            key=lambda pair: pair[1],
+        )
     end = time.perf_counter()
     return Rescaling(
         traced,

@@ -110,7 +110,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     given = (args, dict(kwargs))
     evaluated, failure = _first_capture(model, given, 1, training=False)
     if evaluated is None:
-        raise CaptureError(_explain_failure(model, given, failure)) from failure
+        assert failure is not None
+        run(model, given, training=False)
+        raise _capture_error(model, failure) from failure
     trained, failure = _first_capture(model, given, 2, training=True)
     reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
     return Capture(evaluated, trained, reason)
@@ -237,25 +239,34 @@ def _headline(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _explain_failure(model: nn.Module, given: Any, failure: Exception | None) -> str:
-    args, kwargs = given
-    shapes = ", ".join(
-        f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-        for leaf in pytree.tree_leaves(given)
-    )
+def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+    """The floating-point tensors that the model returns, computed without gradients; the model is left as it was.
+
+    Raises:
+        CaptureError: the model's forward raised; the message names the line.
+    """
+    args, kwargs = inputs
     try:
-        with mode(model, training=False), torch.no_grad():
-            model(*args, **kwargs)
+        with mode(model, training), torch.no_grad():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
     except Exception as error:
-        return (
-            f"the model's forward raised on the example inputs ({shapes}): {_headline(error)}\n"
-            f"  at {user_line(error) or 'an unknown line'}\n"
-            "  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in eval mode."
+        shapes = ", ".join(
+            f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            for leaf in pytree.tree_leaves(inputs)
         )
-    assert failure is not None
-    return (
+        raise CaptureError(
+            f"the model's forward raised on the example inputs ({shapes}): {_headline(error)}\n"
+            f"  at {user_line(error) or 'a line of a library'}\n"
+            f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
+            f"{'train' if training else 'eval'} mode."
+        ) from error
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
+    return CaptureError(
         f"{type(model).__name__} runs, but cannot be captured as a graph: {_headline(failure)}\n"
-        f"  at {user_line(failure) or 'an unknown line'}\n"
+        f"  at {user_line(failure) or 'a line of a library'}\n"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
     )

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dagpath.balance import balance
-from dagpath.capture import CapturedGraph, mode, unwrap, with_batch
+from dagpath.capture import CapturedGraph, run, unwrap, with_batch
 from dagpath.criteria import Criterion
 from dagpath.errors import VerificationError
 from dagpath.rescaling import Rescaling, transaction
@@ -48,7 +47,7 @@ def rescale_(
         The :class:`Rescaling` that was applied; ``inverse().apply_()`` takes it back, up to rounding.
 
     Raises:
-        CaptureError: the model cannot be captured.
+        CaptureError: the model cannot be captured, or its forward raises on the example inputs.
         BalanceError: a weight is not finite.
         VerificationError: the outputs differ by more than rounding explains; the message has the difference.
 
@@ -68,14 +67,14 @@ def rescale_(
     rescaling = balance(traced, criterion, **balance_options)
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []
-    before = [_outputs(model, inputs, training) for training, inputs in checks]
+    before = [run(model, inputs, training) for training, inputs in checks]
     balanced = time.perf_counter()
     with transaction(dict(unwrap(model).named_parameters())):
         rescaling.apply_()
         applied = time.perf_counter()
         difference = None
         for (training, inputs), reference in zip(checks, before, strict=True):
-            worst = _compare(reference, _outputs(model, inputs, training))
+            worst = _compare(reference, run(model, inputs, training))
             _check(worst, _tolerance(traced, reference), training, rescaling)
             difference = max(worst, difference or 0.0)
     end = time.perf_counter()
@@ -104,13 +103,6 @@ def used_parameters(graph: CapturedGraph) -> set[str]:
         for node in graph.module.graph.nodes
         if node.op == "placeholder" and node.users and node.name in graph.parameters
     }
-
-
-def _outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
-    args, kwargs = inputs
-    with mode(model, training), torch.no_grad():
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> float:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from networks import BruteForce, RandomNet
 from torch import nn
 
 import dagpath
+
+from networks import BruteForce, RandomNet
 
 seeds = st.integers(0, 2**31 - 1)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import dagpath
+
 from networks import RandomNet
 
 

@@ -1,0 +1,102 @@
+"""Full-size models of torchvision: the function is kept, the freedom found, the optimum reached."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torchvision import models
+
+import dagpath
+
+# name -> (least number of free groups, input shape)
+MODELS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "alexnet": (9_344, (3, 224, 224)),
+    "vgg11_bn": (10_944, (3, 224, 224)),
+    "vgg16": (12_416, (3, 224, 224)),
+    "resnet18": (2_880, (3, 224, 224)),
+    "resnet50": (11_456, (3, 224, 224)),
+    "resnext50_32x4d": (19_008, (3, 224, 224)),
+    "wide_resnet50_2": (19_008, (3, 224, 224)),
+    "densenet121": (41_760, (3, 224, 224)),
+    "googlenet": (7_280, (3, 224, 224)),
+    "inception_v3": (17_000, (3, 299, 299)),
+    "squeezenet1_1": (2_944, (3, 224, 224)),
+    "shufflenet_v2_x1_0": (8_090, (3, 224, 224)),
+    "mnasnet1_0": (18_000, (3, 224, 224)),
+    "regnet_x_400mf": (12_848, (3, 224, 224)),
+    "r3d_18": (2_880, (3, 8, 112, 112)),
+    "fcn_resnet50": (11_456, (3, 112, 112)),
+}
+
+
+def build(name: str) -> nn.Module:
+    options = {"weights": None}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False, "aux_logits": True}
+    if name == "fcn_resnet50":
+        options |= {"weights_backbone": None, "aux_loss": True}
+    torch.manual_seed(0)
+    model = models.get_model(name, **options)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    return model.eval()
+
+
+def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    model.train(training)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+        for buffer, saved in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+    model.eval()
+    return found
+
+
+def relative(after: list[Tensor], before: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_rescaling_keeps_the_function_and_reaches_the_optimum(name):
+    least_groups, shape = MODELS[name]
+    model = build(name)
+    batch = torch.randn(4, *shape)
+    example = batch[:1]
+    saved = [parameter.detach().clone() for parameter in model.parameters()]
+    evaluated, trained = (outputs(model, batch, training) for training in (False, True))
+
+    traced = dagpath.trace(model, example)
+    assert traced.graph.num_groups >= least_groups
+    exact = dagpath.random_rescaling(traced, power_of_two=True, generator=torch.Generator().manual_seed(2))
+    exact.apply_()
+    assert all(map(torch.equal, outputs(model, batch, False), evaluated))
+    assert all(map(torch.equal, outputs(model, batch, True), trained))
+    with torch.no_grad():
+        for parameter, values in zip(model.parameters(), saved, strict=True):
+            parameter.copy_(values)
+
+    first = dagpath.rescale_(model, example)
+    assert first.converged
+    assert first.optimality <= 1e-9
+    assert relative(outputs(model, batch, False), evaluated) <= 1e-4
+    assert relative(outputs(model, batch, True), trained) <= 1e-4
+    second = dagpath.rescale_(model, example)
+    assert float(second.log_scales.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0", "googlenet"])
+def test_rescaling_in_float64_is_exact_to_1e_10(name):
+    model = build(name).double()
+    batch = torch.randn(4, 3, 96, 96, dtype=torch.float64)
+    before = [outputs(model, batch, training) for training in (False, True)]
+    dagpath.rescale_(model, batch)
+    for training in (False, True):
+        assert relative(outputs(model, batch, training), before[training]) <= 1e-10
