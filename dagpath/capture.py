@@ -6,10 +6,9 @@ graph; the train graph may read scaled neurons where the eval graph does not (an
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from dagpath.errors import CaptureError
+from dagpath.modes import modes_agree
+from dagpath.state import mode
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -43,46 +44,17 @@ class CapturedGraph:
 
 @dataclass(frozen=True)
 class Capture:
-    """Both modes of a model; ``train`` is None where that mode cannot be captured, and ``train_failure`` says why."""
+    """Both modes of a model.
+
+    Attributes:
+        eval: the eval graph.
+        train: the train graph; None where it puts the same constraints on scales, or cannot be captured.
+        train_failure: why it cannot be captured; empty if it can.
+    """
 
     eval: CapturedGraph
     train: CapturedGraph | None
     train_failure: str
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that owns the parameters, below DataParallel, DistributedDataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put ``model`` in train or eval mode; afterwards every attribute, buffer and random state is what it was."""
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model.train(training)
-            yield
-        finally:
-            for current, saved in (*attributes, *registered):
-                current.clear()
-                current.update(saved)
-            for parameter, requires_grad in frozen:
-                parameter.requires_grad_(requires_grad)
-            with torch.no_grad():
-                for buffer, values in buffers:
-                    if not buffer.is_meta and not torch.equal(buffer, values):
-                        buffer.copy_(values)
 
 
 def user_line(error: BaseException) -> str:
@@ -113,6 +85,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         assert failure is not None
         run(model, given, training=False)
         raise _capture_error(model, failure) from failure
+    if modes_agree(model, with_batch(given, 2)):
+        return Capture(evaluated, None, "")
     trained, failure = _first_capture(model, given, 2, training=True)
     reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
     return Capture(evaluated, trained, reason)

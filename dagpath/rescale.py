@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dagpath.balance import balance
-from dagpath.capture import CapturedGraph, run, unwrap, with_batch
+from dagpath.capture import CapturedGraph, run, with_batch
 from dagpath.criteria import Criterion
 from dagpath.errors import VerificationError
 from dagpath.rescaling import Rescaling, transaction
+from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dagpath.capture import unwrap
 from dagpath.errors import BalanceError
 from dagpath.flow.neurons import Ends
 from dagpath.report import table
+from dagpath.state import unwrap
 from dagpath.trace import TracedModel
 
-_CHUNK = 1 << 22
-"""Elements that are multiplied at a time, in float64."""
+_CHUNK = 1 << 18
+"""Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture import Capture, capture, unwrap
+from dagpath.capture import Capture, capture
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import operation_of
 from dagpath.report import explain
+from dagpath.state import unwrap
 
 
 class TracedModel:
@@ -103,7 +104,7 @@ def trace(
         raise TypeError(f"example_inputs must be a Tensor or a tuple, got {type(example_inputs).__name__}")
     model = unwrap(model)
     captured = capture(model, args, kwargs or {})
-    if captured.train is None:
+    if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",

@@ -86,7 +86,7 @@ class NeuronFlow(fx.Interpreter):
         self.node = n
         result = super().run_node(n)
         if n.meta.get("escapes"):
-            self._fix_all(result, "written into a buffer or an input")
+            self._fix_all(result, "is written into a buffer or an input")
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ class NeuronFlow(fx.Interpreter):
         return self.constant(self.node.meta.get("val"))
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self._fix_all(args, "an output of the model")
+        self._fix_all(args, "is an output of the model")
 
     def _fix_all(self, values: Any, reason: str) -> None:
         for value in pytree.tree_leaves(values, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor))):

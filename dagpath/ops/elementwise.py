@@ -12,7 +12,7 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact
 from dagpath.ops.base import Operation, Unknown, register
 
-_PRODUCT = "a factor of a product of two tensors that could both be rescaled"
+_PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
 _CONSTANT = "a constant is added to it"
 
 
@@ -137,7 +137,7 @@ class Quotient(Product):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
         if call.get("rounding_mode") is not None:
-            return Unknown("rounded").neurons(flow, call)
+            return Unknown("is rounded").neurons(flow, call)
         if not isinstance(b, (Tensor, Weight)):
             return a
         if isinstance(b, Weight) or (compact(b) > FIXED).any() or not isinstance(a, Tensor):

@@ -32,7 +32,7 @@ class Contraction(Operation):
         groups = call.get("groups", 1)
         axis = self._axis(call)
         if isinstance(weight, Tensor) and (compact(weight) > FIXED).any():
-            return Unknown("multiplied with weights that depend on the input").neurons(flow, call)
+            return Unknown("is multiplied with weights that depend on the input").neurons(flow, call)
         src = flow.per_channel(x, axis, "weights that they share")
         src = src.reshape(groups, -1)
         rows = weight.shape[0]

@@ -20,7 +20,7 @@ class BatchNorm(Operation):
     """
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        flow.fix(flow.activation(call["input"]), "normalized")
+        flow.fix(flow.activation(call["input"]), "feeds a normalization")
         output = call.output if isinstance(call.output, torch.Tensor) else call.output[0]
         weight, bias = call["weight"], call["bias"]
         numbers = torch.tensor(FIXED)

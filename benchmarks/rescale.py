@@ -1,0 +1,122 @@
+"""What rescaling a ResNet-50 costs, and how much faster Newton's method is than coordinate descent.
+
+    python benchmarks/rescale.py            prints the figures and writes benchmarks/results/rescale.json
+
+All times are ratios within one run: of the whole ``rescale_`` to a float32 forward and backward pass at batch 1, and of
+ten coordinate sweeps to a Newton solve of the same problem. Memory is the peak of a fresh process above what it held
+with the model built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from common import ratio, save, seconds_in_turn
+from resnet import resnet50
+
+import dagpath
+from dagpath.report import table
+
+
+def rescale_ratios(rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = resnet50().eval()
+    image = torch.randn(1, 3, 224, 224)
+
+    def train_step() -> None:
+        model.zero_grad()
+        model(image).sum().backward()
+
+    stages: list[dict[str, float]] = []
+    times = seconds_in_turn(
+        {"pass": train_step, "rescale": lambda: stages.append(dict(dagpath.rescale_(model, image).stages))}, rounds
+    )
+    unit = statistics.median(times["pass"])
+    figures = {"rescale_ / pass": ratio(times, "rescale", "pass")}
+    for stage in stages[-1]:
+        figures[f"  {stage} / pass"] = statistics.median(found[stage] for found in stages[1:]) / unit
+    figures["pass, seconds"] = unit
+    return figures
+
+
+def solver_ratio(rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    widths = (784, 500, 500, 500, 500, 10)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    traced = dagpath.trace(nn.Sequential(*layers[:-1]), torch.zeros(1, 784))
+    newton: list[float] = []
+    coordinate: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for round_ in range(rounds + 1):
+            best = dagpath.balance(traced)
+            swept = dagpath.balance(traced, solver="coordinate", max_iter=10)
+            if round_:
+                newton.append(best.stages["solve"])
+                coordinate.append(swept.stages["solve"])
+    return {
+        "coordinate, 10 sweeps / newton": statistics.median(c / n for c, n in zip(coordinate, newton, strict=True)),
+        "newton, seconds": statistics.median(newton),
+        "objective, newton": best.objective[1],
+        "objective, coordinate after 10 sweeps": swept.objective[1],
+    }
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> None:
+    """In a fresh process: print the peak of ``rescale_`` above the model, in units of the parameters' bytes."""
+    model = resnet50().eval()
+    image = torch.randn(1, 3, 224, 224)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with torch.no_grad():
+        model(image)
+    before = resident_bytes()
+    peak = before
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident_bytes())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    dagpath.rescale_(model, image)
+    done.set()
+    watcher.join()
+    print((peak - before) / size)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--memory"]:
+        peak_memory()
+        return
+    figures: dict[str, object] = {**rescale_ratios(rounds=7), **solver_ratio(rounds=3)}
+    found = subprocess.run([sys.executable, __file__, "--memory"], capture_output=True, text=True, check=True)
+    figures["peak memory / parameter bytes"] = float(found.stdout)
+    print(table(("figure", "value"), [(name, f"{value:,.3f}") for name, value in figures.items()]))
+    save("rescale", "python benchmarks/rescale.py", figures)
+
+
+if __name__ == "__main__":
+    main()
