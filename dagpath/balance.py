@@ -40,7 +40,7 @@ def balance(
         max_iter: most iterations of the solver (Newton steps, or sweeps); None for the solver's default.
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
             objective reached is that of the rounded factors, and never above the one at the start.
-        bound: largest |log λ|, by default ln 2**20.
+        bound: largest ``|log λ|``, by default ln 2**20.
         device: where to solve; None for the device of the parameters.
 
     Raises:

@@ -35,7 +35,7 @@ class Rescaling:
         converged: did the solver reach its tolerance?
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
-        bound: the largest |log λ| that was allowed.
+        bound: the largest ``|log λ|`` that was allowed.
         difference: largest relative difference of the outputs, where it was verified.
     """
 
