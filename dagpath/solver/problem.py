@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,22 +35,43 @@ class Block:
     dst: Tensor
     src: Tensor
 
+    @cached_property
+    def rows(self) -> Tensor | slice:
+        """``dst`` as an index: a slice where its groups follow each other, which spares a copy at every product."""
+        return _as_slice(self.dst)
+
+    @cached_property
+    def columns(self) -> Tensor | slice:
+        """``src``, likewise."""
+        return _as_slice(self.src)
+
+
+def _as_slice(groups: Tensor) -> Tensor | slice:
+    first, count = int(groups[0]), len(groups)
+    consecutive = torch.equal(groups, torch.arange(first, first + count, device=groups.device))
+    return slice(first, first + count) if consecutive else groups
+
+
+def _add(result: Tensor, index: Tensor | slice, values: Tensor) -> None:
+    if isinstance(index, slice):
+        result[index] += values
+    else:
+        result.index_add_(0, index, values)
+
 
 class GroupMatrix:
     """A non-negative matrix over the groups 0 .. num_groups, as a sum of dense blocks and single entries.
 
     Attributes:
         size: num_groups + 1.
-        blocks: the dense parts, float64.
+        blocks: the dense parts; no group occurs twice among a block's rows, nor among its columns.
         dst, src, masses: row, column and value of each single entry; every pair occurs once.
     """
 
     def __init__(self, size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> None:
         self.size = size
         self.blocks = tuple(blocks)
-        keys, inverse = torch.unique(dst * size + src, return_inverse=True)
-        self.dst, self.src = keys // size, keys % size
-        self.masses = masses.new_zeros(len(keys)).index_add_(0, inverse, masses)
+        self.dst, self.src, self.masses = dst, src, masses
 
     @property
     def device(self) -> torch.device:
@@ -59,14 +81,14 @@ class GroupMatrix:
         """``A @ vector``."""
         result = vector.new_zeros(self.size).index_add_(0, self.dst, self.masses * vector[self.src])
         for block in self.blocks:
-            result.index_add_(0, block.dst, block.masses @ vector[block.src])
+            _add(result, block.rows, block.masses @ vector[block.columns])
         return result
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         """``A.T @ vector``."""
         result = vector.new_zeros(self.size).index_add_(0, self.src, self.masses * vector[self.dst])
         for block in self.blocks:
-            result.index_add_(0, block.src, vector[block.dst] @ block.masses)
+            _add(result, block.columns, vector[block.rows] @ block.masses)
         return result
 
     def diagonal(self) -> Tensor:
@@ -74,9 +96,21 @@ class GroupMatrix:
         inside = self.dst == self.src
         result = self.masses.new_zeros(self.size).index_add_(0, self.dst[inside], self.masses[inside])
         for block in self.blocks:
-            row, column = torch.nonzero(block.dst[:, None] == block.src[None, :], as_tuple=True)
-            result.index_add_(0, block.dst[row], block.masses[row, column])
+            column_of = torch.full((self.size,), -1, device=self.device)
+            column_of[block.src] = torch.arange(len(block.src), device=self.device)
+            column = column_of[block.dst]
+            shared = column >= 0
+            result.index_add_(0, block.dst[shared], block.masses[shared, column[shared]])
         return result
+
+    def scaled(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> GroupMatrix:
+        """``diag(rows) @ A @ diag(columns)``, in another type."""
+        blocks = [
+            replace(block, masses=(rows[block.rows, None] * block.masses).mul_(columns[None, block.columns]).to(dtype))
+            for block in self.blocks
+        ]
+        masses = (rows[self.dst] * self.masses * columns[self.src]).to(dtype)
+        return GroupMatrix(self.size, blocks, self.dst, self.src, masses)
 
 
 class MassAggregator:
@@ -135,7 +169,9 @@ class MassAggregator:
         nothing = torch.zeros(0, dtype=torch.long, device=self._device)
         edges = self._edges or [(nothing, nothing, nothing.double())]
         dst, src, masses = (torch.cat(parts) for parts in zip(*edges, strict=True))
-        return GroupMatrix(self._size, self._blocks, dst, src, masses)
+        keys, inverse = torch.unique(dst * self._size + src, return_inverse=True)
+        summed = masses.new_zeros(len(keys)).index_add_(0, inverse, masses)
+        return GroupMatrix(self._size, self._blocks, keys // self._size, keys % self._size, summed)
 
 
 def _pad(end: Tensor, ndim: int) -> Tensor:
@@ -256,49 +292,46 @@ class Problem:
 
 
 class Point:
-    """Value, gradient and Hessian products of a problem at one z. Cost: two products with A, two more per product."""
+    """Value, gradient and Hessian products of a problem at one z.
+
+    With W the scaled masses, D their row sums plus column sums and m their row sums minus column sums, the gradient is
+    ``ψ' κ m + c`` and the Hessian ``κ² (ψ' (D − W − Wᵀ) + ψ'' m mᵀ)``: a graph Laplacian and a rank-one term.
+
+    Cost: two products with A for value and gradient, two for each Hessian product.
+    """
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
         self.problem, self.z = problem, z
         exponent = problem.kappa * problem._padded(z)
-        self._r, self._c = exponent.exp(), (-exponent).exp()
-        self._rows = self._r * problem.matrix.matvec(self._c)
-        self.total = float(self._rows.sum())
+        self.r, self.c = exponent.exp(), (-exponent).exp()
+        self.rows = self.r * problem.matrix.matvec(self.c)
+        self.total = float(self.rows.sum())
         self.value = problem.offset + float(problem.linear @ z)
         if self.total > 0:
             self.value += problem.outer.value(self.total)
-        self._columns: Tensor | None = None
 
-    @property
+    @cached_property
     def columns(self) -> Tensor:
-        if self._columns is None:
-            self._columns = self._c * self.problem.matrix.rmatvec(self._r)
-        return self._columns
+        """Per group, the scaled mass of the elements that leave it; ``rows`` is that of those that enter."""
+        return self.c * self.problem.matrix.rmatvec(self.r)
 
-    @property
+    @cached_property
     def difference(self) -> Tensor:
         """m: per free group, the mass that enters minus the mass that leaves."""
-        return (self._rows - self.columns)[1:]
+        return (self.rows - self.columns)[1:]
 
-    @property
+    @cached_property
     def gradient(self) -> Tensor:
         if not self.total > 0:
             return self.problem.linear
         return self.problem.outer.slope(self.total) * self.problem.kappa * self.difference + self.problem.linear
 
-    def hessian_diagonal(self, inside: Tensor) -> Tensor:
-        """Diagonal of the Hessian; ``inside`` is the diagonal of A."""
-        outer, kappa = self.problem.outer, self.problem.kappa
-        degree = (self._rows + self.columns - 2 * inside)[1:]
-        curvature = outer.curvature(self.total) * self.difference**2
-        return kappa**2 * (outer.slope(self.total) * degree + curvature)
-
     def hessian_product(self, vector: Tensor) -> Tensor:
         outer, kappa, matrix = self.problem.outer, self.problem.kappa, self.problem.matrix
         v = self.problem._padded(vector)
-        product = (self._rows + self.columns) * v
-        product -= self._r * matrix.matvec(self._c * v)
-        product -= self._c * matrix.rmatvec(self._r * v)
+        product = (self.rows + self.columns) * v
+        product -= self.r * matrix.matvec(self.c * v)
+        product -= self.c * matrix.rmatvec(self.r * v)
         m = self.difference
         return kappa**2 * (outer.slope(self.total) * product[1:] + outer.curvature(self.total) * float(m @ vector) * m)
 
