@@ -6,9 +6,11 @@ graph; the train graph may read scaled neurons where the eval graph does not (an
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,12 @@ from torch.utils import _pytree as pytree
 
 from dagpath.errors import CaptureError
 from dagpath.modes import modes_agree
-from dagpath.state import mode
+from dagpath.state import mode, plain_computation
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+_NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Raises:
         CaptureError: the model's forward raised, or depends on the values of its input.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is a TorchScript module, which holds no Python code to capture; trace the "
+            "torch.nn.Module that it was made from"
+        )
     given = (args, dict(kwargs))
     evaluated, failure = _first_capture(model, given, 1, training=False)
     if evaluated is None:
@@ -137,7 +147,7 @@ def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
 
 def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) -> CapturedGraph:
     args, kwargs = inputs
-    with mode(model, training), warnings.catch_warnings():
+    with mode(model, training), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
         program = torch.export.export(model, args, kwargs, strict=False)
         if not make_functional(program.graph_module):
@@ -156,6 +166,20 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
     return CapturedGraph(program.graph_module, parameters, tensors, batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own log of what goes wrong: the error says it."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def make_functional(module: fx.GraphModule) -> bool:
@@ -208,6 +232,11 @@ def _functional(target: Any) -> Callable[..., Any]:
     return functional
 
 
+def _at(error: BaseException) -> str:
+    line = user_line(error)
+    return f"  at {line}\n" if line else ""
+
+
 def _headline(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
@@ -221,7 +250,8 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """
     args, kwargs = inputs
     try:
-        with mode(model, training), torch.no_grad():
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        with mode(model, training), plain_computation(device), torch.no_grad():
             leaves = pytree.tree_leaves(model(*args, **kwargs))
     except Exception as error:
         shapes = ", ".join(
@@ -230,7 +260,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
         )
         raise CaptureError(
             f"the model's forward raised on the example inputs ({shapes}): {_headline(error)}\n"
-            f"  at {user_line(error) or 'a line of a library'}\n"
+            f"{_at(error)}"
             f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
             f"{'train' if training else 'eval'} mode."
         ) from error
@@ -240,7 +270,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} runs, but cannot be captured as a graph: {_headline(failure)}\n"
-        f"  at {user_line(failure) or 'a line of a library'}\n"
+        f"{_at(failure)}"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
     )

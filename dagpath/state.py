@@ -42,3 +42,10 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
                 for buffer, values in buffers:
                     if not buffer.is_meta and not torch.equal(buffer, values):
                         buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def plain_computation(device: torch.device) -> Iterator[None]:
+    """Outside of inference mode and autocast, whatever the caller is in."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield

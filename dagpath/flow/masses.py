@@ -19,7 +19,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
+from dagpath.flow.constants import Constants
 from dagpath.flow.values import NOTHING, Call, Mass
+from dagpath.state import plain_computation
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
 """Values between 2**-h and 2**h are left alone: one operation moves them far less than the type's range over h."""
@@ -66,7 +68,7 @@ class MassFlow(fx.Interpreter):
         self._parameters = parameters
         self._rule = rule
         self._on_gradient = on_gradient
-        self._real: dict[fx.Node, Any] = {}
+        self.real_node = Constants(graph, parameters)
         self.sinks: list[Mass] = []
         self.device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
 
@@ -75,7 +77,7 @@ class MassFlow(fx.Interpreter):
     def total(self) -> Mass:
         """Σ |Φ|^q over all paths, as a mass of one entry."""
         placeholders = sum(node.op == "placeholder" for node in self.graph_inputs.module.graph.nodes)
-        with torch.set_grad_enabled(self._on_gradient is not None):
+        with plain_computation(self.device), torch.set_grad_enabled(self._on_gradient is not None):
             self.run(*[None] * placeholders, enable_io_processing=False)
             exponent = max((sink.magnitude for sink in self.sinks), default=NOTHING)
             if exponent == NOTHING:
@@ -155,19 +157,6 @@ class MassFlow(fx.Interpreter):
         assert mass.node is not None
         value: Tensor = self.real_node(mass.node)
         return value.detach().to(self.device, torch.float64)
-
-    def real_node(self, node: fx.Node) -> Any:
-        """The true value of a node that does not depend on the network's input."""
-        if node not in self._real:
-            if node.op == "placeholder":
-                name = self.graph_inputs.parameters.get(node.name)
-                found = self._parameters[name] if name is not None else self.graph_inputs.tensors[node.name]
-                self._real[node] = found.detach()
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.real_node)
-                with torch.no_grad():
-                    self._real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._real[node]
 
     def result(self, parents: list[Mass], values: Tensor, exponent: int) -> Mass:
         """A computed mass; its values are brought back near one where they drift away."""

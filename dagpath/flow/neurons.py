@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
+from dagpath.flow.constants import Constants
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
 
 _UNUSED = -2
@@ -72,6 +73,7 @@ class NeuronFlow(fx.Interpreter):
         self._calls: dict[str, int] = {}
         self._names: Mapping[str, str] = {}
         self.node: fx.Node
+        self.real_node: Constants
 
     # -- running a graph -----------------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class NeuronFlow(fx.Interpreter):
         super().__init__(graph.module)
         self._names = graph.parameters
         self._calls = {}
+        self.real_node = Constants(graph, {})
         placeholders = sum(node.op == "placeholder" for node in graph.module.graph.nodes)
         self.run(*[None] * placeholders, enable_io_processing=False)
 
@@ -143,14 +146,17 @@ class NeuronFlow(fx.Interpreter):
         a, b = broadcast(compact(a), compact(b))
         differ = (a != b) & (a != ZERO) & (b != ZERO)
         if differ.any():
-            self.ties.append(Tie(a[differ], b[differ], self.node, reason))
+            size = self.num_neurons + 1
+            pairs = torch.unique(a[differ] * size + b[differ])
+            self.ties.append(Tie(pairs // size, pairs % size, self.node, reason))
 
     def fix(self, numbers: Tensor, reason: str) -> None:
         """Declare that these neurons keep their scale."""
-        numbers = compact(numbers)
-        free = numbers[numbers > FIXED]
-        if free.numel():
-            self.ties.append(Tie(free, None, self.node, reason))
+        met = torch.zeros(self.num_neurons + 1, dtype=torch.bool)
+        met[compact(numbers).clamp(min=FIXED)] = True
+        met[FIXED] = False
+        if met.any():
+            self.ties.append(Tie(torch.nonzero(met)[:, 0], None, self.node, reason))
 
     def pin(self, weight: Weight) -> None:
         """Declare that these elements are not rescaled: wherever they are edges, both ends share a scale."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dagpath.state import plain_computation
 from dagpath.trace import TracedModel
 
 
@@ -24,7 +25,8 @@ def visit_gram_diagonal(
     flow = traced.masses(2, dtype, on_gradient=visit)
     total = flow.total()
     if total.values.requires_grad:
-        torch.autograd.backward(total.values)
+        with plain_computation(total.values.device):
+            torch.autograd.backward(total.values)
     return total.exponent
 
 

@@ -1,6 +1,6 @@
 """The operations dagpath knows, one file per family; importing this package registers them all."""
 
-from dagpath.ops import elementwise, linear, movement, normalization, pooling
+from dagpath.ops import elementwise, linear, movement, normalization, pooling, resample
 from dagpath.ops.base import Operation, Unknown, operation_of, register
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "operation_of",
     "pooling",
     "register",
+    "resample",
 ]

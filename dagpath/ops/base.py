@@ -57,14 +57,16 @@ _UNKNOWN = Unknown()
 
 
 def register(operation: Operation, *names: str) -> None:
-    """Give the ATen operations of these names (every overload of each, in-place forms too) a rule."""
+    """Give ATen operations a rule: ``"max"`` means every overload and the in-place form, ``"max.other"`` that one."""
     for name in names:
         _REGISTRY[name] = operation
 
 
 def operation_of(target: Any) -> Operation:
-    """The rule of a call's target; :class:`Unknown` where there is none."""
-    return _REGISTRY.get(operation_name(target), _UNKNOWN)
+    """The rule of a call's target: of its overload, else of its name; :class:`Unknown` where there is none."""
+    name = operation_name(target)
+    overload = f"{name}.{getattr(target, '_overloadname', '')}"
+    return _REGISTRY.get(overload) or _REGISTRY.get(name, _UNKNOWN)
 
 
 def operation_name(target: Any) -> str:

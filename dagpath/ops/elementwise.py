@@ -38,7 +38,14 @@ class Clamp(Homogeneous):
     """Homogeneous when its bounds are zero or absent."""
 
     def applies(self, call: Call) -> bool:
-        return all(call.get(bound) in (None, 0) for bound in ("min", "max"))
+        bounds = [call.get(name) for name in ("min", "max", "min_val", "max_val")]
+        return not any(isinstance(bound, (Tensor, Weight, Mass)) or bound for bound in bounds)
+
+
+def joined(a: Tensor, b: Tensor) -> Tensor:
+    """The numbers of two operands that were tied: those of ``a``, and of ``b`` where ``a`` is always zero."""
+    a, b = broadcast(compact(a), compact(b))
+    return torch.where(a == ZERO, b, a)
 
 
 class Sum(Operation):
@@ -52,8 +59,7 @@ class Sum(Operation):
             return flow.activation(a) if b == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
         flow.tie(a, b, "a sum")
-        small_a, small_b = broadcast(compact(a), compact(b))
-        return torch.where(small_a == ZERO, small_b, small_a).expand(call.output.shape)
+        return joined(a, b).expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any, other: Any) -> Tensor:
@@ -77,6 +83,51 @@ class Sum(Operation):
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], values_a + values_b * flow.power(alpha), exponent)
+
+
+class Choice(Operation):
+    """One of two tensors in each entry (``maximum``, ``where``): they share a scale."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call["other"]
+        a, b = self._operand(flow, a), self._operand(flow, b)
+        if isinstance(call.get("condition"), Tensor):
+            flow.fix(call["condition"], "is the condition of a choice")
+        flow.tie(a, b, "a choice between them")
+        return joined(a, b).expand(call.output.shape)
+
+    @staticmethod
+    def _operand(flow: NeuronFlow, value: Any) -> Tensor:
+        if isinstance(value, (int, float)):
+            return torch.tensor(FIXED if value else ZERO)
+        numbers: Tensor = flow.activation(value)
+        return numbers
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        a, b = (
+            value if isinstance(value, Mass) else flow.constant(torch.tensor(float(value)))
+            for value in (call["input"], call["other"])
+        )
+        exponent = flow.common([a, b])
+        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
+        return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
+
+
+class MaskedFill(Operation):
+    """Zeros in some entries are right under any scale; another value is a constant."""
+
+    def _keeps(self, call: Call) -> bool:
+        return not isinstance(call["value"], (Tensor, Weight, Mass)) and call["value"] == 0
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        if not self._keeps(call):
+            return Unknown("is replaced by a constant in some entries").neurons(flow, call)
+        if isinstance(call["mask"], Tensor):
+            flow.fix(call["mask"], "is a mask")
+        return flow.activation(call["input"]).expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return call["input"] if self._keeps(call) else flow.barrier(call)
 
 
 class Product(Operation):
@@ -160,5 +211,7 @@ register(
 )
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add", "sub")
+register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")
+register(MaskedFill(), "masked_fill")
 register(Product(), "mul", "multiply")
 register(Quotient(), "div", "divide", "true_divide")

@@ -1,7 +1,9 @@
-"""Linear layers: convolutions and matrix products with a parameter. They make new neurons."""
+"""Linear layers: convolutions, matrix products and tables of embeddings. With a parameter they make new neurons."""
 
 from __future__ import annotations
 
+import string
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,57 +14,255 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, Call, Mass, Weight, compact
 from dagpath.ops.base import Operation, Unknown, register
 
+_WEIGHTS = "weights that they share"
+_PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
 
-class Contraction(Operation):
-    """``output[j] = Σ_i weight[j, i] · input[i] + bias[j]`` along one axis, the same at all other positions.
+
+def bilinear_mass(flow: MassFlow, call: Call, a: Mass, b: Mass, bias: Mass | None) -> Any:
+    """Masses of an operation that is linear in each of two operands, plus a bias; a barrier where both carry paths."""
+    if a.data and a.params and b.data and b.params:
+        return flow.barrier(call)
+    product = exponent = a.exponent + b.exponent
+    if bias is not None and not bias.zero:
+        exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
+    aligned = {id(a): flow.shifted(a.values, product - exponent), id(b): b.values}
+    if bias is not None:
+        aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
+    values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
+    return flow.result(call.leaves(Mass), values, exponent)
+
+
+def add_bias(flow: NeuronFlow, bias: Any, dst: Tensor) -> None:
+    """Record the edges of a bias into the neurons ``dst``."""
+    if isinstance(bias, Weight):
+        flow.use(bias, dst, torch.tensor(FIXED))
+    elif isinstance(bias, Tensor):
+        flow.tie(dst, bias, "a constant bias")
+
+
+class Convolution(Operation):
+    """``output[o] = Σ_{i, k} weight[o, i, k] input[i, shifted by k] + bias[o]``, and its transpose.
 
     A channel is one neuron: its positions share their weights, so they share a scale. A weight that is not made of
     parameters (a constant, a normalized weight) has no factor to give: it ties the inputs it joins to their outputs.
     """
 
-    def __init__(self, axis: int | None) -> None:
-        self.axis = axis
-
-    def _axis(self, call: Call) -> int:
-        """The channel axis of the input, counted from the end; None in the constructor means a convolution's."""
-        return self.axis if self.axis is not None else 1 - len(call["weight"].shape)
+    def __init__(self, transposed: bool = False) -> None:
+        self.transposed = transposed
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         x, weight, bias = flow.activation(call["input"]), call["weight"], call.get("bias")
-        groups = call.get("groups", 1)
-        axis = self._axis(call)
         if isinstance(weight, Tensor) and (compact(weight) > FIXED).any():
-            return Unknown("is multiplied with weights that depend on the input").neurons(flow, call)
-        src = flow.per_channel(x, axis, "weights that they share")
-        src = src.reshape(groups, -1)
-        rows = weight.shape[0]
+            return _PRODUCT.neurons(flow, call)
+        groups = call.get("groups", 1)
+        transposed = call.get("transposed", self.transposed)
+        axis = 1 - len(weight.shape)
+        src = flow.per_channel(x, axis, _WEIGHTS).reshape(groups, -1)
+        count = weight.shape[1] * groups if transposed else weight.shape[0]
         if isinstance(weight, Weight):
-            dst = flow.fresh(rows, weight)
-            joined = src if groups == 1 else src.repeat_interleave(rows // groups, 0)
+            dst = flow.fresh(count, weight)
+            rows, columns = dst.view(groups, -1), src
+            if transposed:  # weight[i, o]: each source meets the destinations of its group
+                rows = rows.repeat_interleave(columns.shape[1], 0) if groups > 1 else rows
+                columns = columns.reshape(-1, 1)
+            else:
+                columns = columns.repeat_interleave(rows.shape[1], 0) if groups > 1 else columns
+                rows = rows.reshape(-1, 1)
             ones = [1] * (len(weight.shape) - 2)
-            flow.use(weight, dst.view(rows, 1, *ones), joined.view(*joined.shape, *ones))
+            flow.use(weight, rows.reshape(*rows.shape, *ones), columns.reshape(*columns.shape, *ones))
         else:
-            shared = flow.mix(src, [1], "weights that are not rescaled")
-            dst = shared.repeat_interleave(rows // groups, 0).view(rows)
-        if isinstance(bias, Weight):
-            flow.use(bias, dst, torch.tensor(FIXED))
-        elif isinstance(bias, Tensor):
-            flow.tie(dst, bias, "a constant bias")
-        return dst.view(rows, *[1] * (-1 - axis)).expand(call.output.shape)
+            dst = flow.mix(src, [1], "weights that are not rescaled").repeat_interleave(count // groups, 0).view(count)
+        add_bias(flow, bias, dst)
+        return dst.view(count, *[1] * (-1 - axis)).expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        x, weight, bias = call["input"], call["weight"], call.get("bias")
-        if weight.data:
-            return flow.barrier(call)
-        product = exponent = x.exponent + weight.exponent
-        if bias is not None and not bias.zero:
-            exponent = bias.exponent if x.zero or weight.zero else max(exponent, bias.exponent)
-        aligned = {id(x): flow.shifted(x.values, product - exponent), id(weight): weight.values}
+        return bilinear_mass(flow, call, call["input"], call["weight"], call.get("bias"))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A product of two tensors as an einsum: one letter per dimension of the operands and of the result."""
+
+    a: str
+    b: str
+    out: str
+
+
+class Contraction(Operation):
+    """A matrix product in any of its forms, seen as ``einsum(labels, a, b)`` plus a bias on the last dimension."""
+
+    def operands(self, call: Call) -> tuple[Any, Any, Any]:
+        """(a, b, bias)"""
+        raise NotImplementedError
+
+    def labels(self, call: Call) -> Labels | None:
+        """The einsum that the call is; None if it is none of two operands."""
+        raise NotImplementedError
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b, bias = self.operands(call)
+        labels = self.labels(call)
+        if labels is None:
+            return Unknown().neurons(flow, call)
+        if isinstance(a, Weight) and not isinstance(b, Weight):
+            a, b, labels = b, a, Labels(labels.b, labels.a, labels.out)
+        if isinstance(a, Weight):
+            return Unknown("enters a product of parameters").neurons(flow, call)
+        if isinstance(b, Weight):
+            dst = self._weighted(flow, a, b, labels)
+        elif not (compact(b) > FIXED).any():
+            dst = self._mixed(flow, a, labels)
+        elif not (compact(a) > FIXED).any():
+            dst = self._mixed(flow, b, Labels(labels.b, labels.a, labels.out))
+        else:
+            return _PRODUCT.neurons(flow, call)
+        numbers = dst.expand(call.output.shape)
         if bias is not None:
-            aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
-        values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
-        return flow.result(call.leaves(Mass), values, exponent)
+            last = flow.mix(dst, range(dst.ndim - 1), "a bias that they share").reshape(-1).expand(numbers.shape[-1])
+            add_bias(flow, bias, last)
+        return numbers
+
+    @staticmethod
+    def _weighted(flow: NeuronFlow, x: Tensor, weight: Weight, labels: Labels) -> Tensor:
+        """Fresh neurons for the dimensions of the weight that the result keeps."""
+        x = flow.mix(x, [d for d, label in enumerate(labels.a) if label not in labels.b], _WEIGHTS)
+        src = _arranged(x, labels.a, labels.b)
+        sizes = [size if label in labels.out else 1 for label, size in zip(labels.b, weight.shape, strict=True)]
+        dst = flow.fresh(torch.Size(sizes).numel(), weight).view(sizes)
+        flow.use(weight, dst, src)
+        return _arranged(dst, labels.b, labels.out)
+
+    @staticmethod
+    def _mixed(flow: NeuronFlow, x: Tensor, labels: Labels) -> Tensor:
+        """A product with a fixed tensor: the entries that are summed become one."""
+        summed = [d for d, label in enumerate(labels.a) if label not in labels.out]
+        return _arranged(flow.mix(x, summed, "weights that are not rescaled"), labels.a, labels.out)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        if self.labels(call) is None:
+            return flow.barrier(call)
+        return bilinear_mass(flow, call, *self.operands(call))
 
 
-register(Contraction(None), "conv1d", "conv2d", "conv3d")
-register(Contraction(-1), "linear")
+def _arranged(x: Tensor, labels: str, wanted: str) -> Tensor:
+    """``x`` with its dimensions in the wanted order: others (of one number) dropped, missing ones of size 1."""
+    for dim in reversed([dim for dim, label in enumerate(labels) if label not in wanted]):
+        x = x.select(dim, 0)
+    kept = [label for label in labels if label in wanted]
+    x = x.permute([kept.index(label) for label in wanted if label in kept])
+    for dim, label in enumerate(wanted):
+        if label not in kept:
+            x = x.unsqueeze(dim)
+    return x
+
+
+class Linear(Contraction):
+    def operands(self, call: Call) -> tuple[Any, Any, Any]:
+        return call["input"], call["weight"], call.get("bias")
+
+    def labels(self, call: Call) -> Labels | None:
+        batch = string.ascii_uppercase[: len(_shape(call["input"])) - 1]
+        if len(_shape(call["weight"])) == 1:
+            return Labels(batch + "i", "i", batch)
+        return Labels(batch + "i", "oi", batch + "o")
+
+
+class MatrixProduct(Contraction):
+    """``matmul``, ``mm``, ``bmm`` and the forms with a bias (``addmm``, ``baddbmm``)."""
+
+    def operands(self, call: Call) -> tuple[Any, Any, Any]:
+        a, b = (call.get(name) for name in ("mat1", "mat2"))
+        if a is None:
+            a, b = (call.get(name) for name in ("batch1", "batch2"))
+        if a is None:
+            a, b = call["input"], call.get("mat2", call.get("other"))
+        return a, b, call["input"] if a is not call["input"] else None
+
+    def labels(self, call: Call) -> Labels | None:
+        if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1:
+            return None
+        a, b, _ = (_shape(operand) for operand in self.operands(call))
+        batch_a, batch_b = a[:-2], b[:-2]
+        letters = string.ascii_uppercase[: max(len(batch_a), len(batch_b))]
+        if min(len(batch_a), len(batch_b)) and batch_a[-len(batch_b) :] != batch_b[-len(batch_a) :]:
+            return None  # broadcast batches of size 1
+        left = letters[len(letters) - len(batch_a) :] + ("ni" if len(a) > 1 else "i")
+        right = letters[len(letters) - len(batch_b) :] + ("im" if len(b) > 1 else "i")
+        return Labels(left, right, letters + ("n" if len(a) > 1 else "") + ("m" if len(b) > 1 else ""))
+
+
+class Einsum(Contraction):
+    def operands(self, call: Call) -> tuple[Any, Any, Any]:
+        tensors = call["tensors"]
+        return tensors[0], tensors[1] if len(tensors) == 2 else None, None
+
+    def labels(self, call: Call) -> Labels | None:
+        if len(call["tensors"]) != 2:
+            return None
+        inputs, arrow, out = call["equation"].replace(" ", "").partition("->")
+        a, _, b = inputs.partition(",")
+        if not arrow:
+            letters = a + b
+            out = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+        plain = all(term.isalpha() or not term for term in (a, b, out))
+        repeated = any(len(set(term)) < len(term) for term in (a, b))
+        return Labels(a, b, out) if plain and not repeated else None
+
+
+def _shape(operand: Any) -> tuple[int, ...]:
+    if operand is None:
+        return ()
+    return tuple(operand.values.shape if isinstance(operand, Mass) else operand.shape)
+
+
+class Embedding(Operation):
+    """A table looked up by indices: a linear layer on one-hot inputs."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        weight = call["weight"]
+        if not isinstance(weight, Weight):
+            shared = flow.mix(weight, [0], "rows of a table that is not rescaled")
+            return shared.reshape(-1).expand(call.output.shape)
+        dst = flow.fresh(weight.shape[1], weight)
+        flow.use(weight, dst.view(1, -1), torch.tensor(FIXED))
+        return dst.expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        weight, indices = call["weight"], call["indices"]
+        values = weight.values.sum(0).expand(call.output.shape)
+        return flow.result([weight, indices], values, weight.exponent)
+
+
+class Attention(Operation):
+    """``softmax(q kᵀ) v``: queries and keys are fixed, the values go through to the output."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        query, key, value = (flow.activation(call[name]) for name in ("query", "key", "value"))
+        for operand in (query, key, call.get("attn_mask")):
+            if isinstance(operand, Weight):
+                flow.pin(operand)
+            elif isinstance(operand, Tensor):
+                flow.fix(operand, "enters the softmax of an attention")
+        mixed = flow.mix(value, [value.ndim - 2], "attention")
+        repeats = call.output.shape[-3] // mixed.shape[-3] if mixed.ndim > 2 and call.get("enable_gqa") else 1
+        mixed = mixed.repeat_interleave(repeats, -3) if repeats > 1 else mixed
+        return mixed.expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        for name in ("query", "key", "attn_mask"):
+            if isinstance(call.get(name), Mass):
+                flow.barrier_input(call[name])
+        value = call["value"]
+        total = value.values.sum(-2, keepdim=True)
+        repeats = call.output.shape[-3] // total.shape[-3] if total.ndim > 2 and call.get("enable_gqa") else 1
+        total = total.repeat_interleave(repeats, -3) if repeats > 1 else total
+        return flow.result([value], total.expand(call.output.shape), value.exponent)
+
+
+register(Convolution(), "conv1d", "conv2d", "conv3d", "convolution")
+register(Convolution(transposed=True), "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+register(Linear(), "linear")
+register(MatrixProduct(), "matmul", "mm", "bmm", "addmm", "baddbmm")
+register(Einsum(), "einsum")
+register(Embedding(), "embedding")
+register(Attention(), "scaled_dot_product_attention")

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dagpath.flow.constants import NotConstantError
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Weight, compact
-from dagpath.ops.base import Operation, register
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.ops.base import Operation, Unknown, register
 
 
 def move(call: Call, convert: Callable[[Any], Any]) -> Any:
@@ -49,10 +50,10 @@ class SameValues(Operation):
     moves_weights = True
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return call.args[0]
+        return call.args[0] if call.output.is_floating_point() else Unknown("is rounded").neurons(flow, call)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.args[0]
+        return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
 
 
 class Concatenate(Movement):
@@ -76,7 +77,7 @@ class ConstantPad(Movement):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if call.get("mode", "constant") != "constant":
             return super().neurons(flow, call)
-        fill = FIXED if call["value"] else ZERO
+        fill = FIXED if call.get("value") else ZERO
         return torch.nn.functional.pad(flow.activation(call["input"]), call["pad"], value=fill)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
@@ -90,6 +91,87 @@ class ConstantPad(Movement):
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
 
+class ZeroFill(Movement):
+    """A movement that leaves zeros where nothing arrives: numbers move shifted by one, so that zero is ZERO."""
+
+    moves_weights = False
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        if call.leaves(Weight):
+            return Unknown().neurons(flow, call)
+        return move(call, lambda leaf: leaf - ZERO if isinstance(leaf, Tensor) else leaf) + ZERO
+
+
+class Index(Movement):
+    """Indexing is a movement where the indices are constants; indices from the input could pick any entry."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        try:
+            known = _with_indices(call, flow.real_node)
+        except NotConstantError:
+            return Unknown("is indexed by values that depend on the input").neurons(flow, call)
+        return super().neurons(flow, known)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        try:
+            return super().mass(flow, _with_indices(call, flow.real_node))
+        except NotConstantError:
+            return flow.barrier(call)
+
+
+def _with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
+    """The call with its integer and boolean tensors replaced by their values, out of sight of the flow."""
+
+    def known(argument: Any) -> Any:
+        value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return _Known(real_node(argument))
+        return argument
+
+    nodes = fx.node.map_arg(call.node.args, known)
+    args = pytree.tree_map(
+        lambda node, value: node if isinstance(node, _Known) else value,
+        list(nodes),
+        list(call.args),
+        is_leaf=lambda leaf: isinstance(leaf, (_Known, fx.Node, Weight, Mass, Tensor)) or leaf is None,
+    )
+    return Call(lambda *a, **k: call.target(*_opened(a), **k), tuple(args), call.kwargs, call.node)
+
+
+class _Known:
+    """A tensor of constants among neuron numbers."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _opened(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    opened: tuple[Any, ...] = pytree.tree_map(lambda leaf: leaf.value if isinstance(leaf, _Known) else leaf, args)
+    return opened
+
+
+class Inspection(Operation):
+    """Looks at a tensor's type or shape and returns none."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return flow.constant(call.output)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return call.output
+
+
+class Zeros(Operation):
+    """A tensor of zeros: right under any scale."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return flow.constant(call.output) + ZERO if not call.get("fill_value") else flow.constant(call.output)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        output = call.output
+        value = torch.full(output.shape, float(call.get("fill_value") or 0), device=flow.device)
+        return flow.constant(value)
+
+
 register(
     Movement(),
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes", "movedim"),
@@ -97,21 +179,20 @@ register(
     *("tensor_split", "stack", "roll", "flip", "repeat", "tile", "getitem", "pixel_shuffle", "pixel_unshuffle"),
     *("channel_shuffle", "native_channel_shuffle", "repeat_interleave", "diagonal", "unfold", "view_as", "reshape_as"),
     *("expand_as", "broadcast_to", "numpy_T", "mT", "adjoint", "rot90", "upsample_nearest1d", "upsample_nearest2d"),
-    *(
-        "upsample_nearest3d",
-        "swapdims",
-        "ravel",
-        "tril",
-        "triu",
-        "slice_scatter",
-        "select_scatter",
-        "diagonal_scatter",
-        "copy",
-    ),
+    *("upsample_nearest3d", "swapdims", "ravel", "slice_scatter", "select_scatter", "diagonal_scatter", "copy"),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "atleast_1d"),
+    *("atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "hstack", "vstack", "dstack", "unsafe_split"),
+    *("unsafe_chunk", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
+    *("replication_pad2d", "replication_pad3d", "squeeze_copy", "unsafe_split_with_sizes"),
 )
 register(
     SameValues(),
     *("contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy", "lift_fresh", "float"),
+    *("double", "half"),
 )
 register(Concatenate(), "cat", "concat", "concatenate")
 register(ConstantPad(), "pad", "constant_pad_nd")
+register(ZeroFill(), "im2col", "tril", "triu", "diag_embed")
+register(Index(), "index", "index_select", "gather", "take_along_dim")
+register(Inspection(), "_assert_tensor_metadata", "sym_size", "size", "numel")
+register(Zeros(), "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
@@ -12,35 +13,42 @@ from dagpath.flow.values import FIXED, Call, Mass, Weight
 from dagpath.ops.base import Operation, register
 
 
-class BatchNorm(Operation):
-    """``γ (x − mean) / sqrt(var + eps) + β`` per channel.
+class Normalization(Operation):
+    """``γ (x − mean) / sqrt(var + eps) + β``, the statistics taken from the input or, in batch norm, stored.
 
-    With running statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias
-    ``c = β − mean · a``. With batch statistics it is a barrier: its normalized input is a new input.
+    With stored statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias
+    ``c = β − mean · a``. With statistics of the input it is a barrier: the normalized input is a new input.
     """
+
+    def __init__(self, channels_last: bool) -> None:
+        self.channels_last = channels_last
+
+    def _placed(self, values: Tensor, ndim: int) -> Tensor:
+        """A tensor of the affine parameters' shape, made to broadcast with the output."""
+        if self.channels_last or values.ndim == 0:
+            return values
+        return values.reshape(-1, *[1] * (ndim - 2))
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         flow.fix(flow.activation(call["input"]), "feeds a normalization")
-        output = call.output if isinstance(call.output, torch.Tensor) else call.output[0]
-        weight, bias = call["weight"], call["bias"]
+        output = call.output if isinstance(call.output, Tensor) else call.output[0]
+        weight, bias = call.get("weight"), call.get("bias")
         numbers = torch.tensor(FIXED)
         if isinstance(weight, Weight):
-            numbers = flow.fresh(weight.shape[0], weight)
+            numbers = flow.fresh(weight.shape.numel(), weight).view(weight.shape)
             flow.use(weight, numbers, torch.tensor(FIXED))
         if isinstance(bias, Weight):
             flow.use(bias, numbers, torch.tensor(FIXED))
         elif bias is not None:
             flow.fix(numbers, "a constant bias is added to it")
-        if numbers.ndim:
-            numbers = numbers.view(-1, *[1] * (output.ndim - 2))
-        result = numbers.expand(output.shape)
-        return result if isinstance(call.output, torch.Tensor) else (result, *flow.constant(list(call.output[1:])))
+        result = self._placed(numbers, output.ndim).expand(output.shape)
+        return result if isinstance(call.output, Tensor) else (result, *flow.constant(list(call.output[1:])))
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass, weight, bias = call["input"], call["weight"], call["bias"]
-        frozen = not call.get("training", False) and call["running_mean"] is not None
+        mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
+        uses_input = call.get("training", False) or call.get("use_input_stats", False)
         mean, inverse_std = torch.zeros(()), torch.ones(())
-        if frozen:
+        if call.get("running_mean") is not None and not uses_input:
             mean = flow.real(call["running_mean"])
             inverse_std = (flow.real(call["running_var"]) + call["eps"]).rsqrt()
         else:
@@ -54,18 +62,19 @@ class BatchNorm(Operation):
             scale = scale * weight.values
         if bias is not None:
             constant = constant + flow.gradient_only(bias, torch.ones(()))
-        channels = [-1, *[1] * (mass.values.ndim - 2)]
-        scale, constant = (value.reshape(channels) for value in (scale, constant))
+        scale, constant = (self._placed(value, mass.values.ndim) for value in (scale, constant))
         used = [mass, *(part for part in (weight, bias) if part is not None)]
         exponent = flow.common([mass, Mass(constant, zero=not bool(constant.any()))])
         scale = flow.shifted(scale, mass.exponent - exponent)
         constant = flow.shifted(constant, -exponent)
         result = flow.result(used, torch.addcmul(constant, mass.values, scale), exponent)
-        return result if isinstance(call.output, torch.Tensor) else (result, *[None] * (len(call.output) - 1))
+        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 
 register(
-    BatchNorm(),
+    Normalization(channels_last=False),
     *("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional", "cudnn_batch_norm"),
-    *("_batch_norm_no_update", "_batch_norm_with_update_functional"),
+    *("_batch_norm_no_update", "_batch_norm_with_update_functional", "group_norm", "native_group_norm"),
+    *("instance_norm",),
 )
+register(Normalization(channels_last=True), "layer_norm", "native_layer_norm", "rms_norm")

@@ -130,10 +130,36 @@ class Reduce(Operation):
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 
+class Scan(Operation):
+    """A sum along a dimension that leaves its shape (``cumsum``)."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        x = flow.activation(call["input"])
+        return flow.mix(x, [call["dim"] % x.ndim], "a cumulative sum").expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.linear(call)
+
+
+class Fold(Operation):
+    """``col2im``: the patches of a channel are added up at their places."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        x, output = flow.activation(call["input"]), call.output
+        patches = x.reshape(*x.shape[:-2], output.shape[-3], -1, x.shape[-1])
+        mixed = flow.mix(patches, [-2 % patches.ndim, -1 % patches.ndim], "patches that are added up")
+        return mixed.expand(output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.linear(call)
+
+
 for _n in (1, 2, 3):
     register(Pool(_n, average=False), f"max_pool{_n}d", f"max_pool{_n}d_with_indices")
     register(Pool(_n, average=True), f"avg_pool{_n}d")
     register(Pool(_n, average=True, adaptive=True), f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d")
     register(Pool(_n, average=False, adaptive=True), f"adaptive_max_pool{_n}d")
+register(Scan(), "cumsum")
+register(Fold(), "col2im")
 register(Reduce(average=True), "mean")
 register(Reduce(average=False), "sum", "amax", "amin", "max", "min")

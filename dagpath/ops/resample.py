@@ -1,0 +1,52 @@
+"""Interpolation: fixed linear maps over positions, one axis after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import Call, Mass
+from dagpath.ops.base import Operation, register
+
+
+class Interpolation(Operation):
+    """Every output is a weighted sum over positions of its channel, so these share a scale."""
+
+    def __init__(self, spatial: int) -> None:
+        self.spatial = spatial
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        x = flow.activation(call["input"])
+        return flow.mix(x, range(x.ndim - self.spatial, x.ndim), "interpolation").expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        mass = call["input"]
+        values = mass.values
+        for axis in range(-self.spatial, 0):
+            values = (values.movedim(axis, -1) @ self._weights(flow, call, values, axis).t()).movedim(-1, axis)
+        return flow.result([mass], values, mass.exponent)
+
+    def _weights(self, flow: MassFlow, call: Call, like: Tensor, axis: int) -> Tensor:
+        """``|w|^q`` of the map along one axis, read off the operation's answers to unit vectors along it."""
+        shape = list(call["input"].values.shape[-self.spatial :])
+        size = shape[axis]
+        units = torch.eye(size, dtype=like.dtype, device=like.device)
+        units = units.reshape(size, 1, *[size if d - self.spatial == axis else 1 for d in range(self.spatial)])
+        probes = units.expand(size, 1, *shape).contiguous()
+        answers = call.run(lambda leaf: probes if isinstance(leaf, Mass) else leaf)[:, 0].movedim(axis, -1)
+        while answers.ndim > 2:
+            answers = answers.select(1, 0)
+        weights: Tensor = flow.power(answers.t())
+        return weights
+
+
+register(Interpolation(1), "upsample_linear1d")
+register(
+    Interpolation(2),
+    *("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+)
+register(Interpolation(3), "upsample_trilinear3d")
