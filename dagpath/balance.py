@@ -14,7 +14,7 @@ from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
 from dagpath.solver import SOLVERS
 from dagpath.solver.problem import DEFAULT_BOUND
-from dagpath.trace import TracedModel
+from dagpath.trace import TracedModel, require_traced
 
 
 def balance(
@@ -39,9 +39,13 @@ def balance(
         tol: stop when ``‖∇F‖∞ / p`` is at most this.
         max_iter: most iterations of the solver (Newton steps, or sweeps); None for the solver's default.
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
-            objective reached is that of the rounded factors, and never above the one at the start.
+            objective reached is that of the rounded factors, and never above the one at the start; where the optimal
+            factors are all near one, rounding gives away much of the gain.
         bound: largest ``|log λ|``, by default ln 2**20.
         device: where to solve; None for the device of the parameters.
+
+    Returns:
+        A :class:`Rescaling`; ``apply_()`` applies it.
 
     Raises:
         ValueError: an unknown criterion or solver, or a bound or tolerance that is not positive.
@@ -60,6 +64,7 @@ def balance(
         >>> rescaling.converged, rescaling.objective[1] < rescaling.objective[0]
         (True, True)
     """
+    require_traced(traced)
     start = time.perf_counter()
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
@@ -94,6 +99,7 @@ def balance(
         power_of_two,
         (solution.objective[0], after),
         solution.optimality,
+        problem.live,
         solution.iterations,
         solution.converged,
         end - start,
@@ -113,9 +119,22 @@ def random_rescaling(
         power_of_two: round the factors to powers of two; applying it is then bitwise exact.
         generator: source of randomness; None for PyTorch's global one.
 
+    Returns:
+        A :class:`Rescaling`; ``apply_()`` applies it.
+
     Raises:
         ValueError: sigma is negative or not finite.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> before = net(x)
+        >>> rescaling = dagpath.random_rescaling(dagpath.trace(net, x), sigma=2.0, power_of_two=True)
+        >>> torch.equal(rescaling.apply_()(x), before)
+        True
     """
+    require_traced(traced)
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
     z = sigma * torch.randn(traced.graph.num_groups, dtype=torch.float64, generator=generator)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dagpath.errors import BalanceError
 from dagpath.lifting.gram import visit_gram_diagonal
 from dagpath.solver import LogOuter, MassAggregator, Problem
 from dagpath.trace import TracedModel
@@ -40,11 +41,22 @@ class PathConditioning:
     reference: Mapping[str, float | Tensor] | None = None
 
     def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem:
+        """The criterion at the parameters' current values, as numbers.
+
+        Raises:
+            ValueError: the reference lacks a parameter, names another, or is not positive and finite.
+            BalanceError: path masses leave the range of float64.
+        """
         graph = traced.graph
         reference = self._checked_reference(graph.shapes)
         masses = MassAggregator(graph.num_groups, device)
 
         def visit(name: str, gram: Tensor) -> None:
+            if not bool(torch.isfinite(gram.sum())):
+                raise BalanceError(
+                    f"the path masses through {name!r} are not finite, though all weights are: look for a negative "
+                    "running variance behind it, or for weights beyond the range of float64 once squared"
+                )
             if reference is not None:
                 gram = gram / torch.as_tensor(reference[name]).to(gram)
             masses.add(gram, graph.ends[name].dst, graph.ends[name].src)
@@ -59,11 +71,14 @@ class PathConditioning:
             scale=max(p, 1),
             bound=bound,
             offset=p * exponent * math.log(2) if p else 0.0,
+            live=p,
         )
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:
         if self.reference is None:
             return None
+        if not isinstance(self.reference, Mapping):
+            raise TypeError(f"a reference maps parameter names to values, got {type(self.reference).__name__}")
         missing = [name for name in shapes if name not in self.reference]
         if missing:
             raise ValueError(f"the reference has no entry for {missing[0]!r} ({len(missing)} missing in all)")
@@ -89,6 +104,8 @@ def criterion_of(criterion: str | Criterion) -> Criterion:
         if criterion not in _BY_NAME:
             raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(map(repr, _BY_NAME))}")
         return _BY_NAME[criterion]()
+    if isinstance(criterion, type):
+        raise TypeError(f"a criterion is an instance: pass {criterion.__name__}(), not {criterion.__name__}")
     if not hasattr(criterion, "problem"):
         raise TypeError(f"a criterion is a name or has a method problem(), got {type(criterion).__name__}")
     return criterion

@@ -59,12 +59,16 @@ class NeuronGraph:
         maker_of: LongTensor [num_neurons]; which of ``sites`` made the neuron.
         cause_of: LongTensor [num_neurons]; which of ``causes`` fixed the neuron, -1 where it is free.
         sites: the calls that made neurons.
-        causes: the calls that fixed neurons.
+        causes: the calls that fixed neurons, each a :class:`Cause`.
+        without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
+        not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
 
     def __init__(self, flow: NeuronFlow) -> None:
         ends = flow.finish()
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in flow.parameters.items()}
+        self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
+        self.without_rule = [site_of(node) for node in flow.without_rule]
         self.num_neurons = flow.num_neurons
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
 

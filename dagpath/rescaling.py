@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ _CHUNK = 1 << 18
 """Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rescaling:
     """Factors ``λ = exp(log_scales)`` of the free scale groups of a traced model.
 
-    Each parameter element is multiplied by ``λ[dst] / λ[src]``, which leaves the function of the model as it was.
+    Each parameter element is multiplied by ``λ[dst] / λ[src]``, which leaves the function of the model as it was. Made
+    by :func:`balance`, :func:`rescale_` and :func:`random_rescaling`.
 
     Attributes:
         traced: the model that it belongs to.
@@ -31,12 +32,21 @@ class Rescaling:
         power_of_two: are all factors powers of two? Then applying it is exact in floating point.
         objective: the criterion before and after; NaN where there is none (a random rescaling).
         optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards).
+        live: p, the number of live parameters: those that a path of nonzero value, but for themselves, meets.
         iterations: iterations of the solver.
         converged: did the solver reach its tolerance?
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
         bound: the largest ``|log λ|`` that was allowed.
         difference: largest relative difference of the outputs, where it was verified.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)))
+        >>> rescaling.log_scales.shape, rescaling.multipliers()["2.weight"].shape
+        (torch.Size([8]), torch.Size([2, 8]))
+        >>> _ = rescaling.apply_()
     """
 
     traced: TracedModel = field(repr=False)
@@ -44,6 +54,7 @@ class Rescaling:
     power_of_two: bool = False
     objective: tuple[float, float] = (math.nan, math.nan)
     optimality: float = math.nan
+    live: int | None = None
     iterations: int = 0
     converged: bool = True
     seconds: float = 0.0
@@ -58,14 +69,17 @@ class Rescaling:
 
     def inverse(self) -> Rescaling:
         """The rescaling that takes this one back."""
-        return replace(self, log_scales=-self.log_scales, objective=self.objective[::-1], difference=None)
+        return Rescaling(
+            self.traced, -self.log_scales, self.power_of_two, objective=self.objective[::-1], bound=self.bound
+        )
 
     @torch.no_grad()
     def apply_(self, model: nn.Module | None = None) -> nn.Module:
         """Multiply the parameters in place. All or nothing: if it fails, every parameter is bitwise what it was.
 
         Data types, devices, storages and ``requires_grad`` stay. Parameters with ``requires_grad=False`` are rescaled
-        too: the function would change otherwise.
+        too: the function would change otherwise. Gradients in ``.grad`` and an optimizer's state still belong to the
+        old parameters. The outputs are not compared here; :func:`rescale_` does that.
 
         Args:
             model: a model with the same parameters as the traced one, for instance a copy; None for the traced one.
@@ -75,20 +89,19 @@ class Rescaling:
 
         Raises:
             ValueError: the model's parameters have other names or shapes.
-            BalanceError: a product leaves the range of the parameter's type.
+            BalanceError: a product leaves the range of the parameter's type, or, where all factors are powers of two,
+                is not exact in it (a subnormal number).
 
         Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile.
         """
         model = self.traced.model if model is None else model
         parameters = dict(unwrap(model).named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        if shapes != self.traced.graph.shapes:
-            wrong = next(iter(set(shapes.items()) ^ set(self.traced.graph.shapes.items())))
-            raise ValueError(f"the model is not the traced one: parameter {wrong[0]!r} of shape {tuple(wrong[1])}")
+        _check_same(shapes, self.traced.graph.shapes)
         scales = self._scales()
         with transaction(parameters):
             for name, parameter in parameters.items():
-                _multiply_(name, parameter, self.traced.graph.ends[name], scales)
+                _multiply_(name, parameter, self.traced.graph.ends[name], scales, self.power_of_two)
         return model
 
     def summary(self) -> str:
@@ -100,12 +113,16 @@ class Rescaling:
             ("neurons", f"{graph.num_neurons:,}"),
             ("free scale groups", f"{graph.num_groups:,}"),
             ("fixed neurons", f"{int((graph.group_of == 0).sum()):,}"),
-            ("objective before", f"{self.objective[0]:,.6f}"),
-            ("objective after", f"{self.objective[1]:,.6f}"),
-            ("optimality |grad F| / p", f"{self.optimality:.1e}" + ("" if self.converged else "  NOT CONVERGED")),
-            ("iterations", f"{self.iterations}"),
-            ("seconds", f"{self.seconds:.3f}"),
         ]
+        if not math.isnan(self.objective[0]):
+            rows.append(("criterion before", f"{self.objective[0]:,.1f}"))
+            rows.append(("criterion after", f"{self.objective[1]:,.1f}"))
+        if not math.isnan(self.optimality):
+            state = "" if self.converged else "  NOT CONVERGED"
+            rows.append(("optimality |grad F| / p", f"{self.optimality:.1e}{state}"))
+            rows.append(("live parameters p", f"{self.live:,} of {graph.num_parameters:,}"))
+            rows.append(("iterations", f"{self.iterations}"))
+            rows.append(("seconds", f"{self.seconds:.3f}"))
         if graph.num_groups:
             spread = self.log_scales.exp()
             rows.append(("scale factors, smallest", f"{float(spread.min()):.4g}"))
@@ -117,7 +134,12 @@ class Rescaling:
             rows.append(("frozen parameters, rescaled too", f"{frozen} of {len(parameters)}"))
         if self.difference is not None:
             rows.append(("largest difference of outputs", f"{self.difference:.1e}"))
-        return table(("quantity", "value"), rows)
+        text = table(("quantity", "value"), rows)
+        if not graph.num_groups:
+            text += "\nNo neuron is free, so nothing was rescaled: traced.explain() says why."
+        elif self.live == 0:
+            text += "\nNo parameter is live: every path passes a weight of zero, so there is nothing to balance."
+        return text
 
     def _scales(self) -> Tensor:
         """λ of every group, 1 for the fixed group 0 in front."""
@@ -142,7 +164,21 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
                     parameter.copy_(saved)
 
 
-def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor) -> None:
+def _check_same(shapes: Mapping[str, torch.Size], traced: Mapping[str, torch.Size]) -> None:
+    for name, shape in traced.items():
+        if name not in shapes:
+            raise ValueError(f"the model is not the traced one: it has no parameter {name!r}")
+        if shapes[name] != shape:
+            raise ValueError(
+                f"the model is not the traced one: its parameter {name!r} has shape {tuple(shapes[name])}, not "
+                f"{tuple(shape)}"
+            )
+    for name in shapes:
+        if name not in traced:
+            raise ValueError(f"the model is not the traced one: it has a parameter {name!r} more")
+
+
+def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor, exact: bool) -> None:
     dst, src = (scales[end].to(parameter.device) for end in (ends.dst, ends.src))
     if bool((dst == 1).all()) and bool((src == 1).all()):
         return
@@ -150,6 +186,12 @@ def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor) -> None
         part = parameter[rows]
         product = part.double() * _rows_of(dst, rows, parameter) / _rows_of(src, rows, parameter)
         part.copy_(product)
+        if exact and not torch.equal(part.double(), product):
+            raise BalanceError(
+                f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
+                f"{float(dst.max() / src.min()):.3g}, values leave the range in which {parameter.dtype} is exact; use "
+                "a smaller bound, power_of_two=False, or a wider type"
+            )
         if not bool(torch.isfinite(part).all()):
             raise BalanceError(
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "

@@ -46,6 +46,6 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_computation(device: torch.device) -> Iterator[None]:
-    """Outside of inference mode and autocast, whatever the caller is in."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    """Outside of inference mode and autocast, with new tensors on the CPU, whatever the caller is in."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.device("cpu"):
         yield

@@ -15,8 +15,8 @@ from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import operation_of
-from dagpath.report import explain
-from dagpath.state import unwrap
+from dagpath.report import explain, explanation
+from dagpath.state import plain_computation, unwrap
 
 
 class TracedModel:
@@ -50,8 +50,21 @@ class TracedModel:
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, **options)
 
-    def explain(self) -> str:
-        """What is free, tied and fixed, and which operation in which module fixed it: one screen of text.
+    def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
+        """What is free, tied and fixed in each module, and which operation in which module fixed it.
+
+        Args:
+            format: ``"text"`` for one screen of text; ``"dict"`` for programs, with nothing left out: ``neurons``,
+                ``groups``, ``parameters``, ``free``, ``fixed``, ``modules`` (path -> counts and ``tied_with``),
+                ``causes`` (``neurons``, ``reason``, ``operation``, ``module``, ``source``), ``without_rule``,
+                ``not_edges`` and ``train_failure``.
+
+        Returns:
+            The text, or the dictionary. The source line is that of the innermost ``forward`` method outside of
+            PyTorch.
+
+        Raises:
+            ValueError: another format.
 
         Example:
             >>> import torch, dagpath
@@ -61,7 +74,20 @@ class TracedModel:
             ...
         """
 
-        return explain(type(self.model).__name__, self.graph, self.captured.train_failure)
+        facts = type(self.model).__name__, self.graph, self.captured.train_failure
+        if format == "text":
+            return explain(*facts)
+        if format == "dict":
+            return explanation(*facts)
+        raise ValueError(f"format must be 'text' or 'dict', got {format!r}")
+
+
+def require_traced(traced: object) -> None:
+    """Raise TypeError for anything but a :class:`TracedModel`."""
+    if not isinstance(traced, TracedModel):
+        raise TypeError(
+            f"expected a TracedModel, got {type(traced).__name__}: make one with dagpath.trace(model, example_inputs)"
+        )
 
 
 def trace(
@@ -101,7 +127,10 @@ def trace(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, tuple):
-        raise TypeError(f"example_inputs must be a Tensor or a tuple, got {type(example_inputs).__name__}")
+        raise TypeError(
+            f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
+            f"{type(example_inputs).__name__}"
+        )
     model = unwrap(model)
     captured = capture(model, args, kwargs or {})
     if captured.train_failure:
@@ -110,8 +139,10 @@ def trace(
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",
             stacklevel=2,
         )
-    flow = NeuronFlow(model, operation_of)
-    for graph in (captured.eval, captured.train):
-        if graph is not None:
-            flow.run_graph(graph)
-    return TracedModel(model, captured, NeuronGraph(flow), time.perf_counter() - start)
+    with plain_computation(torch.device("cpu")):
+        flow = NeuronFlow(model, operation_of)
+        for graph in (captured.eval, captured.train):
+            if graph is not None:
+                flow.run_graph(graph)
+        neurons = NeuronGraph(flow)
+    return TracedModel(model, captured, neurons, time.perf_counter() - start)

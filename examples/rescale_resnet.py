@@ -56,8 +56,8 @@ def report(name: str, model: nn.Module, image: Tensor) -> Table:
     table.add_row("neurons", f"{graph.num_neurons:,}")
     table.add_row("free scale groups", f"{graph.num_groups:,}")
     table.add_row("fixed neurons", f"{int((graph.group_of == 0).sum()):,}")
-    for count, reason, operation, _, _ in fixed_summary(graph):
-        table.add_row(f"  {reason} ({operation})", f"{count:,}")
+    for count, reason in fixed_summary(graph):
+        table.add_row(f"  {reason}", f"{count:,}")
     table.add_section()
     table.add_row("criterion before", f"{found.objective[0]:,.1f}")
     table.add_row("criterion after", f"{found.objective[1]:,.1f}")

@@ -315,10 +315,11 @@ def test_auxiliary_heads_of_train_mode_follow():
 
 
 def test_an_unknown_operation_is_named_with_its_module_and_line():
-    net = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
-    text = dagpath.trace(net, torch.zeros(1, 4)).explain()
-    assert "gelu" in text
-    assert "without a rule" in text
+    net = Fn(lambda m, x: m.b(m.a(x).cumprod(1)), a=nn.Linear(4, 3), b=nn.Linear(3, 2))
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    assert "Operations without a rule" in traced.explain()
+    assert [entry["operation"] for entry in traced.explain(format="dict")["without_rule"]] == ["cumprod"]
+    assert traced.graph.num_groups == 0
 
 
 def test_a_fixed_neuron_is_traced_to_its_module_and_line():

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
-from dagpath.flow.values import NOTHING, Call, Mass
+from dagpath.flow.values import NOTHING, Call, Mass, plain
 from dagpath.state import plain_computation
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -151,6 +151,11 @@ class MassFlow(fx.Interpreter):
         """A tensor that depends on no input: its entries are edges of fixed weight."""
         values = self.power(tensor)
         return Mass(values, zero=self.exponent_of(values) == NOTHING)
+
+    def number(self, value: Any) -> Mass:
+        """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
+        known = plain(value)
+        return self.constant(torch.tensor(1.0 if known is None else known, dtype=torch.float64))
 
     def real(self, mass: Mass) -> Tensor:
         """The true values, in float64, of something that does not depend on the network's input."""

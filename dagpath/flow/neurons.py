@@ -67,6 +67,7 @@ class NeuronFlow(fx.Interpreter):
         self.num_neurons = 0
         self.makers: list[tuple[fx.Node, int]] = []
         self.ties: list[Tie] = []
+        self.without_rule: list[fx.Node] = []
         self._ends: dict[str, Ends] = {}
         self._pins: list[tuple[Weight, fx.Node]] = []
         self._made: dict[tuple[str, int], tuple[int, int]] = {}
@@ -216,6 +217,10 @@ class NeuronFlow(fx.Interpreter):
     def activation(self, value: Any) -> Any:
         """``value``, with a weight turned into neurons."""
         return self.as_neurons(value) if isinstance(value, Weight) else value
+
+    def is_edge(self, name: str) -> bool:
+        """Is the parameter an edge between neurons anywhere?"""
+        return name in self._ends
 
     # -- the result ------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,11 @@ def _leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=_is_value)
 
 
+def plain(value: Any) -> float | None:
+    """A number as a float; None for a symbolic one, which depends on the values of the input (``tensor.item()``)."""
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """:func:`torch.broadcast_tensors`, with types."""
     return tuple(torch.broadcast_tensors(*tensors))  # type: ignore[no-untyped-call]

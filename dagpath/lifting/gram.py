@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel
+from dagpath.trace import TracedModel, require_traced
 
 
 def visit_gram_diagonal(
@@ -56,6 +56,7 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
         >>> {name: values.tolist() for name, values in gram.items()}
         {'0.weight': [[9.0, 9.0]], '2.weight': [[18.0]], '2.bias': [1.0]}
     """
+    require_traced(traced)
     found: dict[str, Tensor] = {}
     exponent = visit_gram_diagonal(traced, found.__setitem__)
     result = {}

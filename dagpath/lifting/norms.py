@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dagpath.trace import TracedModel
+from dagpath.trace import TracedModel, require_traced
 
 
 def path_norm(traced: TracedModel, p: float = 1, log: bool = False) -> float:
@@ -16,14 +16,14 @@ def path_norm(traced: TracedModel, p: float = 1, log: bool = False) -> float:
 
     Args:
         traced: the traced model.
-        p: at least 1.
+        p: at least 1, and finite.
         log: return the natural logarithm, which is finite where the norm itself leaves float64.
 
     Returns:
         The norm, or its logarithm; -inf is the logarithm of a norm of zero, inf a norm above the float64 range.
 
     Raises:
-        ValueError: p is below 1.
+        ValueError: p is below 1 or not finite.
 
     Cost: one forward pass at batch 1, in float64. Source: Gonon et al., ICLR 2024, definition of the path-lifting.
 
@@ -36,8 +36,9 @@ def path_norm(traced: TracedModel, p: float = 1, log: bool = False) -> float:
         >>> dagpath.path_norm(dagpath.trace(net, torch.zeros(1, 2)))  # 4 paths of value 4, one bias of value 2
         18.0
     """
+    require_traced(traced)
     if not (isinstance(p, (int, float)) and 1 <= p < math.inf):
-        raise ValueError(f"p must be a number of at least 1, got {p!r}")
+        raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
     total = traced.masses(p).total()
     value = float(total.values)
     if log and value > 0:

@@ -38,10 +38,13 @@ class Unknown(Operation):
     For path masses it is a barrier: what enters counts as an output, what leaves as a new input.
     """
 
-    def __init__(self, reason: str = "enters an operation without a rule") -> None:
-        self.reason = reason
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason or "enters an operation without a rule"
+        self.known = bool(reason)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        if not self.known and call.leaves((Weight, Tensor)):
+            flow.without_rule.append(call.node)
         for weight in call.leaves(Weight):
             flow.pin(weight)
         for numbers in call.leaves(Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 _PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
@@ -24,11 +24,12 @@ class Homogeneous(Operation):
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         value, *others = call.leaves((Tensor, Weight))
-        if isinstance(value, Weight) or not self.applies(call) or any(isinstance(o, Tensor) for o in others):
-            return Unknown("enters an operation that is not positively homogeneous").neurons(flow, call)
+        if not self.applies(call) or any(isinstance(other, Tensor) and (other > FIXED).any() for other in others):
+            return Unknown("enters a function that is not positively homogeneous").neurons(flow, call)
         for slope in others:
-            flow.pin(slope)
-        return value
+            if isinstance(slope, Weight):
+                flow.pin(slope)
+        return flow.activation(value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return call.args[0] if self.applies(call) else flow.barrier(call)
@@ -56,7 +57,7 @@ class Sum(Operation):
         if isinstance(a, Weight) and isinstance(b, Weight):
             return Unknown("enters a sum of parameters").neurons(flow, call)
         if not isinstance(b, (Tensor, Weight)):
-            return flow.activation(a) if b == 0 else Unknown(_CONSTANT).neurons(flow, call)
+            return flow.activation(a) if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
         flow.tie(a, b, "a sum")
         return joined(a, b).expand(call.output.shape)
@@ -77,9 +78,9 @@ class Sum(Operation):
         return dst
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b, alpha = call["input"], call["other"], float(call.get("alpha", 1))
+        a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
         if not isinstance(b, Mass):
-            b = flow.constant(torch.tensor(float(b)))
+            b = flow.number(b)
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], values_a + values_b * flow.power(alpha), exponent)
@@ -98,16 +99,13 @@ class Choice(Operation):
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any) -> Tensor:
-        if isinstance(value, (int, float)):
-            return torch.tensor(FIXED if value else ZERO)
+        if not isinstance(value, (Tensor, Weight)):
+            return torch.tensor(ZERO if plain(value) == 0 else FIXED)
         numbers: Tensor = flow.activation(value)
         return numbers
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b = (
-            value if isinstance(value, Mass) else flow.constant(torch.tensor(float(value)))
-            for value in (call["input"], call["other"])
-        )
+        a, b = (value if isinstance(value, Mass) else flow.number(value) for value in (call["input"], call["other"]))
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
@@ -175,8 +173,7 @@ class Product(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
         if not isinstance(b, Mass):
-            factor = flow.power(abs(float(b)))
-            return flow.result([a], a.values * factor, a.exponent)
+            return flow.result([a], a.values * flow.number(b).values, a.exponent)
         if a.data and b.data and a.params and b.params:
             return flow.barrier(call)
         return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
@@ -199,9 +196,8 @@ class Quotient(Product):
         a, b = call["input"], call["other"]
         if call.get("rounding_mode") is not None or (isinstance(b, Mass) and b.data):
             return flow.barrier(call)
-        divisor = b.values if isinstance(b, Mass) else flow.power(abs(float(b)))
-        exponent = b.exponent if isinstance(b, Mass) else 0
-        return flow.result([a], a.values / divisor, a.exponent - exponent)
+        divisor = b if isinstance(b, Mass) else flow.number(b)
+        return flow.result([a], a.values / divisor.values, a.exponent - divisor.exponent)
 
 
 register(
@@ -215,3 +211,11 @@ register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other
 register(MaskedFill(), "masked_fill")
 register(Product(), "mul", "multiply")
 register(Quotient(), "div", "divide", "true_divide")
+register(
+    Unknown("enters a function that is not positively homogeneous"),
+    *("sigmoid", "tanh", "softmax", "log_softmax", "_softmax", "_log_softmax", "gelu", "silu", "mish", "elu", "selu"),
+    *("celu", "relu6", "hardsigmoid", "hardswish", "softplus", "softsign", "tanhshrink", "log_sigmoid", "exp", "log"),
+    *("log1p", "expm1", "sqrt", "rsqrt", "pow", "square", "reciprocal", "erf", "sin", "cos", "logit", "logsumexp"),
+    *("norm", "linalg_vector_norm", "glu", "hardshrink", "softshrink", "rsub", "alpha_dropout", "threshold"),
+    *("feature_alpha_dropout",),
+)

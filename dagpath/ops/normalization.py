@@ -10,7 +10,7 @@ from torch import Tensor
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, Call, Mass, Weight
-from dagpath.ops.base import Operation, register
+from dagpath.ops.base import Operation, Unknown, register
 
 
 class Normalization(Operation):
@@ -71,6 +71,26 @@ class Normalization(Operation):
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 
+class WeightNorm(Operation):
+    """``g v / ‖v‖`` per row: a parameter g times the constant ``v / ‖v‖``; v itself is not rescaled."""
+
+    moves_weights = True
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        v, g = call["v"], call["g"]
+        if not isinstance(v, Weight) or not isinstance(g, Weight):
+            return Unknown().neurons(flow, call)
+        flow.pin(v)
+        return Weight(v.shape, elements=flow.elements(g).expand(v.shape))
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        v, g = flow.real(call["v"]), call["g"]
+        rows = [dim for dim in range(v.ndim) if dim != call["dim"]]
+        direction = v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+        return flow.result([g], g.values * flow.power(direction), g.exponent)
+
+
+register(WeightNorm(), "_weight_norm")
 register(
     Normalization(channels_last=False),
     *("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional", "cudnn_batch_norm"),

@@ -262,6 +262,7 @@ class Problem:
         scale: what the gradient is measured against: ``optimality = ‖∇F‖∞ / scale``.
         bound: largest |z|.
         offset: constant added to F.
+        live: number of live elements, for the report.
     """
 
     matrix: GroupMatrix
@@ -271,6 +272,7 @@ class Problem:
     scale: float
     bound: float = DEFAULT_BOUND
     offset: float = 0.0
+    live: int | None = None
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
