@@ -5,6 +5,7 @@ from dagpath.criteria import PathConditioning
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
 from dagpath.graph import NeuronGraph
 from dagpath.lifting import gram_diagonal, path_norm
+from dagpath.ops import register_op
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -25,6 +26,7 @@ __all__ = [
     "gram_diagonal",
     "path_norm",
     "random_rescaling",
+    "register_op",
     "rescale_",
     "trace",
 ]

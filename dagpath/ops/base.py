@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Weight
+from dagpath.flow.values import FIXED, Call, Weight, compact
 
 
 class Operation:
@@ -43,7 +43,8 @@ class Unknown(Operation):
         self.known = bool(reason)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        if not self.known and call.leaves((Weight, Tensor)):
+        touched = call.leaves(Weight) or any(bool((compact(numbers) > FIXED).any()) for numbers in call.leaves(Tensor))
+        if touched and not self.known:
             flow.without_rule.append(call.node)
         for weight in call.leaves(Weight):
             flow.pin(weight)
@@ -76,6 +77,12 @@ def operation_name(target: Any) -> str:
     """``conv2d`` for ``aten.conv2d.default``, ``relu`` for ``aten.relu_.default``, ``getitem`` for the builtin."""
     packet = getattr(target, "overloadpacket", target)
     name = getattr(packet, "__name__", str(packet))
-    if getattr(target, "namespace", "aten") != "aten":
-        return f"{target.namespace}::{name}"
+    namespace = getattr(packet, "_qualified_op_name", "aten::").split("::")[0]
+    if namespace != "aten":
+        return f"{namespace}::{name}"
     return name.rstrip("_") if not name.startswith("_") else "_" + name.strip("_")
+
+
+def registered() -> dict[str, Operation]:
+    """Every operation that has a rule, by name."""
+    return dict(sorted(_REGISTRY.items()))

@@ -17,7 +17,7 @@ _CONSTANT = "a constant is added to it"
 
 
 class Homogeneous(Operation):
-    """f(λx) = λ f(x) for λ > 0, entry by entry. For path masses: an activation, the identity."""
+    """A positively homogeneous function, entry by entry: its output has the neurons of its input."""
 
     def applies(self, call: Call) -> bool:
         return True
@@ -36,7 +36,7 @@ class Homogeneous(Operation):
 
 
 class Clamp(Homogeneous):
-    """Homogeneous when its bounds are zero or absent."""
+    """Bounds that are zero or absent: a positively homogeneous function. Other bounds fix the input."""
 
     def applies(self, call: Call) -> bool:
         bounds = [call.get(name) for name in ("min", "max", "min_val", "max_val")]
@@ -50,7 +50,7 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Sum(Operation):
-    """``input ± alpha · other``: both operands share a scale, entry by entry."""
+    """A sum: both operands share a scale, entry by entry; a parameter among them is a bias."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -87,7 +87,7 @@ class Sum(Operation):
 
 
 class Choice(Operation):
-    """One of two tensors in each entry (``maximum``, ``where``): they share a scale."""
+    """One of two tensors in each entry: they share a scale."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -112,7 +112,7 @@ class Choice(Operation):
 
 
 class MaskedFill(Operation):
-    """Zeros in some entries are right under any scale; another value is a constant."""
+    """Zeros written into some entries are right under any scale; another value fixes the input."""
 
     def _keeps(self, call: Call) -> bool:
         return not isinstance(call["value"], (Tensor, Weight, Mass)) and call["value"] == 0
@@ -129,7 +129,7 @@ class MaskedFill(Operation):
 
 
 class Product(Operation):
-    """``input · other``: with a constant, a gate or another fixed tensor, the other operand keeps its neurons."""
+    """A product: with a constant or another fixed tensor the operand keeps its neurons; with a parameter, new ones."""
 
     moves_weights = True
 
@@ -180,7 +180,7 @@ class Product(Operation):
 
 
 class Quotient(Product):
-    """``input / other``: the divisor is fixed."""
+    """A quotient: the divisor is fixed, the dividend keeps its neurons."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]

@@ -41,7 +41,7 @@ def add_bias(flow: NeuronFlow, bias: Any, dst: Tensor) -> None:
 
 
 class Convolution(Operation):
-    """``output[o] = Σ_{i, k} weight[o, i, k] input[i, shifted by k] + bias[o]``, and its transpose.
+    """A convolution or its transpose: new neurons, one per output channel.
 
     A channel is one neuron: its positions share their weights, so they share a scale. A weight that is not made of
     parameters (a constant, a normalized weight) has no factor to give: it ties the inputs it joins to their outputs.
@@ -89,7 +89,10 @@ class Labels:
 
 
 class Contraction(Operation):
-    """A matrix product in any of its forms, seen as ``einsum(labels, a, b)`` plus a bias on the last dimension."""
+    """A matrix product in any of its forms, seen as ``einsum(labels, a, b)`` plus a bias on the last dimension.
+
+    With a parameter it makes new neurons; with a fixed tensor it ties the entries that it sums.
+    """
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         """(a, b, bias)"""
@@ -157,6 +160,8 @@ def _arranged(x: Tensor, labels: str, wanted: str) -> Tensor:
 
 
 class Linear(Contraction):
+    """A matrix product with a weight on the last axis, plus a bias: new neurons, one per output unit."""
+
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         return call["input"], call["weight"], call.get("bias")
 
@@ -168,7 +173,7 @@ class Linear(Contraction):
 
 
 class MatrixProduct(Contraction):
-    """``matmul``, ``mm``, ``bmm`` and the forms with a bias (``addmm``, ``baddbmm``)."""
+    """A matrix product: with a parameter, new neurons; with a fixed tensor, the entries that it sums are tied."""
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         a, b = (call.get(name) for name in ("mat1", "mat2"))
@@ -192,6 +197,8 @@ class MatrixProduct(Contraction):
 
 
 class Einsum(Contraction):
+    """A product of two tensors written with letters: treated as the matrix product that it is."""
+
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         tensors = call["tensors"]
         return tensors[0], tensors[1] if len(tensors) == 2 else None, None

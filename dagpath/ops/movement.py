@@ -30,7 +30,7 @@ def _double(value: Any) -> Any:
 
 
 class Movement(Operation):
-    """Neuron numbers, element numbers and masses all move as the operation moves values."""
+    """Data movement: neurons, parameters and masses move as the operation moves values."""
 
     moves_weights = True
 
@@ -45,7 +45,7 @@ class Movement(Operation):
 
 
 class SameValues(Operation):
-    """The output is the first argument with another layout, type or device: nothing moves."""
+    """Another layout, type or device: nothing moves."""
 
     moves_weights = True
 
@@ -57,7 +57,7 @@ class SameValues(Operation):
 
 
 class Concatenate(Movement):
-    """A movement along one axis: the dimensions that are expanded in all operands stay so."""
+    """Concatenation: data movement along one axis."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         values = list(call.args[0])
@@ -72,7 +72,7 @@ class Concatenate(Movement):
 
 
 class ConstantPad(Movement):
-    """Padding with zeros adds entries that are right under any scale; another value is a constant."""
+    """Padding: zeros are right under any scale; another value is a constant."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if call.get("mode", "constant") != "constant":
@@ -92,7 +92,10 @@ class ConstantPad(Movement):
 
 
 class ZeroFill(Movement):
-    """A movement that leaves zeros where nothing arrives: numbers move shifted by one, so that zero is ZERO."""
+    """Data movement that leaves zeros, which are right under any scale, where nothing arrives.
+
+    Numbers move shifted by one, so that zero becomes ZERO.
+    """
 
     moves_weights = False
 
@@ -103,7 +106,7 @@ class ZeroFill(Movement):
 
 
 class Index(Movement):
-    """Indexing is a movement where the indices are constants; indices from the input could pick any entry."""
+    """Indexing: data movement where the indices are constants; indices from the input fix what they index."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         try:

@@ -14,9 +14,9 @@ from dagpath.ops.base import Operation, Unknown, register
 
 
 class Normalization(Operation):
-    """``γ (x − mean) / sqrt(var + eps) + β``, the statistics taken from the input or, in batch norm, stored.
+    """A normalization: its input is fixed, its affine output makes new neurons.
 
-    With stored statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias
+    ``γ (x − mean) / sqrt(var + eps) + β``, the statistics taken from the input or, in batch norm, stored. With stored statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias
     ``c = β − mean · a``. With statistics of the input it is a barrier: the normalized input is a new input.
     """
 
@@ -72,7 +72,7 @@ class Normalization(Operation):
 
 
 class WeightNorm(Operation):
-    """``g v / ‖v‖`` per row: a parameter g times the constant ``v / ‖v‖``; v itself is not rescaled."""
+    """Weight normalization ``g v / ‖v‖``: the magnitudes g are rescaled, v is not, so a layer's inputs are tied."""
 
     moves_weights = True
 

@@ -24,7 +24,7 @@ _MIXED = "pooling"
 
 
 class Pool(Operation):
-    """A sliding or adaptive window over the last ``spatial`` dimensions."""
+    """Pooling: the positions of a channel share a scale."""
 
     def __init__(self, spatial: int, average: bool, adaptive: bool = False) -> None:
         self.spatial, self.average, self.adaptive = spatial, average, adaptive
@@ -94,7 +94,7 @@ def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tenso
 
 
 class Reduce(Operation):
-    """A mean, sum, maximum or minimum over whole dimensions."""
+    """A mean, sum, maximum or minimum over dimensions, whose entries share a scale."""
 
     def __init__(self, average: bool) -> None:
         self.average = average
@@ -131,7 +131,7 @@ class Reduce(Operation):
 
 
 class Scan(Operation):
-    """A sum along a dimension that leaves its shape (``cumsum``)."""
+    """A cumulative sum: the entries along its dimension share a scale."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         x = flow.activation(call["input"])
@@ -142,7 +142,7 @@ class Scan(Operation):
 
 
 class Fold(Operation):
-    """``col2im``: the patches of a channel are added up at their places."""
+    """Patches that are added up at their places: those of a channel share a scale."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         x, output = flow.activation(call["input"]), call.output

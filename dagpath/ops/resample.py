@@ -14,7 +14,7 @@ from dagpath.ops.base import Operation, register
 
 
 class Interpolation(Operation):
-    """Every output is a weighted sum over positions of its channel, so these share a scale."""
+    """Interpolation: weighted sums over the positions of a channel, which share a scale."""
 
     def __init__(self, spatial: int) -> None:
         self.spatial = spatial
