@@ -41,7 +41,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> nn.Module:
-    """A model with random weights, and batch norms with random statistics; on ``meta`` first, to know its size."""
+    """A model with random weights, and batch norms with random statistics."""
     options: dict[str, object] = {"weights": None}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False, "aux_logits": True}
@@ -120,9 +120,8 @@ def main() -> int:
     results: dict[str, object] = {}
     rows, changed, left_out = [], [], []
     for name in arguments.names or names():
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in build(name).parameters()) / 1e6
-        if size > arguments.largest:
+        weights = next(iter(models.get_model_weights(name)))
+        if weights.meta["num_params"] > 1e6 * arguments.largest:
             left_out.append(name)
             continue
         found = examine(name)

@@ -16,8 +16,9 @@ from dagpath.ops.base import Operation, Unknown, register
 class Normalization(Operation):
     """A normalization: its input is fixed, its affine output makes new neurons.
 
-    ``γ (x − mean) / sqrt(var + eps) + β``, the statistics taken from the input or, in batch norm, stored. With stored statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias
-    ``c = β − mean · a``. With statistics of the input it is a barrier: the normalized input is a new input.
+    ``γ (x − mean) / sqrt(var + eps) + β``, the statistics taken from the input or, in batch norm, stored. With stored
+    statistics it is one affine neuron per channel, of weight ``a = γ / sqrt(var + eps)`` and bias ``c = β − mean · a``.
+    With statistics of the input it is a barrier: the normalized input is a new input.
     """
 
     def __init__(self, channels_last: bool) -> None:
