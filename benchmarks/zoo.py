@@ -143,9 +143,8 @@ def main() -> int:
             )
         )
         rows.append((name, *cells))
-        print(
-            f"{len(rows):3d}  {'ok     ' if kept else 'CHANGED'}  {name}  {found.get('without rule', '')}", flush=True
-        )
+        without = ", ".join(found.get("without rule", []))
+        print(f"{len(rows):3d}  {'ok     ' if kept else 'CHANGED'}  {name:24s}  {without}", flush=True)
     print()
     print(table(("model", "captured", "neurons", "free groups", "eval", "train", "seconds"), rows))
     if left_out:

@@ -14,9 +14,11 @@ from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
 from dagpath.solver import SOLVERS
 from dagpath.solver.problem import DEFAULT_BOUND
+from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 
+@plain_computation()
 def balance(
     traced: TracedModel,
     criterion: str | Criterion = "pathcond",
@@ -108,6 +110,7 @@ def balance(
     )
 
 
+@plain_computation()
 def random_rescaling(
     traced: TracedModel, sigma: float = 1.0, power_of_two: bool = False, generator: torch.Generator | None = None
 ) -> Rescaling:

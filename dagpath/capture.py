@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dagpath.errors import CaptureError
 from dagpath.modes import modes_agree
-from dagpath.state import mode
+from dagpath.state import mode, without_autocast
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -250,8 +250,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """
     args, kwargs = inputs
     try:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        with mode(model, training), torch.autocast(device.type, enabled=False), torch.no_grad():
+        with mode(model, training), without_autocast(), torch.no_grad():
             leaves = pytree.tree_leaves(model(*args, **kwargs))
     except Exception as error:
         shapes = ", ".join(

@@ -15,7 +15,6 @@ from dagpath.capture import CapturedGraph, run, with_batch
 from dagpath.criteria import Criterion
 from dagpath.errors import VerificationError
 from dagpath.rescaling import Rescaling, transaction
-from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -66,11 +65,12 @@ def rescale_(
     start = time.perf_counter()
     traced = trace(model, example_inputs, kwargs)
     rescaling = balance(traced, criterion, **balance_options)
+    model = traced.model
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []
     before = [run(model, inputs, training) for training, inputs in checks]
     balanced = time.perf_counter()
-    with transaction(dict(unwrap(model).named_parameters())):
+    with transaction(dict(model.named_parameters())):
         rescaling.apply_()
         applied = time.perf_counter()
         difference = None

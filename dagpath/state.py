@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that owns the parameters, below DataParallel, DistributedDataParallel and ``torch.compile``."""
+def unwrap(model: Any) -> nn.Module:
+    """The module that owns the parameters: below parallel and compiled wrappers, of an exported program.
+
+    Raises:
+        TypeError: it is no module.
+    """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
+            model = model._orig_mod
+        elif isinstance(model, torch.export.ExportedProgram):
+            model = model.module()
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 @contextlib.contextmanager
@@ -30,7 +39,8 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
-            model.train(training)
+            with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
+                model.train(training)
             yield
         finally:
             for current, saved in (*attributes, *registered):
@@ -45,7 +55,17 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_computation(device: torch.device) -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
+    """Every operation in the type of its arguments, whatever the caller is in."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def plain_computation() -> Iterator[None]:
     """Outside of inference mode and autocast, with new tensors on the CPU, whatever the caller is in."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.device("cpu"):
+    with torch.inference_mode(False), without_autocast(), torch.device("cpu"):
         yield

@@ -100,7 +100,8 @@ def trace(
     buffers, gradients, hooks and random state.
 
     Args:
-        model: any module. Operations that dagpath does not know fix the neurons they touch, and
+        model: any module, also one wrapped in DataParallel, DistributedDataParallel or by ``torch.compile``, and a
+            ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and
             :meth:`TracedModel.explain` names them.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``. Dimension 0 of tensors is
             the batch; its size does not matter.
@@ -123,15 +124,13 @@ def trace(
         NeuronGraph(10 neurons, 8 free groups, 58 parameters)
     """
     start = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, tuple):
         raise TypeError(
             f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
             f"{type(example_inputs).__name__}"
         )
-    model = unwrap(model)
     captured = capture(model, args, kwargs or {})
     if captured.train_failure:
         warnings.warn(
@@ -139,7 +138,7 @@ def trace(
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",
             stacklevel=2,
         )
-    with plain_computation(torch.device("cpu")):
+    with plain_computation():
         flow = NeuronFlow(model, operation_of)
         for graph in (captured.eval, captured.train):
             if graph is not None:

@@ -470,3 +470,75 @@ def test_a_random_rescaling_is_reproducible_and_checked():
     assert dagpath.random_rescaling(traced, 0.0).log_scales.abs().max() == 0
     with pytest.raises(ValueError, match="sigma must be"):
         dagpath.random_rescaling(traced, -1.0)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_context_of_the_caller_does_not_matter(context):
+    net, x = mlp(3, 8, 8, 2), torch.randn(2, 3)
+    twin = copy.deepcopy(net)
+    expected = dagpath.rescale_(twin, x)
+    with context():
+        found = dagpath.rescale_(net, x)
+    assert found.objective == expected.objective
+    assert all(map(torch.equal, snapshot(net), snapshot(twin)))
+
+
+def test_a_number_read_from_the_input_is_a_gate():
+    class Item(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x))) * x.max().item()
+
+    rescaling = dagpath.rescale_(Item(), torch.rand(2, 3))
+    assert rescaling.traced.graph.num_groups == 4
+    assert rescaling.converged
+
+
+def test_powers_of_two_that_a_half_type_cannot_hold_are_refused():
+    net = mlp(2, 2, 2).half()
+    with torch.no_grad():
+        net[0].weight.fill_(3 * 2.0**-24)
+    traced = dagpath.trace(net, torch.zeros(1, 2).half())
+    before = snapshot(net)
+    scales = torch.full((2,), -math.log(2), dtype=torch.float64)
+    with pytest.raises(dagpath.BalanceError, match="exact"):
+        dagpath.Rescaling(traced, scales, power_of_two=True).apply_()
+    assert unchanged(net, before)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [dagpath.path_norm, dagpath.gram_diagonal, dagpath.balance, dagpath.random_rescaling],
+)
+def test_an_untraced_model_is_a_type_error_that_says_what_to_do(function):
+    with pytest.raises(TypeError, match=r"expected a TracedModel, got Sequential: make one with dagpath.trace"):
+        function(mlp(3, 4, 2))
+
+
+def test_a_torchscript_module_is_refused_with_the_reason():
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        scripted = torch.jit.script(nn.Linear(3, 2))
+    with pytest.raises(dagpath.CaptureError, match="TorchScript"):
+        dagpath.trace(scripted, torch.zeros(1, 3))
+
+
+def test_a_negative_running_variance_is_named():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net[1].running_var.fill_(-1.0)
+    with pytest.raises(dagpath.BalanceError, match="negative running variance"):
+        dagpath.rescale_(net, torch.randn(2, 3))
+
+
+def test_summaries_say_why_nothing_was_done():
+    linear = dagpath.rescale_(nn.Linear(3, 2), torch.randn(2, 3))
+    assert "No neuron is free" in linear.summary()
+    net = mlp(3, 4, 4, 2)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.ones_(net[0].weight)
+    assert "live parameters p" in dagpath.rescale_(net, torch.randn(2, 3)).summary()

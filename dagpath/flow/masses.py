@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.values import NOTHING, Call, Mass, plain
-from dagpath.state import plain_computation
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
 """Values between 2**-h and 2**h are left alone: one operation moves them far less than the type's range over h."""
@@ -77,7 +76,7 @@ class MassFlow(fx.Interpreter):
     def total(self) -> Mass:
         """Σ |Φ|^q over all paths, as a mass of one entry."""
         placeholders = sum(node.op == "placeholder" for node in self.graph_inputs.module.graph.nodes)
-        with plain_computation(self.device), torch.set_grad_enabled(self._on_gradient is not None):
+        with torch.set_grad_enabled(self._on_gradient is not None):
             self.run(*[None] * placeholders, enable_io_processing=False)
             exponent = max((sink.magnitude for sink in self.sinks), default=NOTHING)
             if exponent == NOTHING:

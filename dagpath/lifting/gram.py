@@ -25,11 +25,11 @@ def visit_gram_diagonal(
     flow = traced.masses(2, dtype, on_gradient=visit)
     total = flow.total()
     if total.values.requires_grad:
-        with plain_computation(total.values.device):
-            torch.autograd.backward(total.values)
+        torch.autograd.backward(total.values)
     return total.exponent
 
 
+@plain_computation()
 def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
     """The diagonal of the path Gram matrix, ``G_ee = Σ_{p ∋ e} (Φ_p / θ_e)²``, at the parameters' current values.
 

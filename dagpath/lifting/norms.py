@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 
+@plain_computation()
 def path_norm(traced: TracedModel, p: float = 1, log: bool = False) -> float:
     """The path-norm ``(Σ |Φ|^p)^(1/p)`` over all paths of the network, at the parameters' current values.
 
