@@ -88,7 +88,7 @@ def balance(
         )
     z, after = solution.z, solution.objective[1]
     if power_of_two:
-        limit = math.floor(bound / math.log(2))
+        limit = math.floor(min(bound, 700.0) / math.log(2))
         rounded = torch.round(z / math.log(2)).clamp(-limit, limit) * math.log(2)
         z, after = min(
             ((candidate, problem.at(candidate).value) for candidate in (rounded, torch.zeros_like(z))),

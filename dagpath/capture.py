@@ -21,8 +21,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from dagpath.errors import CaptureError
-from dagpath.modes import modes_agree
-from dagpath.state import mode, without_autocast
+from dagpath.modes import batches_agree, modes_agree
+from dagpath.state import mode, random_states, without_autocast
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -102,6 +102,33 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return Capture(evaluated, trained, reason)
 
 
+def shared_parameters(model: nn.Module, captured: Capture) -> set[str]:
+    """Names of parameters whose storage other tensors of the model use too, or whose own entries share memory.
+
+    Multiplying one of them in place would change the others.
+    """
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for graph in (captured.eval, captured.train):
+        tensors |= {id(tensor): tensor for tensor in (graph.tensors.values() if graph else ())}
+    users: dict[int, int] = {}
+    for tensor in tensors.values():
+        if not tensor.is_meta:
+            users[_storage(tensor)] = users.get(_storage(tensor), 0) + 1
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta
+        and (
+            users[_storage(parameter)] > 1
+            or any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True))
+        )
+    }
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
+
+
 def with_batch(given: Any, size: int | None) -> Any:
     """Inputs with ``size`` examples in their batch: the first ones, or the first one repeated.
 
@@ -126,6 +153,8 @@ def _first_capture(
     """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
     failure: Exception | None = None
     resized = with_batch(given, size)
+    if resized is not given and not training and not batches_agree(model, resized, given):
+        resized = given
     for batch, inputs in ((size, resized), (None, given)):
         if batch is not None and inputs is given:
             continue
@@ -147,11 +176,15 @@ def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
 
 def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) -> CapturedGraph:
     args, kwargs = inputs
-    with mode(model, training), _quiet(), warnings.catch_warnings():
+    with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
+        before = random_states()
         program = torch.export.export(model, args, kwargs, strict=False)
+        if random_states() != before:
+            raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         if not make_functional(program.graph_module):
             program = program.run_decompositions({})
+    _check_shapes_are_known(program.graph_module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -159,6 +192,8 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
     tensors: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
         placeholder = getattr(spec.arg, "name", "")
+        if spec.kind == InputKind.PARAMETER and str(spec.target) not in owners:
+            raise CaptureError(f"the forward makes the parameter {spec.target!r}: run the model once before tracing it")
         if spec.kind == InputKind.PARAMETER:
             parameters[placeholder] = names[id(owners[str(spec.target)])]
         elif spec.kind == InputKind.BUFFER and spec.target in buffers:
@@ -166,6 +201,15 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
     return CapturedGraph(program.graph_module, parameters, tensors, batch)
+
+
+def _check_shapes_are_known(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, Tensor) and not all(isinstance(size, int) for size in leaf.shape):
+                raise CaptureError(
+                    f"the shape of {node.name} depends on the values of the input:\n{node.meta.get('stack_trace', '')}"
+                )
 
 
 @contextlib.contextmanager
@@ -199,9 +243,13 @@ def make_functional(module: fx.GraphModule) -> bool:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
+        if any(info.alias_info is not None and info.alias_info.is_write for info in schema.arguments[len(node.args) :]):
+            return False  # an ``out=`` argument
         for argument, info in zip(node.args, schema.arguments, strict=False):
-            if info.alias_info is None or not info.alias_info.is_write or not isinstance(argument, fx.Node):
+            if info.alias_info is None or not info.alias_info.is_write:
                 continue
+            if not isinstance(argument, fx.Node):
+                return False
             value = argument.meta["val"]
             for alias in by_storage.get(value.untyped_storage()._cdata, []):
                 if order[alias] >= order[node]:
@@ -243,7 +291,7 @@ def _headline(error: BaseException) -> str:
 
 
 def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
-    """The floating-point tensors that the model returns, computed without gradients; the model is left as it was.
+    """The tensors that the model returns, computed without gradients; the model is left as it was.
 
     Raises:
         CaptureError: the model's forward raised; the message names the line.
@@ -263,7 +311,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
             f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
             f"{'train' if training else 'eval'} mode."
         ) from error
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:

@@ -1,9 +1,10 @@
-"""Does train mode do anything to a model that eval mode does not?
+"""Do two ways of running a model make the same calls?
 
 Capturing a graph takes most of the time of a trace, and the train graph of most models is the eval graph with the
 train flag of its batch norms and dropouts set. Two dry runs on the meta device (shapes without values) tell: they
-record every call of a PyTorch function with what its arguments were made from. Where the records agree, the train graph
-puts the same constraints on the scales of neurons as the eval graph, and need not be captured.
+record every call of a PyTorch function, with what its arguments were made from. Where the records agree, the train
+graph puts the same constraints on the scales of neurons as the eval graph, and need not be captured. Whatever a dry run
+cannot see through (values, unknown tensors, random decisions) counts as a difference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dagpath.state import mode
+from dagpath.state import mode, random_states, without_autocast
 
 _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,
@@ -31,35 +32,66 @@ _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
 Their results have the shape of their first argument; the dry run goes no further into them.
 """
 
+_PLAIN = (
+    *(int, float, complex, str, bool, type(None), slice, type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+
+
+class _UnclearError(Exception):
+    """The dry run met something that it cannot see through."""
+
 
 def modes_agree(model: nn.Module, inputs: Any) -> bool:
-    """Do both modes make the same calls on activations and parameters? False where a dry run is not possible."""
+    """Do both modes make the same calls on activations and parameters?"""
     try:
         return _record(model, inputs, training=False) == _record(model, inputs, training=True)
     except Exception:  # anything that does not run without values: the caller captures both graphs
         return False
 
 
-def _record(model: nn.Module, inputs: Any, training: bool) -> list[Any]:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
+def batches_agree(model: nn.Module, inputs: Any, others: Any) -> bool:
+    """Do two batch sizes make the same sequence of calls in eval mode, whatever the shapes?"""
+    try:
+        records = [_record(model, chosen, training=False) for chosen in (inputs, others)]
+    except Exception:
+        return False
+    first, second = ([name for name, _ in record] for record in records)
+    return first == second
+
+
+def _record(model: nn.Module, inputs: Any, training: bool) -> list[tuple[str, Any]]:
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    state = {name: torch.empty_like(t, device="meta") for name, t in {**parameters, **buffers}.items()}
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
-    parameters = {id(state[name]): name for name, _ in model.named_parameters()}
-    recorder = _Recorder(parameters, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-    with mode(model, training), torch.no_grad(), recorder:
-        outputs = torch.func.functional_call(model, state, args, kwargs)
-    return [*recorder.calls, recorder.describe(outputs)]
+    recorder = _Recorder({name: state[name] for name in parameters}, {name: state[name] for name in buffers})
+    for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+        if isinstance(leaf, Tensor):
+            recorder.know(leaf, ("input", position))
+    with mode(model, training), without_autocast(), torch.enable_grad():
+        before = random_states()
+        with recorder:
+            outputs = torch.func.functional_call(model, state, args, kwargs)
+        if random_states() != before:
+            raise _UnclearError("random numbers were drawn in Python")
+    return [*recorder.calls, ("output", recorder.describe(outputs))]
 
 
 class _Recorder(TorchFunctionMode):
-    """Records calls; a tensor is described by the parameter, the input or the call that it is."""
+    """Records calls; a tensor is described by the parameter, the buffer, the input or the call that it is."""
 
-    def __init__(self, parameters: Mapping[int, str], inputs: list[Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.calls: list[Any] = []
+        self.calls: list[tuple[str, Any]] = []
         self._kept: list[Any] = []
-        self._known: dict[int, object] = dict(parameters)
-        self._known.update({id(tensor): ("input", position) for position, tensor in enumerate(inputs)})
+        self._known: dict[int, object] = {}
+        self._buffers = {id(buffer) for buffer in buffers.values()}
+        for name, tensor in {**parameters, **buffers}.items():
+            self.know(tensor, name)
+
+    def know(self, tensor: Tensor, origin: object) -> None:
+        self._kept.append(tensor)  # an id is only known while its tensor lives
+        self._known[id(tensor)] = origin
 
     def describe(self, value: Any) -> Any:
         """The value itself, with tensors replaced by where they come from."""
@@ -68,23 +100,31 @@ class _Recorder(TorchFunctionMode):
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return self._known.get(id(leaf), "constant"), tuple(leaf.shape)
-        return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)) else str(type(leaf))
+            if id(leaf) not in self._known:
+                raise _UnclearError("a tensor of unknown origin")
+            return self._known[id(leaf)], tuple(leaf.shape)
+        if not isinstance(leaf, _PLAIN):
+            raise _UnclearError(f"an argument of type {type(leaf).__name__}")
+        return repr(leaf) if isinstance(leaf, slice) else leaf
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        shortcut = func in _MODE_DEPENDENT and bool(args)
-        if not any(id(tensor) in self._known for tensor in tensors):
-            return func(*args, **kwargs)
-        if shortcut:
+        if tensors and all(id(tensor) in self._buffers for tensor in tensors):
+            result = func(*args, **kwargs)
+            if id(result) in self._buffers:  # a counter that train mode increases constrains nothing
+                return result
+            described = self.describe((args, kwargs))
+        elif func in _MODE_DEPENDENT and args:
             described = self.describe((args[: _MODE_DEPENDENT[func]], kwargs.get("weight"), kwargs.get("bias")))
+            result = torch.empty_like(args[0])
         else:
             described = self.describe((args, kwargs))
+            result = func(*args, **kwargs)
         self.calls.append((getattr(func, "__qualname__", str(func)), described))
-        result = torch.empty_like(args[0]) if shortcut else func(*args, **kwargs)
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
-                self._kept.append(leaf)  # an id is only known while its tensor lives
-                self._known[id(leaf)] = (len(self.calls), position)
+                if not leaf.is_meta:
+                    raise _UnclearError("a tensor with values")
+                self.know(leaf, (len(self.calls), position))
         return result

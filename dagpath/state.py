@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -30,14 +32,34 @@ def unwrap(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
+def python_random_state() -> Iterator[None]:
+    """Put the random states of Python and NumPy back afterwards."""
+    python, numpy_ = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpy_)
+
+
+def random_states() -> tuple[object, ...]:
+    """The random states of Python and NumPy, to see whether something drew from them."""
+    return random.getstate(), repr(numpy.random.get_state())
+
+
+@contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put ``model`` in train or eval mode; afterwards every attribute, buffer and random state is what it was."""
     attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    registered = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (module._buffers, module._parameters, module._modules)
+    ]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), python_random_state():
         try:
             with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
                 model.train(training)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture import Capture, capture
+from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import operation_of
+from dagpath.ops import Unknown, operation_of
 from dagpath.report import explain, explanation
 from dagpath.state import plain_computation, unwrap
 
@@ -139,7 +139,7 @@ def trace(
             stacklevel=2,
         )
     with plain_computation():
-        flow = NeuronFlow(model, operation_of)
+        flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
         for graph in (captured.eval, captured.train):
             if graph is not None:
                 flow.run_graph(graph)

@@ -33,8 +33,10 @@ def build(name: str) -> nn.Module:
     options = {"weights": None}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False, "aux_logits": True}
-    if name == "fcn_resnet50":
-        options |= {"weights_backbone": None, "aux_loss": True}
+    if name in models.list_models(module=models.segmentation):
+        options |= {"weights_backbone": None}
+        if not name.startswith("lraspp"):
+            options |= {"aux_loss": True}
     torch.manual_seed(0)
     model = models.get_model(name, **options)
     for module in model.modules():
@@ -90,6 +92,41 @@ def test_rescaling_keeps_the_function_and_reaches_the_optimum(name):
     assert relative(outputs(model, batch, True), trained) <= 1e-4
     second = dagpath.rescale_(model, example)
     assert float(second.log_scales.abs().max()) < 1e-6
+
+
+# benchmarks/zoo.py runs the same over every model that torchvision defines
+SMALL: dict[str, tuple[int, tuple[int, ...]]] = {
+    "convnext_tiny": (14_688, (3, 64, 64)),
+    "deeplabv3_mobilenet_v3_large": (1, (3, 64, 64)),
+    "efficientnet_b0": (784, (3, 64, 64)),
+    "lraspp_mobilenet_v3_large": (1, (3, 64, 64)),
+    "maxvit_t": (18_000, (3, 224, 224)),
+    "mc3_18": (2_880, (3, 8, 56, 56)),
+    "mnasnet0_5": (1_000, (3, 64, 64)),
+    "mobilenet_v2": (1, (3, 64, 64)),
+    "mobilenet_v3_small": (1_152, (3, 64, 64)),
+    "r2plus1d_18": (2_880, (3, 8, 56, 56)),
+    "regnet_y_400mf": (5_000, (3, 64, 64)),
+    "s3d": (1_000, (3, 16, 224, 224)),
+    "shufflenet_v2_x0_5": (1_000, (3, 64, 64)),
+    "swin_t": (16_704, (3, 224, 224)),
+    "swin_v2_t": (12_000, (3, 256, 256)),
+    "vit_b_32": (28_416, (3, 224, 224)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", SMALL)
+def test_a_power_of_two_rescaling_is_exact(name):
+    least_groups, shape = SMALL[name]
+    model = build(name)
+    batch = torch.randn(2, *shape)
+    before = [outputs(model, batch, training) for training in (False, True)]
+    traced = dagpath.trace(model, batch)
+    assert traced.graph.num_groups >= least_groups
+    dagpath.random_rescaling(traced, power_of_two=True, generator=torch.Generator().manual_seed(2)).apply_()
+    assert all(map(torch.equal, outputs(model, batch, False), before[False]))
+    assert relative(outputs(model, batch, True), before[True]) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0", "googlenet"])

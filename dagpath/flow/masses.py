@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
-from dagpath.flow.constants import Constants
+from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.values import NOTHING, Call, Mass, plain
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -92,8 +92,10 @@ class MassFlow(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
-        if name is not None:
+        if name is not None and self._parameters[name].is_floating_point():
             return self._parameter(name)
+        if name is not None:
+            return self.constant(self._parameters[name])
         tensor = self.graph_inputs.tensors.get(str(target))
         if tensor is not None:
             return self.constant(tensor)
@@ -105,7 +107,10 @@ class MassFlow(fx.Interpreter):
         rule = self._rule(target)
         if any(mass.data for mass in masses) or (rule.moves_weights and any(mass.params for mass in masses)):
             return rule.mass(self, call)
-        return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
+        try:
+            return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
+        except NotConstantError:
+            return self._inputs(call.output)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -142,6 +147,7 @@ class MassFlow(fx.Interpreter):
         """``|value|^q``, of a number or a tensor (in the dtype of the masses)."""
         if not isinstance(value, Tensor):
             return abs(value) ** self.exponent_q
+        value = value.abs() if value.is_complex() else value
         layout = _FAST_LAYOUT.get(value.ndim, torch.preserve_format)
         copy = value.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
         return copy.square_() if self.exponent_q == 2 else copy.abs_().pow_(self.exponent_q)

@@ -9,7 +9,7 @@ a channel's positions share a number, so a number is stored once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,10 +56,24 @@ class NeuronFlow(fx.Interpreter):
 
     Several graphs of the same model (its two modes) may be run one after the other: they share their parameters, and a
     parameter's edges have the same ends in each.
+
+    Args:
+        model: the model.
+        rule: finds the rule of a call's target.
+        unknown: makes the rule of an operation that fixes what it touches, from the reason.
+        shared: names of parameters that are not rescaled, since other tensors share their storage.
     """
 
-    def __init__(self, model: nn.Module, rule: Callable[[Any], NeuronRule]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Callable[[Any], NeuronRule],
+        unknown: Callable[[str], NeuronRule],
+        shared: Collection[str] = (),
+    ) -> None:
         self._rule = rule
+        self._unknown = unknown
+        self._shared = shared
         self.parameters = dict(model.named_parameters())
         self._owners = [name for name, parameter in self.parameters.items() if parameter.numel()]
         sizes = [self.parameters[name].numel() for name in self._owners]
@@ -96,12 +110,36 @@ class NeuronFlow(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
         name = self._names.get(str(target))
-        if name is not None:
-            return Weight(self.parameters[name].shape, name=name)
+        if name is not None and self.parameters[name].is_floating_point():
+            weight = Weight(self.parameters[name].shape, name=name)
+            if name in self._shared:
+                self.pin(weight)
+            return weight
         return self.constant(self.node.meta.get("val"))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._rule(target).neurons(self, Call(target, args, dict(kwargs), self.node))
+        call = Call(target, args, dict(kwargs), self.node)
+        try:
+            numbers = self._rule(target).neurons(self, call)
+            exact = self._carries(numbers, call.output)
+        except Exception as error:  # an unforeseen form of an operation must not cost more than what it touches
+            return self._unknown(f"enters an unforeseen form of an operation: {error}").neurons(self, call)
+        return numbers if exact else self._unknown("is rounded, compared or counted").neurons(self, call)
+
+    @staticmethod
+    def _carries(numbers: Any, output: Any) -> bool:
+        """Are all free neurons in entries that can carry a scale, not in integers or booleans?
+
+        Raises:
+            ValueError: the numbers have other shapes than the output.
+        """
+        leaves = pytree.tree_leaves(numbers, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor)))
+        values = [leaf for leaf in leaves if isinstance(leaf, (Weight, Tensor))]
+        fakes = [fake for fake in pytree.tree_leaves(output) if isinstance(fake, Tensor)]
+        if [value.shape for value in values] != [fake.shape for fake in fakes]:
+            raise ValueError(f"its rule gives {[tuple(v.shape) for v in values]}, it {[tuple(f.shape) for f in fakes]}")
+        whole = [v for v, f in zip(values, fakes, strict=True) if not (f.is_floating_point() or f.is_complex())]
+        return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in whole)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.constant(self.node.meta.get("val"))
@@ -183,6 +221,9 @@ class NeuronFlow(fx.Interpreter):
     def use(self, weight: Weight, dst: Tensor, src: Tensor) -> None:
         """Record the ends of a parameter's edges. A parameter met twice has the same ends both times."""
         dst, src = (torch.where(end == ZERO, FIXED, end) for end in (dst, src))
+        for end in (dst, src):
+            if torch.broadcast_shapes(end.shape, weight.shape) != weight.shape:  # type: ignore[no-untyped-call]
+                raise ValueError(f"ends of shape {tuple(end.shape)} for a parameter of shape {tuple(weight.shape)}")
         if weight.name is not None and weight.name not in self._ends:
             self._ends[weight.name] = Ends(dst, src)
         elif weight.name is not None:
@@ -260,7 +301,7 @@ class NeuronFlow(fx.Interpreter):
         known = self._ends.get(name)
         if known is None:
             known = Ends(torch.full(shape, _UNUSED), torch.full(shape, _UNUSED))
-        elif known.dst.shape != shape or not (known.dst.is_contiguous() and known.src.is_contiguous()):
+        elif any(end.shape != shape or not end.is_contiguous() for end in (known.dst, known.src)):
             known = Ends(known.dst.expand(shape).contiguous(), known.src.expand(shape).contiguous())
         self._ends[name] = known
         return known

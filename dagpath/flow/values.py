@@ -124,9 +124,12 @@ def _leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=_is_value)
 
 
+_NUMBERS = (int, float, complex)
+
+
 def plain(value: Any) -> float | None:
     """A number as a float; None for a symbolic one, which depends on the values of the input (``tensor.item()``)."""
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(abs(value) if isinstance(value, complex) else value) if isinstance(value, _NUMBERS) else None
 
 
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:

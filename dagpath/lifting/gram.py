@@ -36,6 +36,9 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
     G_ee is the squared mass that arrives at the source of e times the squared mass that leaves its destination, summed
     over the positions where e is used. Under a rescaling by ``exp(z)`` it becomes ``G_ee exp(−2 (B z)_e)``.
 
+    Where a path meets a parameter more than once (a weight shared by layers that follow each other), each meeting is
+    counted as an element of its own, and the masses are summed.
+
     Args:
         traced: the traced model.
         log: return natural logarithms (-inf for zero), which are finite where G itself leaves float64.

@@ -8,6 +8,7 @@ and itself; the operation answers with the value of its output.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +76,8 @@ def operation_of(target: Any) -> Operation:
 
 def operation_name(target: Any) -> str:
     """``conv2d`` for ``aten.conv2d.default``, ``relu`` for ``aten.relu_.default``, ``getitem`` for the builtin."""
+    if not hasattr(target, "_schema") and not hasattr(target, "_qualified_op_name"):
+        return "getitem" if target is operator.getitem else f"python::{getattr(target, '__name__', target)}"
     packet = getattr(target, "overloadpacket", target)
     name = getattr(packet, "__name__", str(packet))
     namespace = getattr(packet, "_qualified_op_name", "aten::").split("::")[0]

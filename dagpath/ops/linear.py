@@ -72,6 +72,8 @@ class Convolution(Operation):
             flow.use(weight, rows.reshape(*rows.shape, *ones), columns.reshape(*columns.shape, *ones))
         else:
             dst = flow.mix(src, [1], "weights that are not rescaled").repeat_interleave(count // groups, 0).view(count)
+        if bias is not None:
+            dst = dst.clamp(min=FIXED)  # zeros are none once a bias is added
         add_bias(flow, bias, dst)
         return dst.view(count, *[1] * (-1 - axis)).expand(call.output.shape)
 
@@ -119,6 +121,8 @@ class Contraction(Operation):
             dst = self._mixed(flow, b, Labels(labels.b, labels.a, labels.out))
         else:
             return _PRODUCT.neurons(flow, call)
+        if bias is not None:
+            dst = dst.clamp(min=FIXED)  # zeros are none once a bias is added
         numbers = dst.expand(call.output.shape)
         if bias is not None:
             last = flow.mix(dst, range(dst.ndim - 1), "a bias that they share").reshape(-1).expand(numbers.shape[-1])

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dagpath.flow.constants import NotConstantError
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -50,7 +50,7 @@ class SameValues(Operation):
     moves_weights = True
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return call.args[0] if call.output.is_floating_point() else Unknown("is rounded").neurons(flow, call)
+        return call.args[0]
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
@@ -163,16 +163,32 @@ class Inspection(Operation):
         return call.output
 
 
-class Zeros(Operation):
-    """A tensor of zeros: right under any scale."""
+class Copy(Operation):
+    """A copy of the second argument in the shape of the first."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return flow.constant(call.output) + ZERO if not call.get("fill_value") else flow.constant(call.output)
+        return flow.activation(call["src"]).expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        output = call.output
-        value = torch.full(output.shape, float(call.get("fill_value") or 0), device=flow.device)
-        return flow.constant(value)
+        mass = call["src"]
+        return flow.result([mass], mass.values.expand(call.output.shape), mass.exponent)
+
+
+class Filled(Operation):
+    """A tensor of one number; zeros are right under any scale."""
+
+    def __init__(self, value: float | None = None) -> None:
+        self.value = value
+
+    def _fill(self, call: Call) -> float | None:
+        return self.value if self.value is not None else plain(call.get("fill_value", call.get("value")))
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return flow.constant(call.output) + (ZERO if self._fill(call) == 0 else FIXED)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        fill = flow.number(self._fill(call))
+        return flow.result([fill], fill.values.expand(call.output.shape).clone(), 0)
 
 
 register(
@@ -182,7 +198,7 @@ register(
     *("tensor_split", "stack", "roll", "flip", "repeat", "tile", "getitem", "pixel_shuffle", "pixel_unshuffle"),
     *("channel_shuffle", "native_channel_shuffle", "repeat_interleave", "diagonal", "unfold", "view_as", "reshape_as"),
     *("expand_as", "broadcast_to", "numpy_T", "mT", "adjoint", "rot90", "upsample_nearest1d", "upsample_nearest2d"),
-    *("upsample_nearest3d", "swapdims", "ravel", "slice_scatter", "select_scatter", "diagonal_scatter", "copy"),
+    *("upsample_nearest3d", "swapdims", "ravel", "slice_scatter", "select_scatter", "diagonal_scatter"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "atleast_1d"),
     *("atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "hstack", "vstack", "dstack", "unsafe_split"),
     *("unsafe_chunk", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
@@ -197,5 +213,12 @@ register(Concatenate(), "cat", "concat", "concatenate")
 register(ConstantPad(), "pad", "constant_pad_nd")
 register(ZeroFill(), "im2col", "tril", "triu", "diag_embed")
 register(Index(), "index", "index_select", "gather", "take_along_dim")
-register(Inspection(), "_assert_tensor_metadata", "sym_size", "size", "numel")
-register(Zeros(), "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
+register(
+    Inspection(),
+    *("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size", "sym_numel"),
+    *("sym_constrain_range_for_size", "sym_stride"),
+)
+register(Copy(), "copy")
+register(Filled(0.0), "zeros", "zeros_like", "new_zeros", "zero", "empty", "empty_like", "new_empty")
+register(Filled(1.0), "ones", "ones_like", "new_ones")
+register(Filled(), "full", "full_like", "new_full", "fill.Scalar")

@@ -42,11 +42,18 @@ class Normalization(Operation):
             flow.use(bias, numbers, torch.tensor(FIXED))
         elif bias is not None:
             flow.fix(numbers, "a constant bias is added to it")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if isinstance(call.get(name), Tensor):
+                flow.fix(call[name], "is a statistic or a computed coefficient of a normalization")
+            elif isinstance(call.get(name), Weight) and name.startswith("running"):
+                flow.pin(call[name])
         result = self._placed(numbers, output.ndim).expand(output.shape)
         return result if isinstance(call.output, Tensor) else (result, *flow.constant(list(call.output[1:])))
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
+        if any(isinstance(part, Mass) and part.data for part in call.leaves(Mass)[1:]):
+            return flow.barrier(call)
         uses_input = call.get("training", False) or call.get("use_input_stats", False)
         mean, inverse_std = torch.zeros(()), torch.ones(())
         if call.get("running_mean") is not None and not uses_input:

@@ -60,7 +60,7 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
 def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float, bound: float) -> float:
     """The x > 0 that minimizes ``p log(inflow/x + outflow·x + rest) + a log x``, within the bound on ``log(x)/2``."""
     quadratic, linear, constant = (p + a) * outflow, a * rest, (a - p) * inflow
-    low, high = math.exp(-2 * bound), math.exp(2 * bound)
+    low, high = math.exp(-2 * min(bound, 350.0)), math.exp(2 * min(bound, 350.0))
     root = math.sqrt(max(linear * linear - 4 * quadratic * constant, 0.0))
     if linear >= 0:  # the form of the root that does not cancel
         numerator, denominator = -2 * constant, linear + root

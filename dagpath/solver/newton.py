@@ -11,6 +11,8 @@ from torch import Tensor
 from dagpath.solver.problem import GroupMatrix, Point, Problem, Solution, optimality, projected_gradient
 
 _ARMIJO = 1e-4
+_LONGEST = 3.0
+"""Largest change of z in one step: far from the minimum the quadratic model says little of exponentials."""
 _ROUNDING = 1e-13
 """Relative rounding error of the objective: a smaller increase is none."""
 _FINEST = 1e-4
@@ -46,7 +48,10 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
         if reached <= tol and size <= 10 * tol:
             break
         polished += reached <= tol
-        following = _line_search(point, gradient, step)
+        following = _line_search(point, gradient, step * min(1.0, _LONGEST / max(size, 1e-300)))
+        if following is None:
+            downhill = system.scaled_gradient(point, gradient)
+            following = _line_search(point, gradient, downhill * min(1.0, _LONGEST / float(downhill.abs().max())))
         if following is None:
             break
         point, iterations = following, iterations + 1
@@ -79,7 +84,7 @@ class _System:
         open_ = (gradient != 0) & (diagonal > 0)
         if not bool(open_.any()):
             return torch.zeros_like(gradient), 0
-        root = torch.where(open_, diagonal.rsqrt(), 0.0)
+        root = torch.where(open_, diagonal.clamp(min=1e-290).rsqrt(), 0.0)
         slope = outer.slope(point.total)
         right = -gradient * root / (kappa**2 * slope)
         length = float(right.norm())
@@ -99,6 +104,12 @@ class _System:
         start = torch.cat([right.new_zeros(1), right / length]).float()
         solution, products = _conjugate_gradients(product, start, forcing, most=len(gradient) + 10)
         return root * solution[1:].double() * length, products
+
+    def scaled_gradient(self, point: Point, gradient: Tensor) -> Tensor:
+        """Downhill with every coordinate measured by its own curvature: what is left where the system misleads."""
+        outer, kappa = point.problem.outer, point.problem.kappa
+        diagonal = (point.rows + point.columns - self._twice_inside)[1:].clamp(min=1e-290)
+        return -gradient / (kappa**2 * outer.slope(point.total) * diagonal)
 
 
 def _conjugate_gradients(
