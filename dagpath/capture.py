@@ -207,9 +207,9 @@ def _check_shapes_are_known(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(leaf, Tensor) and not all(isinstance(size, int) for size in leaf.shape):
-                raise CaptureError(
-                    f"the shape of {node.name} depends on the values of the input:\n{node.meta.get('stack_trace', '')}"
-                )
+                lines = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
+                where = " ".join(line.strip() for line in lines)
+                raise CaptureError(f"the shape of {node.name} depends on the values of the input: {where}")
 
 
 @contextlib.contextmanager

@@ -89,5 +89,9 @@ def without_autocast() -> Iterator[None]:
 @contextlib.contextmanager
 def plain_computation() -> Iterator[None]:
     """Outside of inference mode and autocast, with new tensors on the CPU, whatever the caller is in."""
-    with torch.inference_mode(False), without_autocast(), torch.device("cpu"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(without_autocast())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield

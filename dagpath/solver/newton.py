@@ -12,7 +12,7 @@ from dagpath.solver.problem import GroupMatrix, Point, Problem, Solution, optima
 
 _ARMIJO = 1e-4
 _LONGEST = 3.0
-"""Largest change of z in one step: far from the minimum the quadratic model says little of exponentials."""
+"""Largest change of a coordinate in one step: far from the minimum the quadratic model says little of exponentials."""
 _ROUNDING = 1e-13
 """Relative rounding error of the objective: a smaller increase is none."""
 _FINEST = 1e-4
@@ -48,10 +48,7 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
         if reached <= tol and size <= 10 * tol:
             break
         polished += reached <= tol
-        following = _line_search(point, gradient, step * min(1.0, _LONGEST / max(size, 1e-300)))
-        if following is None:
-            downhill = system.scaled_gradient(point, gradient)
-            following = _line_search(point, gradient, downhill * min(1.0, _LONGEST / float(downhill.abs().max())))
+        following = _descend(point, gradient, step)
         if following is None:
             break
         point, iterations = following, iterations + 1
@@ -105,12 +102,6 @@ class _System:
         solution, products = _conjugate_gradients(product, start, forcing, most=len(gradient) + 10)
         return root * solution[1:].double() * length, products
 
-    def scaled_gradient(self, point: Point, gradient: Tensor) -> Tensor:
-        """Downhill with every coordinate measured by its own curvature: what is left where the system misleads."""
-        outer, kappa = point.problem.outer, point.problem.kappa
-        diagonal = (point.rows + point.columns - self._twice_inside)[1:].clamp(min=1e-290)
-        return -gradient / (kappa**2 * outer.slope(point.total) * diagonal)
-
 
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], right: Tensor, forcing: float, most: int
@@ -133,6 +124,21 @@ def _conjugate_gradients(
         energy, previous = float(residual @ residual), energy
         direction.mul_(energy / previous).add_(residual)
     return (solution if bool(solution.any()) else right), products
+
+
+def _descend(point: Point, gradient: Tensor, step: Tensor) -> Point | None:
+    """The next point: along the step with every coordinate limited, or, where that leads up, the whole step shortened.
+
+    Limiting each coordinate by itself lets those with small masses, whose steps are wild far from the minimum, not hold
+    back the others.
+    """
+    shortened = step * min(1.0, _LONGEST / max(float(step.abs().max()), 1e-300))
+    following = _line_search(point, gradient, step.clamp(-_LONGEST, _LONGEST))
+    if following is None or following.value > point.value - _ROUNDING * abs(point.value):
+        other = _line_search(point, gradient, shortened)
+        if following is None or (other is not None and other.value < following.value):
+            return other
+    return following
 
 
 def _line_search(point: Point, gradient: Tensor, step: Tensor) -> Point | None:

@@ -294,12 +294,12 @@ class Problem:
 
 
 class Point:
-    """Value, gradient and Hessian products of a problem at one z.
+    """Value and gradient of a problem at one z.
 
     With W the scaled masses, D their row sums plus column sums and m their row sums minus column sums, the gradient is
     ``ψ' κ m + c`` and the Hessian ``κ² (ψ' (D − W − Wᵀ) + ψ'' m mᵀ)``: a graph Laplacian and a rank-one term.
 
-    Cost: two products with A for value and gradient, two for each Hessian product.
+    Cost: two products with A.
     """
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
@@ -327,15 +327,6 @@ class Point:
         if not self.total > 0:
             return self.problem.linear
         return self.problem.outer.slope(self.total) * self.problem.kappa * self.difference + self.problem.linear
-
-    def hessian_product(self, vector: Tensor) -> Tensor:
-        outer, kappa, matrix = self.problem.outer, self.problem.kappa, self.problem.matrix
-        v = self.problem._padded(vector)
-        product = (self.rows + self.columns) * v
-        product -= self.r * matrix.matvec(self.c * v)
-        product -= self.c * matrix.rmatvec(self.r * v)
-        m = self.difference
-        return kappa**2 * (outer.slope(self.total) * product[1:] + outer.curvature(self.total) * float(m @ vector) * m)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,262 @@
+"""Models made to trip a tracer: whatever happens, a rescaling must not change the function."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dagpath
+from dagpath.modes import batches_agree, modes_agree
+
+
+class Net(nn.Module):
+    """Two layers in, one out, and a function between them."""
+
+    def __init__(self, function, **parts) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def assert_exact(net: nn.Module, x: Tensor) -> dagpath.TracedModel:
+    """A random power-of-two rescaling leaves both modes bitwise as they were, and path quantities can be computed."""
+    traced = dagpath.trace(net, x)
+    dagpath.gram_diagonal(traced)
+    dagpath.path_norm(traced)
+    rescaling = dagpath.random_rescaling(traced, 3.0, power_of_two=True, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list:
+        found = []
+        for training in (False, True):
+            net.train(training)
+            with torch.no_grad():
+                torch.manual_seed(2)
+                found.append(net(x))
+        return found
+
+    before = run()
+    rescaling.apply_()
+    for one, other in zip(run(), before, strict=True):
+        assert torch.equal(one, other)
+    return traced
+
+
+def slices(m, x):
+    o = torch.zeros(len(x), 6)
+    o[:, :3] = m.a(x)[:, :3]
+    o[:, 3:] = m.b(x)[:, 3:]
+    return m.head(o)
+
+
+def integer_slices(m, x):
+    o = torch.zeros(len(x), 6, dtype=torch.int64)
+    o[:, :3] = m.a(x)[:, :3] * 10
+    return m.head(o.float())
+
+
+def late_tanh(m, x):
+    o = torch.zeros(len(x), 6, device=x.device)
+    o[:, :3] = m.a(x)[:, :3]
+    return m.head(o.tanh() if m.training else o)
+
+
+def half_then_slice(m, x):
+    y = m.a(x)
+    y[:, :3] = 0.5 * y[:, :3]
+    return m.head(y)
+
+
+def indices(m, x):
+    y = m.a(x)
+    return m.head(y * y.max(1, keepdim=True).indices)
+
+
+FUNCTIONS = {
+    "hardtanh": lambda m, x: m.head(F.hardtanh(m.a(x))),
+    "hardtanh in place": lambda m, x: m.head(F.hardtanh(m.a(x), 0.0, 6.0, inplace=True)),
+    "maximum of two": lambda m, x: m.head(torch.max(m.a(x), m.b(x)) + m.a(x)),
+    "minimum of two": lambda m, x: m.head(torch.min(m.a(x), m.b(x))),
+    "cast and back": lambda m, x: m.head(m.a(x).int().float()),
+    "type_as": lambda m, x: m.head(m.a(x).type_as(torch.zeros(1, dtype=torch.int64)).type_as(x)),
+    "integer sum": lambda m, x: m.head(m.a(x).unsqueeze(1).detach().sum(1, dtype=torch.int64).float()),
+    "integer slices": integer_slices,
+    "boolean mask": lambda m, x: m.head(m.a(x).bool().float()),
+    "slices of zeros": slices,
+    "tanh of slices in train mode": late_tanh,
+    "slice assigned from itself": half_then_slice,
+    "indices of a maximum": indices,
+    "bias used twice": lambda m, x: m.head(F.relu(m.a(x) + m.a.bias.flip(0))),
+    "slice of a bias": lambda m, x: m.head(m.a(x)) + torch.tanh(m.a.bias[2:]).sum(),
+    "entry of a bias": lambda m, x: m.head(m.a(x) * m.a.bias[1]),
+    "clamp by a tensor": lambda m, x: m.head(torch.clamp(m.a(x), min=m.b(x))),
+    "number of a tensor": lambda m, x: m.head(m.a(x)) + x.max().item(),
+    "product with a number of a tensor": lambda m, x: m.head(m.a(x)) * (x.max().item() * 2),
+    "padding of a sum": lambda m, x: m.head(F.pad(m.a(x)[:, :3], (0, 3)) + F.pad(m.b(x)[:, :3], (3, 0))),
+    "zeros_like": lambda m, x: m.head(torch.cat([m.a(x)[:, :3], torch.zeros_like(m.b(x)[:, :3])], 1)),
+    "ones_like": lambda m, x: m.head(m.a(x) + torch.ones_like(m.b(x))),
+    "float": lambda m, x: m.head(m.a(x).float()),
+    "slices by mode": lambda m, x: F.linear((m.a(x)[:, :3] if m.training else m.a(x)[:, 3:]), m.head.weight[:, :3]),
+    "grad by mode": lambda m, x: m.head(m.a(x).tanh() if m.training and torch.is_grad_enabled() else m.a(x)),
+    "sum over another axis": lambda m, x: m.head(m.a(x) + m.b(x).sum(1, keepdim=True)),
+    "broadcast of a row": lambda m, x: m.head(m.a(x) + m.b(x)[:1]),
+    "mean over the batch": lambda m, x: m.head(m.a(x) - m.a(x).mean(0)),
+    "max pool over channels": lambda m, x: m.head(F.max_pool1d(m.a(x).unsqueeze(1), 3, 1, 1).squeeze(1)),
+    "unbound constants": lambda m, x: m.head(m.a(x) * torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5, 1.0])),
+    "dropout always on": lambda m, x: m.head(F.dropout(m.a(x), 0.5)),
+    "random noise": lambda m, x: m.head(m.a(x) + torch.randn(6)),
+    "random gate": lambda m, x: m.head(m.a(x) * torch.rand(6)),
+    "transposed weight": lambda m, x: m.head(F.relu(F.linear(F.relu(m.a(x)), m.a.weight @ m.a.weight.t()))),
+    "autoencoder": lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.t()),
+    "one-dimensional weight": lambda m, x: F.linear(F.relu(m.a(x)), m.head.weight[0]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_function_changes_silently(name):
+    assert_exact(Net(FUNCTIONS[name]), torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_write_to_an_out_argument_is_followed():
+    def forward(m, x):
+        o = torch.empty(len(x), 6)
+        torch.add(m.a(x), m.b(x), out=o)
+        return m.head(o)
+
+    net = Net(forward).requires_grad_(False)
+    x = torch.randn(4, 5)
+    before = net(x)
+    try:
+        traced = dagpath.trace(net, x)
+    except dagpath.CaptureError:
+        return  # refusing is right too
+    dagpath.random_rescaling(traced, 3.0, power_of_two=True).apply_()
+    assert torch.equal(net(x), before)
+
+
+def test_two_parameters_in_one_storage_are_left_alone():
+    net = Net(lambda m, x: m.head(F.relu(m.a(x)) + F.relu(m.b(x))))
+    net.b.weight.data = net.a.weight.data
+    traced = assert_exact(net, torch.randn(4, 5))
+    assert traced.graph.num_groups == 0  # a weight that may not change ties its fixed input to its output
+    net = Net(lambda m, x: F.linear(F.relu(m.a(x)), m.decoder))
+    net.decoder = nn.Parameter(net.a.weight.data.t())
+    assert_exact(net, torch.randn(4, 5))
+    net = Net(lambda m, x: m.head(F.relu(m.a(x))) + F.linear(x, m.copy).sum())
+    net.register_buffer("copy", net.a.weight.data)
+    assert_exact(net, torch.randn(4, 5))
+
+
+def test_an_expanded_parameter_is_left_alone():
+    net = Net(lambda m, x: m.head(F.relu(m.a(x) + m.shift)))
+    net.shift = nn.Parameter(torch.zeros(1).expand(6))
+    assert_exact(net, torch.randn(4, 5))
+
+
+def test_complex_and_integer_parameters_are_constants():
+    net = Net(lambda m, x: m.head(F.relu(F.linear(F.relu(m.a(x)), m.table * 0.01))))
+    net.table = nn.Parameter(torch.randint(-100, 100, (6, 6), dtype=torch.int8), requires_grad=False)
+    assert_exact(net, torch.randn(4, 5))
+
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    net, x = Complex(), torch.randn(2, 3, dtype=torch.complex64)
+    before = net(x)
+    assert dagpath.rescale_(net, x).traced.graph.num_groups in (0, 1)
+    assert torch.equal(net(x), before)
+
+
+def test_a_batch_norm_with_computed_coefficients():
+    def forward(m, x):
+        gain, shift = F.relu(m.a(m.code))[0], F.relu(m.b(m.code))[0]
+        return m.head(F.batch_norm(m.a(x), torch.zeros(6), torch.ones(6), gain, shift))
+
+    net = Net(forward)
+    net.register_buffer("code", torch.randn(1, 5))
+    assert_exact(net, torch.randn(4, 5))
+
+
+def test_a_bias_after_a_constant_weight_is_not_zero():
+    def forward(m, x):
+        z = F.linear(F.pad(m.a(x)[:, :3], (0, 3)), torch.eye(6), m.shift)
+        return m.head(F.relu(m.b(x)) + z)
+
+    net = Net(forward)
+    net.shift = nn.Parameter(torch.randn(6))
+    assert_exact(net, torch.randn(4, 5))
+
+
+def test_a_branch_on_the_batch_size_is_followed():
+    net = Net(lambda m, x: m.head(m.a(x) if x.shape[0] == 1 else m.a(x).tanh()))
+    assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 0
+    assert not batches_agree(net, ((torch.randn(1, 5),), {}), ((torch.randn(4, 5),), {}))
+
+
+@pytest.mark.parametrize(
+    ("function", "agree"),
+    [
+        (lambda m, x: m.head(F.relu(F.batch_norm(m.a(x), None, None, training=True))), True),
+        (lambda m, x: m.head(m.drop(F.relu(m.norm(m.a(x))))), True),
+        (lambda m, x: m.head(m.a(x) if m.training else m.b(x)), False),
+        (lambda m, x: m.head(m.a(x)[:, :6] if m.training else m.a(x)[:, -6:]), False),
+        (lambda m, x: m.head(m.a(x) * (2.0 if m.training else 1.0)), False),
+        (lambda m, x: m.head(m.a(x) if not m.training or random.random() < 2 else x), False),
+        (lambda m, x: m.head(m.a(x) if not m.training or torch.rand(()) < 2 else x), False),
+        (lambda m, x: m.head(m.a(x)) + torch.rand(2, device="meta"), True),
+        (lambda m, x: m.head(m.a(x) * m.hidden), False),
+    ],
+)
+def test_modes_agree_only_where_their_calls_do(function, agree):
+    net = Net(function, drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(6))
+    net.hidden = torch.ones(6)  # not registered: the dry run cannot know what it is
+    assert modes_agree(net, ((torch.randn(2, 5),), {})) is agree
+
+
+def test_random_decisions_in_python_leave_the_random_state_alone():
+    net = Net(lambda m, x: m.head(m.a(x) if not m.training or random.random() < 0.5 else m.b(x)))
+    state = random.getstate()
+    with pytest.warns(UserWarning, match="cannot be captured in train mode"):
+        dagpath.trace(net, torch.randn(2, 5))
+    assert random.getstate() == state
+
+
+def test_a_model_that_builds_itself_is_left_as_it_was():
+    class Lazy(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "layer"):
+                self.layer = nn.Linear(x.shape[1], 3)
+            return self.layer(x)
+
+    net = Lazy()
+    dagpath.trace(net, torch.randn(2, 5))
+    assert list(net.parameters()) == []
+    net(torch.randn(2, 5))
+    assert type(net.layer.weight) is nn.Parameter
+
+
+def test_a_shape_that_depends_on_values_is_refused():
+    net = Net(lambda m, x: m.head(m.a(x).repeat_interleave(torch.tensor([2] * 3 + [0] * 3), 1)))
+    with pytest.raises(dagpath.CaptureError, match="depends on the values of the input"):
+        dagpath.trace(net, torch.randn(4, 5))
+
+
+def test_a_frozen_part_without_gradients_is_followed():
+    def forward(m, x):
+        with torch.no_grad():
+            y = F.relu(m.a(x))
+        return m.head(y + F.relu(m.b(x)))
+
+    assert_exact(Net(forward), torch.randn(4, 5))
