@@ -1,0 +1,36 @@
+"""What the README states is what the committed results say."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_result_file():
+    figures = json.loads((ROOT / "benchmarks/results/rescale.json").read_text())["figures"]
+    shown = re.findall(r"^\| .+ \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = [
+        *(
+            "rescale_ / pass",
+            "  trace / pass",
+            "  masses / pass",
+            "  solve / pass",
+            "  apply / pass",
+            "  verify / pass",
+        ),
+        *("peak memory / parameter bytes", "plain coordinate descent, 10 sweeps / newton"),
+        *("the same with a running total / newton", "dagpath's coordinate solver, 10 sweeps / newton"),
+    ]
+    for text, name in zip(shown, names, strict=True):
+        digits = len(text.partition(".")[2])
+        assert text == f"{figures[name]:.{digits}f}", name
+
+
+def test_the_first_code_block_runs():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    code = block.group(1).replace("resnet50", "resnet18").replace("224", "64")
+    scope: dict = {}
+    exec(code, scope)
+    assert "criterion after" in scope["rescaling"].summary()
