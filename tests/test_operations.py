@@ -282,6 +282,17 @@ def test_spectral_norm_ties_its_inputs_to_its_outputs():
         torch.testing.assert_close(net(x), before)
 
 
+def test_a_standardized_weight_is_a_constant_that_ties_what_it_joins():
+    def forward(m, x):
+        weight = F.batch_norm(m.conv.weight.reshape(1, 6, -1), None, None, training=True).reshape_as(m.conv.weight)
+        return m.head(F.relu(F.conv2d(F.relu(m.stem(x)), weight, m.conv.bias)))
+
+    net = Net(forward, stem=nn.Conv2d(2, 4, 1), conv=nn.Conv2d(4, 6, 3), head=nn.Conv2d(6, 2, 1))
+    traced = dagpath.trace(net, torch.randn(2, 2, 5, 5))
+    assert (traced.graph.num_neurons, traced.graph.num_groups) == (4 + 2, 1)  # constant weights make no neurons
+    check(net, torch.randn(2, 2, 5, 5), 1)
+
+
 def test_an_lstm_is_fixed_whole_and_its_neighbours_stay_free():
     net = Net(
         lambda m, x: m.c(F.relu(m.b(m.lstm(m.a(x))[0]))),

@@ -56,6 +56,28 @@ class SameValues(Operation):
         return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
 
 
+class ShapedLike(Operation):
+    """The first tensor in the shape of the second, of which nothing else is used."""
+
+    moves_weights = True
+
+    def __init__(self, expands: bool) -> None:
+        self.expands = expands
+
+    def _shaped(self, tensor: Tensor, call: Call) -> Tensor:
+        return tensor.expand(call.output.shape) if self.expands else tensor.reshape(call.output.shape)
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        value = call.args[0]
+        if isinstance(value, Weight):
+            return Weight(call.output.shape, elements=self._shaped(flow.elements(value), call))
+        return self._shaped(value, call)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        mass = call.args[0]
+        return flow.result([mass], self._shaped(mass.values, call), mass.exponent)
+
+
 class Concatenate(Movement):
     """Concatenation: data movement along one axis."""
 
@@ -196,14 +218,16 @@ register(
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes", "movedim"),
     *("squeeze", "unsqueeze", "expand", "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind"),
     *("tensor_split", "stack", "roll", "flip", "repeat", "tile", "getitem", "pixel_shuffle", "pixel_unshuffle"),
-    *("channel_shuffle", "native_channel_shuffle", "repeat_interleave", "diagonal", "unfold", "view_as", "reshape_as"),
-    *("expand_as", "broadcast_to", "numpy_T", "mT", "adjoint", "rot90", "upsample_nearest1d", "upsample_nearest2d"),
+    *("channel_shuffle", "native_channel_shuffle", "repeat_interleave", "diagonal", "unfold"),
+    *("broadcast_to", "numpy_T", "mT", "adjoint", "rot90", "upsample_nearest1d", "upsample_nearest2d"),
     *("upsample_nearest3d", "swapdims", "ravel", "slice_scatter", "select_scatter", "diagonal_scatter"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "atleast_1d"),
     *("atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "hstack", "vstack", "dstack", "unsafe_split"),
     *("unsafe_chunk", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
     *("replication_pad2d", "replication_pad3d", "squeeze_copy", "unsafe_split_with_sizes"),
 )
+register(ShapedLike(expands=False), "view_as", "reshape_as")
+register(ShapedLike(expands=True), "expand_as")
 register(
     SameValues(),
     *("contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy", "lift_fresh", "float"),

@@ -31,7 +31,9 @@ class Normalization(Operation):
         return values.reshape(-1, *[1] * (ndim - 2))
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        flow.fix(flow.activation(call["input"]), "feeds a normalization")
+        if isinstance(call["input"], Weight):  # a standardized weight
+            return Unknown("enters a normalization as a parameter").neurons(flow, call)
+        flow.fix(call["input"], "feeds a normalization")
         output = call.output if isinstance(call.output, Tensor) else call.output[0]
         weight, bias = call.get("weight"), call.get("bias")
         numbers = torch.tensor(FIXED)
