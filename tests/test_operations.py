@@ -469,3 +469,17 @@ def test_explain_names_the_modules_that_share_a_scale():
     assert modules["stem"]["tied_with"] == ["second"]
     assert modules["second"]["tied"] == 6
     assert modules["first"] == {"neurons": 5, "free": 5, "tied": 0, "fixed": 0, "tied_with": []}
+
+
+def test_a_distributed_model_is_unwrapped(tmp_path):
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        rescaling = dagpath.rescale_(wrapped, x)
+        assert rescaling.traced.model is net
+        assert rescaling.traced.graph.num_groups == 4
+    finally:
+        distributed.destroy_process_group()
