@@ -95,8 +95,8 @@ def trace(
 ) -> TracedModel:
     """Find the neurons of a model and which of them may be rescaled.
 
-    The model's forward is captured with :func:`torch.export.export`, in eval and in train mode, and run on neuron
-    numbers in place of activations. Nothing is computed on real activations, and the model is left as it was: mode,
+    The model's forward is captured with :func:`torch.export.export`, in eval mode and, where it differs, in train mode,
+    and run on neuron numbers in place of activations. Nothing is computed on real activations, and the model is left as it was: mode,
     buffers, gradients, hooks and random state.
 
     Args:
@@ -115,7 +115,9 @@ def trace(
         UserWarning: the model cannot be captured in train mode. Rescalings are then exact in eval mode; parameters
             that only train mode uses are not accounted for.
 
-    Cost: one export per mode (0.2 to 2 s for common models); no forward pass.
+    Cost: one export, two dry runs on the meta device, and a second export where train mode computes something else; no
+    forward pass. 0.1 to 3 s for most convolutional networks, up to a minute for the largest vision transformers
+    (``benchmarks/results/zoo.json``).
 
     Example:
         >>> import torch, dagpath
