@@ -96,8 +96,8 @@ def trace(
     """Find the neurons of a model and which of them may be rescaled.
 
     The model's forward is captured with :func:`torch.export.export`, in eval mode and, where it differs, in train mode,
-    and run on neuron numbers in place of activations. Nothing is computed on real activations, and the model is left as it was: mode,
-    buffers, gradients, hooks and random state.
+    and run on neuron numbers in place of activations. Nothing is computed on real activations, and the model is left as
+    it was: mode, buffers, gradients, hooks and random state.
 
     Args:
         model: any module, also one wrapped in DataParallel, DistributedDataParallel or by ``torch.compile``, and a
