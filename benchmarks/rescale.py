@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from common import ratio, save, seconds_in_turn
 from resnet import resnet50
 
 import dagpath
 from dagpath.report import table
+
+from common import ratio, save, seconds_in_turn
 
 
 def rescale_ratios(rounds: int) -> dict[str, float]:

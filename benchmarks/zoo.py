@@ -10,26 +10,19 @@ changed, or if a model could not be captured. Models above ``--largest`` million
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import sys
 import time
 import warnings
 
 import torch
-from common import save
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 import dagpath
 from dagpath.report import table
 
-with contextlib.suppress(RuntimeError):  # torchvision's compiled operators are not needed; their names are
-    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from torchvision import models
+from common import save
+from vision import build, models, outputs, relative
 
 
 def names() -> list[str]:
@@ -40,27 +33,6 @@ def names() -> list[str]:
     ]
 
 
-def build(name: str) -> nn.Module:
-    """A model with random weights, and batch norms with random statistics."""
-    options: dict[str, object] = {"weights": None}
-    if name in ("googlenet", "inception_v3"):
-        options |= {"init_weights": False, "aux_logits": True}
-    if name in models.list_models(module=models.segmentation):
-        options |= {"weights_backbone": None}
-        if not name.startswith("lraspp"):
-            options |= {"aux_loss": True}
-    torch.manual_seed(0)
-    model: nn.Module = models.get_model(name, **options)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            with torch.no_grad():
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.1)
-    return model.eval()
-
-
 def example(name: str) -> Tensor:
     if name in models.list_models(module=models.video):
         frames, size = (16, 224) if name.startswith(("mvit", "swin3d", "s3d")) else (8, 112)
@@ -69,23 +41,6 @@ def example(name: str) -> Tensor:
         return torch.randn(1, 3, 128, 128)
     sizes = {"inception_v3": 299, "vit_h_14": 224}
     return torch.randn(1, 3, sizes.get(name, 224), sizes.get(name, 224))
-
-
-def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    model.train(training)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        found = [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-        for buffer, saved in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
-    model.eval()
-    return found
-
-
-def relative(after: list[Tensor], before: list[Tensor]) -> float:
-    """Largest difference over the largest entry; an output of zeros must stay one."""
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(after, before, strict=True))
 
 
 def examine(name: str) -> dict[str, object]:

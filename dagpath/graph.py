@@ -28,10 +28,6 @@ class Site:
     module: str
     source: str
 
-    def __str__(self) -> str:
-        place = f"{self.operation} in {self.module or 'the model itself'}"
-        return f"{place}, {self.source}" if self.source else place
-
 
 @dataclass(frozen=True)
 class Cause:
