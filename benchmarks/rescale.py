@@ -10,8 +10,6 @@ with the model built.
 
 from __future__ import annotations
 
-import itertools
-import math
 import resource
 import statistics
 import subprocess
@@ -22,11 +20,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from resnet import resnet50
+from solver import PlainCoordinateDescent, mlp
 
 import dagpath
 from dagpath.report import table
@@ -55,62 +53,24 @@ def rescale_ratios(rounds: int) -> dict[str, float]:
     return figures
 
 
-def coordinate_descent(weights: list[Tensor], biases: list[Tensor], sweeps: int, running_total: bool) -> float:
-    """The published algorithm on a multilayer perceptron, one neuron after the other, in place on the masses.
-
-    Every sum is computed where it is needed; with ``running_total`` the sum of all masses is updated instead.
-    Returns the objective it reaches.
-    """
-    p = sum(part.numel() for part in [*weights, *biases])
-    total = sum(float(part.sum()) for part in [*weights, *biases])
-    linear = 0.0
-    for _ in range(sweeps):
-        for layer in range(len(weights) - 1):
-            into, out_of = weights[layer], weights[layer + 1]
-            surplus = into.shape[1] + 1 - out_of.shape[0]
-            for neuron in range(len(into)):
-                inflow = float(into[neuron].sum() + biases[layer][neuron])
-                outflow = float(out_of[:, neuron].sum())
-                if not running_total:
-                    total = sum(float(part.sum()) for part in [*weights, *biases])
-                rest = total - inflow - outflow
-                a, b, c = (p + surplus) * outflow, surplus * rest, (surplus - p) * inflow
-                x = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
-                into[neuron] /= x
-                biases[layer][neuron] /= x
-                out_of[:, neuron] *= x
-                total = inflow / x + outflow * x + rest
-                linear += surplus * math.log(x)
-    return p * math.log(total) + linear
-
-
 def solver_ratio(rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
-    widths = (784, 500, 500, 500, 500, 10)
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    traced = dagpath.trace(nn.Sequential(*layers[:-1]), torch.zeros(1, 784))
-    gram = dagpath.gram_diagonal(traced)
+    traced = dagpath.trace(mlp(784, 500, 500, 500, 500, 10), torch.zeros(1, 784))
     best = dagpath.balance(traced)
-    plain: dict[bool, list[float]] = {False: [], True: []}
-    newton: list[float] = []
-    own: list[float] = []
+    plain, newton, own = [], [], []
     for _ in range(rounds):
-        for running_total, seconds in plain.items():
-            weights = [gram[name].clone() for name in gram if name.endswith("weight")]
-            biases = [gram[name].clone() for name in gram if name.endswith("bias")]
-            start = time.perf_counter()
-            reached = coordinate_descent(weights, biases, 10, running_total)
-            seconds.append(time.perf_counter() - start)
+        descent = PlainCoordinateDescent(traced)
+        start = time.perf_counter()
+        for _ in range(10):
+            reached = descent.sweep()
+        plain.append(time.perf_counter() - start)
         newton.append(dagpath.balance(traced).stages["solve"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it has not converged after ten sweeps
             swept = dagpath.balance(traced, solver="coordinate", max_iter=10)
         own.append(swept.stages["solve"])
     return {
-        "plain coordinate descent, 10 sweeps / newton": median_ratio(plain[False], newton),
-        "the same with a running total / newton": median_ratio(plain[True], newton),
+        "plain coordinate descent, 10 sweeps / newton": median_ratio(plain, newton),
         "dagpath's coordinate solver, 10 sweeps / newton": median_ratio(own, newton),
         "newton, seconds": statistics.median(newton),
         "objective, newton": best.objective[1],

@@ -20,7 +20,7 @@ def test_the_figures_of_the_readme_are_those_of_the_result_file():
             "  verify / pass",
         ),
         *("peak memory / parameter bytes", "plain coordinate descent, 10 sweeps / newton"),
-        *("the same with a running total / newton", "dagpath's coordinate solver, 10 sweeps / newton"),
+        "dagpath's coordinate solver, 10 sweeps / newton",
     ]
     for text, name in zip(shown, names, strict=True):
         digits = len(text.partition(".")[2])

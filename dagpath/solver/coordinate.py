@@ -7,9 +7,11 @@ import math
 import time
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 
-from dagpath.solver.problem import LogOuter, Problem, Solution, optimality
+from dagpath.solver.matrix import GroupMatrix
+from dagpath.solver.problem import LogOuter, Problem, Solution
 
 
 def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
@@ -31,11 +33,11 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
     if not isinstance(problem.outer, LogOuter) or problem.kappa != -2:
         raise ValueError("the coordinate solver minimizes the path-conditioning criterion only; use solver='newton'")
     start = time.perf_counter()
-    p, half_linear = problem.outer.p, problem.linear.cpu().numpy() / 2
+    p, half_linear = problem.outer.p, problem.costs / 2
     z = np.zeros(problem.num_groups)
     columns, rows = _entries(problem, by="src"), _entries(problem, by="dst")
-    point = problem.at(problem.linear.new_zeros(problem.num_groups))
-    before, reached, sweeps = point.value, optimality(point), 0
+    point = problem.at(np.zeros(problem.num_groups))
+    before, reached, sweeps = point.value, point.optimality, 0
     while reached > tol and sweeps < (10_000 if max_iter is None else max_iter):
         padded = np.concatenate([[0.0], z])
         total = point.total
@@ -52,9 +54,17 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
             padded[group] = math.log(new) / 2
             total = inflow / new + outflow * new + rest
         z = padded[1:]
-        point = problem.at(problem.linear.new_tensor(z))
-        reached, sweeps = optimality(point), sweeps + 1
-    return Solution(point.z, (before, point.value), reached, sweeps, 0, reached <= tol, time.perf_counter() - start)
+        point = problem.at(z)
+        reached, sweeps = point.optimality, sweeps + 1
+    return Solution(
+        torch.from_numpy(point.z),
+        (before, point.value),
+        reached,
+        sweeps,
+        0,
+        reached <= tol,
+        time.perf_counter() - start,
+    )
 
 
 def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float, bound: float) -> float:
@@ -74,14 +84,16 @@ def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float,
 def _entries(problem: Problem, by: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each group, the groups at the other end of its elements and their masses; none inside one group."""
     matrix = problem.matrix
-    parts = [(matrix.dst.cpu().numpy(), matrix.src.cpu().numpy(), matrix.masses.cpu().numpy())]
-    for block in matrix.blocks:
-        dst, src = (end.cpu().numpy() for end in (block.dst, block.src))
-        parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.masses.cpu().numpy().ravel()))
+    assert isinstance(matrix, GroupMatrix)
+    rows, columns, entries = matrix.layout.rows, matrix.layout.columns, matrix.layout.rows.num_entries
+    parts = [(rows.groups[:entries], columns.groups[:entries], matrix.masses.cpu().numpy())]
+    row_ends, column_ends = (np.split(side.groups[entries:], side.starts[1:]) for side in (rows, columns))
+    for dst, src, block in zip(row_ends, column_ends, matrix.blocks, strict=False):
+        parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.cpu().numpy().ravel()))
     dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     between = (dst != src) & (masses > 0)
     first, second = (dst, src) if by == "dst" else (src, dst)
-    shape = (matrix.size, matrix.size)
+    shape = (matrix.layout.size, matrix.layout.size)
     table = coo_array((masses[between], (first[between], second[between])), shape=shape).tocsr()
     ends = table.indptr
     return [(table.indices[s:e], table.data[s:e]) for s, e in itertools.pairwise(ends)]

@@ -1,154 +1,242 @@
-"""Newton's method with conjugate gradients: few steps, each a few passes over the masses."""
+"""Newton's method, on a separable model of the problem first, then with conjugate gradients that it preconditions."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from dagpath.solver.problem import GroupMatrix, Point, Problem, Solution, optimality, projected_gradient
+from dagpath.solver.matrix import Array, GroupMatrix
+from dagpath.solver.preconditioner import LONGEST, SeparableHessian
+from dagpath.solver.problem import Point, Problem, Solution
 
 _ARMIJO = 1e-4
-_LONGEST = 3.0
-"""Largest change of a coordinate in one step: far from the minimum the quadratic model says little of exponentials."""
 _ROUNDING = 1e-13
 """Relative rounding error of the objective: a smaller increase is none."""
-_FINEST = 1e-4
-"""Smallest relative residual asked of a linear system: what single precision can do, with a margin."""
+_PAYS = 0.1
+"""The separable model is solved again as long as each solution brings the gradient down by this factor."""
+_FINEST = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Smallest relative residual asked of a linear system: what each precision can do, with a margin."""
+_STRETCH = 8.0
+"""How far a coordinate may move before the single-precision masses are scaled anew."""
+_SAME = 1e-6
+"""Largest distance of two points that share a Hessian."""
+_MODEL_STEPS = 100
+"""Most Newton steps on the separable model."""
+_PATIENCE = 15
+"""Steps after which the masses are taken to span too much."""
+_COOL = 5.0
+"""Logarithm of the span of masses that Newton's method takes in its stride."""
+_WARM = 1e-3
+"""Tolerance of the minima on the way."""
 _POLISH = 10
 """Most steps after the gradient is small enough."""
 
 
 def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
-    """Minimize by projected Newton steps; each solves its linear system only as exactly as the step deserves.
+    """Minimize by projected Newton steps.
+
+    First steps minimize the separable model (:class:`SeparableMatrix`), which costs little, as long as that pays; where
+    every block's masses are a product of what arrives and what leaves, as for linear layers, one is all. Then come
+    Newton steps on the problem itself, whose linear systems are solved by conjugate gradients with the model's Hessian
+    as preconditioner, only as exactly as the step deserves.
 
     Args:
         problem: any :class:`Problem`; its objective is convex, so the minimum is global.
-        tol: stop when ``‖∇F‖∞ ≤ tol · scale`` and the distance to the minimum that the last step leaves, as Newton's
-            method predicts it, is at most ``10 tol``. The gradient alone says little of groups whose masses are tiny
-            beside the others'.
-        max_iter: most Newton steps; None for 100.
+        tol: stop when ``‖∇F‖∞ ≤ tol · scale`` and the distance to the minimum, as the model's Hessian predicts it, is
+            at most ``10 tol``. The gradient alone says little of groups whose masses are tiny beside the others'.
+        max_iter: most steps; None for 200.
     """
     start = time.perf_counter()
-    point = problem.at(problem.linear.new_zeros(problem.num_groups))
-    before, products, iterations, polished = point.value, 0, 0, 0
-    system = _System(problem)
-    first = reached = optimality(point)
-    remaining = float("inf")
-    while iterations < (100 if max_iter is None else max_iter) and polished < _POLISH:
-        if reached <= tol and remaining <= 10 * tol:
-            break
-        gradient = projected_gradient(point)
-        forcing = max(_FINEST, min(0.3, (reached / first) ** 0.5)) if reached > tol else _FINEST
-        step, used = system.newton_step(point, gradient, forcing)
-        products += used
-        size = float(step.abs().max()) if step.numel() else 0.0
-        if reached <= tol and size <= 10 * tol:
-            break
-        polished += reached <= tol
-        following = _descend(point, gradient, step)
-        if following is None:
-            break
-        point, iterations = following, iterations + 1
-        reached = optimality(point)
-        remaining = size * max(size, forcing)
+    with np.errstate(all="ignore"):
+        first = problem.at(np.zeros(problem.num_groups))
+        most = 200 if max_iter is None else max_iter
+        run = _minimize(first, tol, min(most, _PATIENCE), torch.float32)
+        if run.point.optimality > tol and isinstance(problem.matrix, GroupMatrix):
+            run = _anneal(run, problem, problem.matrix, tol, most)
     return Solution(
-        point.z, (before, point.value), reached, iterations, products, reached <= tol, time.perf_counter() - start
+        torch.from_numpy(run.point.z),
+        (first.value, run.point.value),
+        run.point.optimality,
+        run.iterations,
+        run.products,
+        run.point.optimality <= tol,
+        time.perf_counter() - start,
     )
 
 
-class _System:
-    """The Newton systems of a problem, scaled to unit diagonal and solved in single precision.
+@dataclass
+class _Run:
+    """How far a minimization came; ``hessian`` is the model's at the point, or very near to it."""
 
-    An inexact Newton step needs no more, and half the bytes are read. The masses are scaled once, by the inverse square
-    roots of the degrees at the start, so that they fit the range of single precision whatever theirs is.
+    point: Point
+    iterations: int = 0
+    products: int = 0
+    hessian: SeparableHessian | None = None
+
+
+def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: int) -> _Run:
+    """Minimize with the masses to a small power first, ``a^τ``, and from there with τ doubled until it is one.
+
+    For masses that span many orders of magnitude. With small τ the problem is nearly least squares for their
+    logarithms; with large τ the minimum grows in proportion to τ, and a minimum scaled so is close to the next.
+    """
+    power = min(1.0, _COOL / max(matrix.log_spread, 1e-300))
+    z = np.zeros(problem.num_groups)
+    while power < 1.0 and run.iterations < most:
+        tempered = replace(problem, matrix=matrix.tempered(power), bound=power * problem.bound)
+        found = _minimize(tempered.at(z), _WARM, most - run.iterations, torch.float64)
+        z, power, previous = found.point.z, min(1.0, 2 * power), power
+        z = z * (power / previous)
+        run = _Run(run.point, run.iterations + found.iterations, run.products + found.products)
+    found = _minimize(problem.at(z.clip(-problem.bound, problem.bound)), tol, most - run.iterations, torch.float64)
+    better = found.point if found.point.optimality < run.point.optimality else run.point
+    return _Run(better, run.iterations + found.iterations, run.products + found.products)
+
+
+def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _Run:
+    run = _Run(start)
+    model_pays = not start.problem.matrix.is_separable
+    system: NewtonSystem | None = None
+    polished = 0
+    while run.iterations < most and polished < _POLISH:
+        point, small = run.point, run.point.optimality <= tol
+        if small:
+            run.hessian = run.hessian or SeparableHessian(point)
+            if _largest(run.hessian.solve(-point.projected_gradient)) <= 10 * tol:
+                break
+            polished += 1
+        if model_pays and (found := _model_step(point, tol)):
+            following, run.hessian = found
+            model_pays = following.optimality <= _PAYS * point.optimality
+        else:
+            model_pays = False
+            hessian = SeparableHessian(point)
+            if hessian.exact:
+                step = hessian.solve(-point.gradient)
+            else:
+                if system is None or not system.serves(point):
+                    system = NewtonSystem(point, precision)
+                forcing = _FINEST[precision]
+                if precision == torch.float32 and not small:
+                    forcing = max(forcing, min(0.3, (point.optimality / start.optimality) ** 0.5))
+                step, products = system.solve(hessian, -point.gradient, forcing)
+                run.products += products
+            descended = _descend(point, step + hessian.held)
+            if descended is None:
+                break
+            following, run.hessian = descended, None
+        run.point, run.iterations = following, run.iterations + 1
+    return run
+
+
+def _model_step(point: Point, tol: float) -> tuple[Point, SeparableHessian | None] | None:
+    """The minimum of the separable model at a point, and the model's Hessian there; None if it is no improvement."""
+    run = _minimize(point.separable(), max(0.01 * tol, 1e-3 * point.optimality), _MODEL_STEPS, torch.float64)
+    following = _line_search(point, run.point.z - point.z)
+    if following is None:
+        return None
+    return following, run.hessian if _largest(following.z - run.point.z) <= _SAME else None
+
+
+class NewtonSystem:
+    """The Newton systems of a problem near one point: products with their matrix in single precision.
+
+    An inexact Newton step needs no more, and half the bytes are read. The masses are scaled by the inverse square roots
+    of the degrees at that point, so that they fit the range of single precision whatever theirs is.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        ones = problem.linear.new_ones(problem.num_groups + 1)
-        degree = problem.matrix.matvec(ones) + problem.matrix.rmatvec(ones)
-        self._scale = torch.where(degree > 0, degree.rsqrt(), 1.0)
-        self._matrix: GroupMatrix = problem.matrix.scaled(self._scale, self._scale, torch.float32)
-        self._twice_inside = 2 * problem.matrix.diagonal()
-
-    def newton_step(self, point: Point, gradient: Tensor, forcing: float) -> tuple[Tensor, int]:
-        """Solve ``H d = −gradient`` on the open coordinates to a relative residual; (d, Hessian products used)."""
-        outer, kappa = point.problem.outer, point.problem.kappa
+    def __init__(self, point: Point, precision: torch.dtype) -> None:
         degree = point.rows + point.columns
-        diagonal = (degree - self._twice_inside)[1:]
-        open_ = (gradient != 0) & (diagonal > 0)
-        if not bool(open_.any()):
-            return torch.zeros_like(gradient), 0
-        root = torch.where(open_, diagonal.clamp(min=1e-290).rsqrt(), 0.0)
-        slope = outer.slope(point.total)
-        right = -gradient * root / (kappa**2 * slope)
-        length = float(right.norm())
+        scale = np.where(degree > 0, degree, 1.0) ** -0.5
+        self._z, self._rows, self._columns = point.z, point.r * scale, point.c * scale
+        self._matrix = point.problem.matrix.scaled(self._rows, self._columns, precision)
 
-        padded = torch.cat([root.new_zeros(1), root])
-        into, out_of = ((padded * end / self._scale).float() for end in (point.r, point.c))
-        own = (degree * padded**2).float()
-        rank_one = torch.cat([root.new_zeros(1), root * point.difference]).float()
-        factor = outer.curvature(point.total) / slope
+    def serves(self, point: Point) -> bool:
+        return _largest(point.z - self._z) <= _STRETCH
 
-        def product(y: Tensor) -> Tensor:
-            image = own * y
-            image -= into * self._matrix.matvec(out_of * y)
-            image -= out_of * self._matrix.rmatvec(into * y)
-            return image.add_(rank_one, alpha=factor * float(rank_one @ y)) if factor else image
+    def product(self, model: SeparableHessian) -> Callable[[Array], Array]:
+        """The product with the Hessian, scaled as the model's is; vectors are [num_groups + 1]."""
+        point, scale, layout = model.point, model.scale, self._matrix.layout
+        degree = (point.rows + point.columns + model.damping) * scale**2
+        into, out_of = scale * point.r / self._rows, scale * point.c / self._columns
+        m = scale * np.concatenate([[0.0], point.difference])
 
-        start = torch.cat([right.new_zeros(1), right / length]).float()
-        solution, products = _conjugate_gradients(product, start, forcing, most=len(gradient) + 10)
-        return root * solution[1:].double() * length, products
+        def multiply(y: Array) -> Array:
+            rows, columns = self._matrix.products(into * y, out_of * y)
+            image: Array = degree * y + (model.factor * float(m @ y)) * m
+            image -= into * np.bincount(layout.rows.groups, rows, len(y))
+            image -= out_of * np.bincount(layout.columns.groups, columns, len(y))
+            return image
+
+        return multiply
+
+    def solve(self, model: SeparableHessian, right: Array, forcing: float) -> tuple[Array, int]:
+        """Solve ``H d = right`` on the groups that take part to a relative residual; (d, Hessian products used)."""
+        scaled = model.scale * np.concatenate([[0.0], right])
+        size = float(np.linalg.norm(scaled))
+        if size == 0:
+            return np.zeros_like(right), 0
+        product, most = self.product(model), len(scaled) + 10
+        solution, products = _conjugate_gradients(product, model.precondition, scaled / size, forcing, most)
+        return model.unscaled(size * solution), products
 
 
 def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, forcing: float, most: int
-) -> tuple[Tensor, int]:
-    """Solve a positive semi-definite system from zero to a relative residual; (solution, products used)."""
-    solution = torch.zeros_like(right)
-    residual, direction = right.clone(), right.clone()
-    energy = float(residual @ residual)
+    product: Callable[[Array], Array], precondition: Callable[[Array], Array], right: Array, forcing: float, most: int
+) -> tuple[Array, int]:
+    """Solve a positive semi-definite system from zero to a relative preconditioned residual; (solution, products)."""
+    solution, residual = np.zeros_like(right), right.copy()
+    direction = precondition(residual)
+    energy = float(residual @ direction)
+    if not energy > 0:
+        return right, 0
     target = forcing**2 * energy
     products = 0
     while energy > target and products < most:
         image = product(direction)
         products += 1
         curvature = float(direction @ image)
-        if curvature <= 0:
+        if not curvature > 0:
             break
         step = energy / curvature
-        solution.add_(direction, alpha=step)
-        residual.sub_(image, alpha=step)
-        energy, previous = float(residual @ residual), energy
-        direction.mul_(energy / previous).add_(residual)
-    return (solution if bool(solution.any()) else right), products
+        solution += step * direction
+        residual -= step * image
+        conditioned = precondition(residual)
+        energy, previous = float(residual @ conditioned), energy
+        direction = conditioned + (energy / previous) * direction
+    return (solution if products > 1 or solution.any() else right), products
 
 
-def _descend(point: Point, gradient: Tensor, step: Tensor) -> Point | None:
+def _largest(values: Array) -> float:
+    return float(np.abs(values).max()) if len(values) else 0.0
+
+
+def _descend(point: Point, step: Array) -> Point | None:
     """The next point: along the step with every coordinate limited, or, where that leads up, the whole step shortened.
 
     Limiting each coordinate by itself lets those with small masses, whose steps are wild far from the minimum, not hold
     back the others.
     """
-    shortened = step * min(1.0, _LONGEST / max(float(step.abs().max()), 1e-300))
-    following = _line_search(point, gradient, step.clamp(-_LONGEST, _LONGEST))
+    following = _line_search(point, step.clip(-LONGEST, LONGEST))
     if following is None or following.value > point.value - _ROUNDING * abs(point.value):
-        other = _line_search(point, gradient, shortened)
+        other = _line_search(point, step * min(1.0, LONGEST / max(_largest(step), 1e-300)))
         if following is None or (other is not None and other.value < following.value):
             return other
     return following
 
 
-def _line_search(point: Point, gradient: Tensor, step: Tensor) -> Point | None:
+def _line_search(point: Point, step: Array) -> Point | None:
     """The first point along the step, halving it, that lowers the objective enough; None if there is none."""
     bound = point.problem.bound
     length = 1.0
+    slack = _ROUNDING * abs(point.value)
     for _ in range(60):
-        following = point.problem.at((point.z + length * step).clamp(-bound, bound))
-        predicted = float(gradient @ (following.z - point.z))
-        slack = _ROUNDING * abs(point.value)
+        following = point.problem.at((point.z + length * step).clip(-bound, bound))
+        predicted = float(point.projected_gradient @ (following.z - point.z))
         if following.value <= point.value + _ARMIJO * predicted + slack:
             return following
         length /= 2

@@ -1,0 +1,277 @@
+"""The masses: a non-negative matrix over groups, and the separable model of it.
+
+Vectors over the groups are NumPy arrays on the host; only the masses live on a device. A product with a vector
+therefore costs one transfer there and one back, whatever the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import minimum_spanning_tree
+from torch import Tensor
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+_CACHED = 2**20
+"""Masses that are multiplied from both sides before the next are read."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A dense part of the group matrix: ``masses[i, j]`` joins destination group ``dst[i]`` and source ``src[j]``."""
+
+    masses: Tensor
+    dst: Tensor
+    src: Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a group matrix, rows or columns, laid out in one array: the single entries, then block after block.
+
+    Attributes:
+        groups: the group of each position.
+        starts: where each block begins, counted from the first position after the entries.
+        lengths: how many positions each block has.
+    """
+
+    groups: Index
+    starts: Index
+    lengths: Index
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.groups) - int(self.lengths.sum())
+
+    @cached_property
+    def block_of(self) -> Index:
+        """The block of each position after the entries."""
+        return np.arange(len(self.lengths)).repeat(self.lengths)
+
+    def block_sums(self, values: Array) -> Array:
+        """Sum of each block's values, given those after the entries."""
+        return np.add.reduceat(values, self.starts) if len(self.starts) else np.zeros(0)
+
+    @staticmethod
+    def of(entries: Tensor, blocks: Sequence[Tensor]) -> Side:
+        lengths = np.array([len(block) for block in blocks], dtype=np.int64)
+        groups = torch.cat([entries, *blocks]).cpu().numpy()
+        return Side(groups, lengths.cumsum() - lengths, lengths)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Parts of a group matrix that are modelled as rank one: its blocks, and single entries that form no cycle.
+
+    Attributes:
+        rows, columns: positions on the two sides.
+        row_groups, column_groups: the group of each of them.
+        row_terms, column_terms: the term of each of them.
+        number: of terms.
+        rest: the entries between two different free groups that are left out.
+        row_places, column_places: where the values of the two sides stand in a flat array [2 · number + 1, size] with
+            one row for each side of each term, and one more.
+    """
+
+    rows: Index
+    columns: Index
+    row_groups: Index
+    column_groups: Index
+    row_terms: Index
+    column_terms: Index
+    number: int
+    rest: Index
+    row_places: Index
+    column_places: Index
+
+    @staticmethod
+    def of(rows: Side, columns: Side, size: int) -> Terms:
+        entries = rows.num_entries
+        dst, src = rows.groups[:entries], columns.groups[:entries]
+        between = np.flatnonzero((dst != src) & (dst > 0) & (src > 0))
+        links = between[_without_cycles(dst[between], src[between], size)]
+        rest = np.setdiff1d(between, links)
+        row_positions = np.concatenate([links, np.arange(entries, len(rows.groups))])
+        column_positions = np.concatenate([links, np.arange(entries, len(columns.groups))])
+        row_groups, column_groups = rows.groups[row_positions], columns.groups[column_positions]
+        row_terms = np.concatenate([np.arange(len(links)), len(links) + rows.block_of])
+        column_terms = np.concatenate([np.arange(len(links)), len(links) + columns.block_of])
+        number = len(links) + len(rows.lengths)
+        return Terms(
+            row_positions,
+            column_positions,
+            row_groups,
+            column_groups,
+            row_terms,
+            column_terms,
+            number,
+            rest,
+            row_terms * size + row_groups,
+            (number + column_terms) * size + column_groups,
+        )
+
+
+def _without_cycles(dst: Index, src: Index, size: int) -> Index:
+    """Positions of edges that form a spanning forest of their graph."""
+    if not len(dst):
+        return np.zeros(0, dtype=np.int64)
+    low, high = np.minimum(dst, src), np.maximum(dst, src)
+    _, first = np.unique(low * size + high, return_index=True)
+    numbered = coo_array((first + 1.0, (low[first], high[first])), shape=(size, size))
+    return np.sort(minimum_spanning_tree(numbered).data.astype(np.int64) - 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which groups the positions of a matrix belong to: its two sides, and what of it is modelled as rank one."""
+
+    size: int
+    rows: Side
+    columns: Side
+    terms: Terms
+
+    @staticmethod
+    def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor) -> Layout:
+        rows, columns = Side.of(dst, [block.dst for block in blocks]), Side.of(src, [block.src for block in blocks])
+        return Layout(size, rows, columns, Terms.of(rows, columns, size))
+
+
+class Masses(Protocol):
+    """What :class:`Point` needs of a matrix; dense blocks and their separable model both have it."""
+
+    layout: Layout
+    is_separable: bool
+
+    def products(self, r: Array, c: Array) -> tuple[Array, Array]:
+        """Per position of the row side its masses times c, per position of the column side its masses times r."""
+
+    def scaled(self, rows: Array, columns: Array, dtype: torch.dtype) -> Masses:
+        """``diag(rows) @ A @ diag(columns)``, the stored masses in another type."""
+
+
+class GroupMatrix:
+    """A non-negative matrix over the groups 0 .. num_groups, as a sum of dense blocks and single entries.
+
+    Attributes:
+        blocks: the dense parts; no group occurs twice among a block's rows, nor among its columns.
+        masses: the single entries; every pair of groups occurs once.
+        layout: the groups of all of them.
+    """
+
+    def __init__(self, layout: Layout, blocks: Sequence[Tensor], masses: Tensor) -> None:
+        self.layout, self.blocks, self.masses = layout, tuple(blocks), masses
+        self.is_separable = not blocks
+        on_host = masses.device.type == "cpu"  # where NumPy multiplies faster
+        self._blocks: list[Any] = [block.numpy() for block in blocks] if on_host else list(blocks)
+        self._entries: Any = masses.numpy() if on_host else masses
+
+    @staticmethod
+    def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
+        """From dense blocks, and the row, column and value of each single entry."""
+        return GroupMatrix(Layout.of(size, blocks, dst, src), [block.masses for block in blocks], masses)
+
+    @property
+    def device(self) -> torch.device:
+        return self.masses.device
+
+    def products(self, r: Array, c: Array) -> tuple[Array, Array]:
+        left, right = self._at(r, self.layout.rows), self._at(c, self.layout.columns)
+        into, out_of = [self._entries * right[0]], [left[0] * self._entries]
+        for block, x, y in zip(self._blocks, left[1:], right[1:], strict=True):
+            step = max(1, _CACHED // len(y))  # rows that the second product finds in the cache
+            sums = []
+            for start in range(0, len(x), step):
+                part = block[start : start + step]
+                into.append(part @ y)
+                sums.append(x[start : start + step] @ part)
+            out_of.append(sum(sums))
+        return _joined(into), _joined(out_of)
+
+    def scaled(self, rows: Array, columns: Array, dtype: torch.dtype) -> GroupMatrix:
+        """``diag(rows) @ A @ diag(columns)``, stored in another type."""
+        (left, *lefts), (right, *rights) = (
+            [torch.as_tensor(part, device=self.device) for part in self._at(vector, side)]
+            for vector, side in ((rows, self.layout.rows), (columns, self.layout.columns))
+        )
+        blocks = [
+            (x[:, None] * block).mul_(y[None, :]).to(dtype)
+            for block, x, y in zip(self.blocks, lefts, rights, strict=True)
+        ]
+        return GroupMatrix(self.layout, blocks, (left * self.masses * right).to(dtype))
+
+    def tempered(self, power: float) -> GroupMatrix:
+        """Every mass to a power."""
+        return GroupMatrix(self.layout, [block**power for block in self.blocks], self.masses**power)
+
+    @cached_property
+    def log_spread(self) -> float:
+        """Logarithm of the ratio of the largest mass to the smallest that is not zero."""
+        parts = [part[part > 0] for part in (self.masses, *self.blocks)]
+        ends = [torch.stack([part.min(), part.max()]).log() for part in parts if len(part)]
+        return float(max(high for _, high in ends) - min(low for low, _ in ends)) if ends else 0.0
+
+    def _at(self, vector: Array, side: Side) -> list[Any]:
+        """The vector at the positions of a side, where the masses are: at the entries, then at each block."""
+        values: Any = torch.from_numpy(vector[side.groups]).to(self.device, self.masses.dtype)
+        if isinstance(self._entries, np.ndarray):
+            values = values.numpy()
+        ends = [side.num_entries, *(side.num_entries + side.starts + side.lengths).tolist()]
+        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _joined(parts: list[Any]) -> Array:
+    joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts).cpu().numpy()
+    return joined.astype(np.float64, copy=False)
+
+
+class SeparableMatrix:
+    """A group matrix whose every block is replaced by the rank-one matrix with the same row and column sums.
+
+    The sums are those of the masses scaled at some point, ``W = diag(r) A diag(c)``: there the model has the same
+    objective and the same gradient as the matrix itself, and away from it they stay close as far as each block's masses
+    are a product of what arrives and what leaves, which path masses of a linear layer are. Products cost a few
+    operations per group, not per mass.
+    """
+
+    is_separable = True
+
+    def __init__(self, layout: Layout, masses: Array, left: Array, right: Array) -> None:
+        self.layout, self._masses, self._left, self._right = layout, masses, left, right
+        self._dst, self._row_groups = np.split(layout.rows.groups, [len(masses)])
+        self._src, self._column_groups = np.split(layout.columns.groups, [len(masses)])
+
+    @staticmethod
+    def of(layout: Layout, r: Array, c: Array, row_products: Array, column_products: Array) -> SeparableMatrix:
+        """The model at a point, from ``products(r, c)`` there."""
+        rows, columns, entries = layout.rows, layout.columns, layout.rows.num_entries
+        left, right = row_products[entries:], column_products[entries:]
+        totals = rows.block_sums(left * r[rows.groups[entries:]])
+        right = right / np.where(totals > 0, totals, 1.0)[columns.block_of]
+        return SeparableMatrix(layout, row_products[:entries] / c[columns.groups[:entries]], left, right)
+
+    def products(self, r: Array, c: Array) -> tuple[Array, Array]:
+        rows, columns = self.layout.rows, self.layout.columns
+        into = columns.block_sums(self._right * c[self._column_groups])
+        out_of = rows.block_sums(self._left * r[self._row_groups])
+        return (
+            np.concatenate([self._masses * c[self._src], self._left * into[rows.block_of]]),
+            np.concatenate([self._masses * r[self._dst], self._right * out_of[columns.block_of]]),
+        )
+
+    def scaled(self, rows: Array, columns: Array, dtype: torch.dtype) -> SeparableMatrix:
+        del dtype  # the products are cheap: they stay in double precision
+        return SeparableMatrix(
+            self.layout,
+            rows[self._dst] * self._masses * columns[self._src],
+            rows[self._row_groups] * self._left,
+            columns[self._column_groups] * self._right,
+        )
