@@ -22,8 +22,8 @@ _FINEST = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Smallest relative residual asked of a linear system: what each precision can do, with a margin."""
 _STRETCH = 8.0
 """How far a coordinate may move before the single-precision masses are scaled anew."""
-_SAME = 1e-6
-"""Largest distance of two points that share a Hessian."""
+_SAME = 1e-3
+"""Largest distance of two points that share a Hessian of the model."""
 _MODEL_STEPS = 100
 """Most Newton steps on the separable model."""
 _PATIENCE = 15
@@ -70,12 +70,19 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
 
 @dataclass
 class _Run:
-    """How far a minimization came; ``hessian`` is the model's at the point, or very near to it."""
+    """How far a minimization came, and the model's Hessian at a point that may be this one or very near."""
 
     point: Point
     iterations: int = 0
     products: int = 0
-    hessian: SeparableHessian | None = None
+    nearby: SeparableHessian | None = None
+
+    def hessian(self) -> SeparableHessian:
+        """The model's Hessian at the point, or so near that a step with it is as good."""
+        near = self.nearby
+        if near is None or near.held.any() or _largest(self.point.z - near.point.z) > _SAME:
+            self.nearby = near = SeparableHessian(self.point)
+        return near
 
 
 def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: int) -> _Run:
@@ -105,19 +112,20 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
     while run.iterations < most and polished < _POLISH:
         point, small = run.point, run.point.optimality <= tol
         if small:
-            run.hessian = run.hessian or SeparableHessian(point)
-            if _largest(run.hessian.solve(-point.projected_gradient)) <= 10 * tol:
+            if _largest(run.hessian().solve(-point.projected_gradient)) <= 10 * tol:
                 break
             polished += 1
-        if model_pays and (found := _model_step(point, tol)):
-            following, run.hessian = found
-            model_pays = following.optimality <= _PAYS * point.optimality
-        else:
-            model_pays = False
-            hessian = SeparableHessian(point)
+        following = None
+        if model_pays:
+            following, run.nearby = _model_step(point, tol)
+            model_pays = following is not None and following.optimality <= _PAYS * point.optimality
+        if following is None:
+            hessian = run.hessian()
             if hessian.exact:
                 step = hessian.solve(-point.gradient)
             else:
+                if hessian.point is not point:
+                    run.nearby = hessian = SeparableHessian(point)
                 if system is None or not system.serves(point):
                     system = NewtonSystem(point, precision)
                 forcing = _FINEST[precision]
@@ -125,21 +133,17 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
                     forcing = max(forcing, min(0.3, (point.optimality / start.optimality) ** 0.5))
                 step, products = system.solve(hessian, -point.gradient, forcing)
                 run.products += products
-            descended = _descend(point, step + hessian.held)
-            if descended is None:
-                break
-            following, run.hessian = descended, None
+            following = _descend(point, step + hessian.held)
+        if following is None:
+            break
         run.point, run.iterations = following, run.iterations + 1
     return run
 
 
-def _model_step(point: Point, tol: float) -> tuple[Point, SeparableHessian | None] | None:
-    """The minimum of the separable model at a point, and the model's Hessian there; None if it is no improvement."""
+def _model_step(point: Point, tol: float) -> tuple[Point | None, SeparableHessian | None]:
+    """Toward the minimum of the separable model at a point, None if the objective rises; the last Hessian there."""
     run = _minimize(point.separable(), max(0.01 * tol, 1e-3 * point.optimality), _MODEL_STEPS, torch.float64)
-    following = _line_search(point, run.point.z - point.z)
-    if following is None:
-        return None
-    return following, run.hessian if _largest(following.z - run.point.z) <= _SAME else None
+    return _line_search(point, run.point.z - point.z), run.nearby
 
 
 class NewtonSystem:
