@@ -1,7 +1,7 @@
 """dagpath: the neuron graph of any PyTorch ReLU network, its path quantities, and the rescaling that balances it."""
 
 from dagpath.balance import balance, random_rescaling
-from dagpath.criteria import PathConditioning
+from dagpath.criteria import EquiNorm, PathConditioning, RangeEqualization
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
 from dagpath.graph import NeuronGraph
 from dagpath.lifting import gram_diagonal, path_norm
@@ -16,8 +16,10 @@ __all__ = [
     "BalanceError",
     "CaptureError",
     "DagpathError",
+    "EquiNorm",
     "NeuronGraph",
     "PathConditioning",
+    "RangeEqualization",
     "Rescaling",
     "TracedModel",
     "UnsupportedOpError",

@@ -12,7 +12,7 @@ from torch import Tensor
 from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
-from dagpath.solver import SOLVERS
+from dagpath.solver import round_to_powers_of_two, solve
 from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -36,15 +36,16 @@ def balance(
 
     Args:
         traced: the traced model.
-        criterion: ``"pathcond"`` or an object such as :class:`PathConditioning`.
+        criterion: ``"pathcond"``, ``"equinorm"``, ``"range"``, or an object such as :class:`PathConditioning`.
         solver: ``"newton"``, or ``"coordinate"`` for the published algorithm.
         tol: stop when ``‖∇F‖∞ / p`` is at most this.
         max_iter: most iterations of the solver (Newton steps, or sweeps); None for the solver's default.
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
-            objective reached is that of the rounded factors, and never above the one at the start; where the optimal
-            factors are all near one, rounding gives away much of the gain.
-        bound: largest ``|log λ|``, by default ln 2**20.
-        device: where to solve; None for the device of the parameters.
+            objective reached is that of the rounded factors, and never above the one at the start; ``rounding_loss``
+            says how much they give away, which is much where the optimal factors are all near one.
+        bound: largest ``|log λ|``, by default ln 2**20; cut to 350 / |κ|, 175 for path conditioning.
+        device: where the masses are held and multiplied; None for the device of the parameters. Vectors over the groups
+            are held on the CPU.
 
     Returns:
         A :class:`Rescaling`; ``apply_()`` applies it.
@@ -68,8 +69,6 @@ def balance(
     """
     require_traced(traced)
     start = time.perf_counter()
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
     if not bound > 0:
@@ -79,7 +78,7 @@ def balance(
     where = torch.device(device) if device is not None else _device_of(traced)
     problem = chosen.problem(traced, bound, where)
     posed = time.perf_counter()
-    solution = SOLVERS[solver](problem, tol=tol, max_iter=max_iter)
+    solution = solve(problem, solver, tol, max_iter)
     if not solution.converged:
         warnings.warn(
             f"the {solver} solver stopped after {solution.iterations} iterations at an optimality of "
@@ -88,25 +87,23 @@ def balance(
         )
     z, after = solution.z, solution.objective[1]
     if power_of_two:
-        limit = math.floor(min(bound, 700.0) / math.log(2))
-        rounded = torch.round(z / math.log(2)).clamp(-limit, limit) * math.log(2)
-        z, after = min(
-            ((candidate, problem.at(candidate).value) for candidate in (rounded, torch.zeros_like(z))),
-            key=lambda pair: pair[1],
-        )
+        rounded, after = round_to_powers_of_two(problem, z.numpy())
+        z = torch.from_numpy(rounded)
     end = time.perf_counter()
     return Rescaling(
         traced,
-        z.cpu(),
+        z,
         power_of_two,
         (solution.objective[0], after),
         solution.optimality,
         problem.live,
         solution.iterations,
+        solution.products,
         solution.converged,
         end - start,
         {"masses": posed - start, "solve": end - posed},
-        bound,
+        problem.bound,
+        after - solution.objective[1] if power_of_two else 0.0,
     )
 
 
@@ -170,5 +167,9 @@ def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
         )
 
 
+_WITHOUT_FLOAT64 = {"mps"}
+
+
 def _device_of(traced: TracedModel) -> torch.device:
-    return next((parameter.device for parameter in traced.model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in traced.model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device

@@ -12,14 +12,34 @@ from torch import Tensor
 
 from dagpath.errors import BalanceError
 from dagpath.lifting.gram import visit_gram_diagonal
-from dagpath.solver import LogOuter, MassAggregator, Problem
+from dagpath.solver import LogOuter, MassAggregator, Problem, RangeProblem
 from dagpath.trace import TracedModel
 
 
 class Criterion(Protocol):
-    """Anything with a :meth:`problem`: the model's masses, summed per pair of groups, and a convex function of them."""
+    """Anything with a :meth:`problem`: the model's masses, summed per pair of groups, and a convex function of them.
 
-    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem: ...
+    A criterion of one's own is a few lines. Here one that minimizes the sum of all absolute weights, biases left out:
+
+        >>> import torch, dagpath
+        >>> from dagpath.solver import MassAggregator, Problem, SumOuter
+        >>> class SumOfWeights:
+        ...     def problem(self, traced, bound, device):
+        ...         masses = MassAggregator(traced.graph.num_groups, device)
+        ...         for name, parameter in traced.model.named_parameters():
+        ...             if parameter.ndim > 1:
+        ...                 ends = traced.graph.ends[name]
+        ...                 masses.add(parameter.detach().abs(), ends.dst, ends.src)
+        ...         nothing = torch.zeros(traced.graph.num_groups, dtype=torch.float64)
+        ...         return Problem(masses.matrix(), SumOuter(), kappa=1.0, linear=nothing, scale=1.0, bound=bound)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> rescaled = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), SumOfWeights()).apply_()
+        >>> torch.allclose(net[0].weight.abs().sum(1), net[2].weight.abs().sum(0))
+        True
+    """
+
+    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem | RangeProblem:
+        """The model's numbers; ``bound`` is the largest ``|log λ|``, ``device`` where to put them."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +82,7 @@ class PathConditioning:
             masses.add(gram, graph.ends[name].dst, graph.ends[name].src)
 
         exponent = visit_gram_diagonal(traced, visit)
-        p = masses.num_live
-        return Problem(
-            matrix=masses.matrix(),
-            outer=LogOuter(p),
-            kappa=-2.0,
-            linear=2 * masses.balance[1:],
-            scale=max(p, 1),
-            bound=bound,
-            offset=p * exponent * math.log(2) if p else 0.0,
-            live=p,
-        )
+        return Problem.path_conditioning(masses, bound, offset=exponent * math.log(2))
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:
         if self.reference is None:
@@ -95,7 +105,116 @@ class PathConditioning:
         return self.reference
 
 
-_BY_NAME: dict[str, type[Criterion]] = {"pathcond": PathConditioning}
+@dataclass(frozen=True)
+class EquiNorm:
+    """Make the norm of all parameters as small as a rescaling can: incoming and outgoing norms become equal.
+
+    Minimizes ``Σ_e |θ_e|^p exp(p (B z)_e)``, as its logarithm
+
+        F(z) = log Σ_e |θ_e|^p exp(p (B z)_e)
+
+    whose gradient, ``p`` times (incoming − outgoing) / sum, says the same whatever the scale of the parameters. Biases
+    are incoming. Groups that lack a nonzero parameter on one side keep λ = 1.
+
+    Attributes:
+        p: the exponent, at least 1. The default, 2, is weight balancing.
+
+    Source: Stock, Graham, Gribonval, Jégou 2019 (ENorm); Saul 2023 (weight balancing).
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> rescaled = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), dagpath.EquiNorm()).apply_()
+        >>> incoming = net[0].weight.square().sum(1) + net[0].bias.square()
+        >>> torch.allclose(incoming, net[2].weight.square().sum(0))
+        True
+    """
+
+    p: float = 2.0
+
+    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem:
+        """The criterion at the parameters' current values, as numbers.
+
+        Raises:
+            ValueError: p is below 1 or not finite.
+        """
+        if not 1 <= self.p < math.inf:
+            raise ValueError(f"p must be at least 1 and finite, got {self.p}")
+        largest, masses = _magnitudes(traced, device)
+        summed = MassAggregator(traced.graph.num_groups, device)
+        for values, dst, src in masses:
+            summed.add(values**self.p, dst, src)
+        return Problem(
+            matrix=summed.matrix(),
+            outer=LogOuter(1.0),
+            kappa=self.p,
+            linear=torch.zeros(traced.graph.num_groups, dtype=torch.float64),
+            scale=self.p,
+            bound=bound,
+            offset=self.p * math.log(largest) if summed.num_live else 0.0,
+            live=summed.num_live,
+        )
+
+
+@dataclass(frozen=True)
+class RangeEqualization:
+    """Make the largest absolute value of every group's incoming and outgoing parameters equal.
+
+    The limit of :class:`EquiNorm` for p → ∞, used before quantization, where the range of a layer's weights sets its
+    step. Biases are incoming. Groups that lack a nonzero parameter on one side keep λ = 1. The objective is the
+    largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality.
+
+    Source: Nagel, van Baalen, Blankevoort, Welling 2019 (cross-layer equalization).
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> rescaled = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), "range").apply_()
+        >>> torch.allclose(net[0].weight.abs().amax(1), net[2].weight.abs().amax(0))
+        True
+    """
+
+    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> RangeProblem:
+        """The criterion at the parameters' current values, as numbers."""
+        _, masses = _magnitudes(traced, device)
+        largest = MassAggregator(traced.graph.num_groups, device, largest=True)
+        for values, dst, src in masses:
+            largest.add(values, dst, src)
+        return RangeProblem(largest.matrix(), bound, largest.num_live)
+
+
+def _magnitudes(traced: TracedModel, device: torch.device) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The largest absolute value, and all of them divided by it with their groups; groups with one side are fixed."""
+    graph = traced.graph
+    parameters = {name: p.detach().to(device, torch.float64).abs() for name, p in traced.model.named_parameters()}
+    largest = max((float(values.max()) for values in parameters.values() if values.numel()), default=0.0)
+    fixed = torch.zeros(graph.num_groups + 1, dtype=torch.bool, device=device)
+    while True:
+        sides = torch.zeros(2, graph.num_groups + 1, device=device)
+        ends = []
+        for name, values in parameters.items():
+            dst, src = (end.to(device) for end in (graph.ends[name].dst, graph.ends[name].src))
+            dst, src = (torch.where(fixed[end], 0, end) for end in (dst, src))
+            between = (values > 0) & (dst != src)
+            for side, end in zip(sides, (dst, src), strict=True):
+                side[end.expand(values.shape)[between]] = 1
+            ends.append((dst, src))
+        single = (sides.sum(0) == 1) & ~fixed
+        single[0] = False
+        if not bool(single.any()):
+            break
+        fixed |= single
+    masses = [
+        (values / (largest or 1.0), dst, src) for values, (dst, src) in zip(parameters.values(), ends, strict=True)
+    ]
+    return largest, masses
+
+
+_BY_NAME: dict[str, type[Criterion]] = {
+    "pathcond": PathConditioning,
+    "equinorm": EquiNorm,
+    "range": RangeEqualization,
+}
 
 
 def criterion_of(criterion: str | Criterion) -> Criterion:

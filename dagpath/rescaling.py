@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +17,19 @@ from dagpath.report import table
 from dagpath.state import unwrap
 from dagpath.trace import TracedModel
 
+_FOUND = (
+    "power_of_two",
+    "objective",
+    "optimality",
+    "live",
+    "iterations",
+    "products",
+    "converged",
+    "seconds",
+    "bound",
+    "rounding_loss",
+)
+"""What is saved beside the factors."""
 _CHUNK = 1 << 18
 """Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
 
@@ -34,10 +49,12 @@ class Rescaling:
         optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards).
         live: p, the number of live parameters: those that a path of nonzero value, but for themselves, meets.
         iterations: iterations of the solver.
+        products: its Hessian products.
         converged: did the solver reach its tolerance?
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
         bound: the largest ``|log λ|`` that was allowed.
+        rounding_loss: how much higher the objective is than at the minimum, for rounding to powers of two.
         difference: largest relative difference of the outputs, where it was verified.
 
     Example:
@@ -56,10 +73,12 @@ class Rescaling:
     optimality: float = math.nan
     live: int | None = None
     iterations: int = 0
+    products: int = 0
     converged: bool = True
     seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict, repr=False)
     bound: float = math.inf
+    rounding_loss: float = 0.0
     difference: float | None = None
 
     def multipliers(self) -> dict[str, Tensor]:
@@ -72,6 +91,56 @@ class Rescaling:
         return Rescaling(
             self.traced, -self.log_scales, self.power_of_two, objective=self.objective[::-1], bound=self.bound
         )
+
+    def __matmul__(self, other: Rescaling) -> Rescaling:
+        """``a @ b``: the rescaling that does what ``b`` does and then what ``a`` does.
+
+        Raises:
+            ValueError: they belong to models with different neuron graphs.
+        """
+        if not isinstance(other, Rescaling):
+            return NotImplemented
+        if not _same_graph(self.traced.graph.group_of, other.traced.graph.group_of):
+            raise ValueError("these rescalings belong to models with different neuron graphs")
+        return Rescaling(
+            self.traced, self.log_scales + other.log_scales, self.power_of_two and other.power_of_two, bound=math.inf
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rescaling to a safetensors file: the factors, the groups they belong to, and what was found.
+
+        Raises:
+            ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+        """
+        from safetensors.torch import save_file  # an extra
+
+        found = {name: getattr(self, name) for name in _FOUND}
+        tensors = {"log_scales": self.log_scales, "group_of": self.traced.graph.group_of}
+        save_file(tensors, path, {"dagpath.rescaling": json.dumps(found)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], traced: TracedModel) -> Rescaling:
+        """Read a rescaling that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            traced: the model that it is for; its neuron graph must be that of the model it was made for.
+
+        Raises:
+            ValueError: the file holds something else, or a rescaling for another neuron graph.
+            ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+        """
+        from safetensors import safe_open  # an extra
+
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("dagpath.rescaling")
+            if text is None:
+                raise ValueError(f"{path} holds no rescaling")
+            log_scales, group_of = file.get_tensor("log_scales"), file.get_tensor("group_of")
+        if not _same_graph(group_of, traced.graph.group_of):
+            raise ValueError(f"the rescaling in {path} is for a model with another neuron graph")
+        found = json.loads(text)
+        return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])})
 
     @torch.no_grad()
     def apply_(self, model: nn.Module | None = None) -> nn.Module:
@@ -104,8 +173,13 @@ class Rescaling:
                 _multiply_(name, parameter, self.traced.graph.ends[name], scales, self.power_of_two)
         return model
 
-    def summary(self) -> str:
-        """What was found, as a table."""
+    def summary(self, layers: bool = False) -> str:
+        """What was found, as a table.
+
+        Args:
+            layers: a second table, with the factors λ of each layer that has free neurons: the smallest, the median
+                and the largest, the standard deviation of log λ, and how many are at the bound.
+        """
         graph = self.traced.graph
         parameters = list(self.traced.model.parameters())
         frozen = sum(not parameter.requires_grad for parameter in parameters)
@@ -117,6 +191,8 @@ class Rescaling:
         if not math.isnan(self.objective[0]):
             rows.append(("criterion before", f"{self.objective[0]:,.1f}"))
             rows.append(("criterion after", f"{self.objective[1]:,.1f}"))
+            if self.rounding_loss:
+                rows.append(("lost by rounding to powers of two", f"{self.rounding_loss:,.3g}"))
         if not math.isnan(self.optimality):
             state = "" if self.converged else "  NOT CONVERGED"
             rows.append(("optimality |grad F| / p", f"{self.optimality:.1e}{state}"))
@@ -128,8 +204,7 @@ class Rescaling:
             rows.append(("scale factors, smallest", f"{float(spread.min()):.4g}"))
             rows.append(("scale factors, median", f"{float(spread.median()):.4g}"))
             rows.append(("scale factors, largest", f"{float(spread.max()):.4g}"))
-            at_bound = int((self.log_scales.abs() >= self.bound * (1 - 1e-12)).sum())
-            rows.append(("groups at the bound", f"{at_bound:,}"))
+            rows.append(("groups at the bound", f"{self._at_bound(self.log_scales):,}"))
         if frozen:
             rows.append(("frozen parameters, rescaled too", f"{frozen} of {len(parameters)}"))
         if self.difference is not None:
@@ -139,7 +214,25 @@ class Rescaling:
             text += "\nNo neuron is free, so nothing was rescaled: traced.explain() says why."
         elif self.live == 0:
             text += "\nNo parameter is live: every path passes a weight of zero, so there is nothing to balance."
+        elif layers:
+            text += "\n\n" + self._layer_table()
         return text
+
+    def _layer_table(self) -> str:
+        graph = self.traced.graph
+        rows = []
+        for index, site in enumerate(graph.sites):
+            groups = graph.group_of[graph.maker_of == index]
+            z = self.log_scales[groups[groups > 0] - 1]
+            if not len(z):
+                continue
+            low, median, high = (f"{float(part.exp()):.4g}" for part in (z.min(), z.median(), z.max()))
+            spread = f"{float(z.std(correction=0)):.3f}"
+            rows.append((site.module or "(model)", f"{len(z):,}", low, median, high, spread, f"{self._at_bound(z):,}"))
+        return table(("layer", "free", "smallest", "median", "largest", "std of log", "at the bound"), rows)
+
+    def _at_bound(self, z: Tensor) -> int:
+        return int((z.abs() >= self.bound * (1 - 1e-12)).sum())
 
     def _scales(self) -> Tensor:
         """λ of every group, 1 for the fixed group 0 in front."""
@@ -162,6 +255,10 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
             with torch.no_grad():
                 for parameter, saved in self._saved:
                     parameter.copy_(saved)
+
+
+def _same_graph(group_of: Tensor, other: Tensor) -> bool:
+    return group_of.shape == other.shape and torch.equal(group_of, other)
 
 
 def _check_same(shapes: Mapping[str, torch.Size], traced: Mapping[str, torch.Size]) -> None:

@@ -1,12 +1,37 @@
 """Convex balancing problems and their solvers. Numbers only: nothing here knows of models."""
 
+from collections.abc import Callable
+
 from dagpath.solver.aggregate import MassAggregator
 from dagpath.solver.coordinate import solve_coordinate
 from dagpath.solver.matrix import Block, GroupMatrix
+from dagpath.solver.maxima import RangeProblem
 from dagpath.solver.newton import solve_newton
 from dagpath.solver.problem import LogOuter, Outer, Problem, Solution, SumOuter
+from dagpath.solver.rounding import round_to_powers_of_two
 
-SOLVERS = {"newton": solve_newton, "coordinate": solve_coordinate}
+SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
+    "newton": solve_newton,
+    "coordinate": solve_coordinate,
+}
+
+
+def solve(
+    problem: Problem | RangeProblem, solver: str = "newton", tol: float = 1e-9, max_iter: int | None = None
+) -> Solution:
+    """Solve a problem, the convex ones by the solver of that name.
+
+    Raises:
+        ValueError: the solver is unknown, or cannot solve this problem.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
+    if isinstance(problem, RangeProblem):
+        if solver != "newton":
+            raise ValueError("equal ranges are found by solver='newton' only, and what follows it")
+        return problem.solve(tol, max_iter)
+    return SOLVERS[solver](problem, tol, max_iter)
+
 
 __all__ = [
     "SOLVERS",
@@ -16,8 +41,11 @@ __all__ = [
     "MassAggregator",
     "Outer",
     "Problem",
+    "RangeProblem",
     "Solution",
     "SumOuter",
+    "round_to_powers_of_two",
+    "solve",
     "solve_coordinate",
     "solve_newton",
 ]

@@ -1,4 +1,4 @@
-"""From masses of single elements to a group matrix: elements that join the same two groups are summed."""
+"""From masses of single elements to a group matrix: those that join the same two groups are put together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from dagpath.solver.matrix import Block, GroupMatrix
 
 
 class MassAggregator:
-    """Collects masses element by element and sums those that join the same two groups.
+    """Collects masses element by element and puts together those that join the same two groups.
+
+    Args:
+        num_groups: number of free groups.
+        device: where the masses are put.
+        largest: keep the largest of those that join the same two groups, instead of their sum.
 
     Attributes:
         num_live: how many elements had a positive mass.
         balance: [num_groups + 1]; per group, the number of live elements that enter it minus those that leave it.
     """
 
-    def __init__(self, num_groups: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_groups: int, device: torch.device | str = "cpu", largest: bool = False) -> None:
         self._size = num_groups + 1
         self._device = torch.device(device)
+        self._largest = largest
         self._blocks: list[Block] = []
         self._edges: list[tuple[Tensor, Tensor, Tensor]] = []
         self.num_live = 0
@@ -43,11 +49,11 @@ class MassAggregator:
         varies = [(dst.shape[dim] > 1, src.shape[dim] > 1) for dim in range(masses.ndim)]
         if any(both == (True, True) for both in varies):
             pairs = [dim for dim in range(masses.ndim) if varies[dim] != (False, False)]
-            self._add(_live_sums(masses, [], pairs), dst, src, pairs, None)
+            self._add(self._reduced(masses, [], pairs), dst, src, pairs, None)
         else:
             rows = [dim for dim in range(masses.ndim) if varies[dim][0]]
             columns = [dim for dim in range(masses.ndim) if varies[dim][1]]
-            self._add(_live_sums(masses, rows, columns), dst, src, rows, columns)
+            self._add(self._reduced(masses, rows, columns), dst, src, rows, columns)
 
     def _add(
         self, sums: tuple[Tensor, Tensor, int], dst: Tensor, src: Tensor, rows: list[int], columns: list[int] | None
@@ -62,8 +68,8 @@ class MassAggregator:
             return
         dst, src = _keep(dst, rows).reshape(-1), _keep(src, columns).reshape(-1)
         self.balance.index_add_(0, dst, live.sum(1)).index_add_(0, src, -live.sum(0))
-        dst, matrix = _merge_rows(dst, matrix)
-        src, matrix = _merge_rows(src, matrix.t())
+        dst, matrix = self._merge_rows(dst, matrix)
+        src, matrix = self._merge_rows(src, matrix.t())
         matrix = matrix.t()
         if len(dst) == 1 or len(src) == 1:
             self._edges.append((dst.repeat_interleave(len(src)), src.repeat(len(dst)), matrix.reshape(-1)))
@@ -71,12 +77,45 @@ class MassAggregator:
             self._blocks.append(Block(matrix.contiguous(), dst, src))
 
     def matrix(self) -> GroupMatrix:
+        """What was collected."""
         nothing = torch.zeros(0, dtype=torch.long, device=self._device)
         edges = self._edges or [(nothing, nothing, nothing.double())]
         dst, src, masses = (torch.cat(parts) for parts in zip(*edges, strict=True))
         keys, inverse = torch.unique(dst * self._size + src, return_inverse=True)
-        summed = masses.new_zeros(len(keys)).index_add_(0, inverse, masses)
-        return GroupMatrix.of(self._size, self._blocks, keys // self._size, keys % self._size, summed)
+        together = self._joined(masses, inverse, len(keys))
+        return GroupMatrix.of(self._size, self._blocks, keys // self._size, keys % self._size, together)
+
+    def _reduced(self, masses: Tensor, rows: list[int], columns: list[int]) -> tuple[Tensor, Tensor, int]:
+        """Masses put together to a matrix over ``rows`` × ``columns``, counts of live ones alike, and their number."""
+        kept = [*rows, *columns]
+        others = [dim for dim in range(masses.ndim) if dim not in kept]
+        shape = (math.prod(masses.shape[dim] for dim in rows), math.prod(masses.shape[dim] for dim in columns))
+        live = masses > 0
+        counts = live.sum(others) if others else live
+        if others:
+            masses = masses.amax(others) if self._largest else masses.sum(others)
+        order = sorted(kept)
+        to_kept = [order.index(dim) for dim in kept]
+        return (
+            masses.permute(to_kept).reshape(shape),
+            counts.permute(to_kept).reshape(shape).double(),
+            int(live.sum()),
+        )
+
+    def _merge_rows(self, groups: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Put together the rows of a matrix that belong to the same group."""
+        unique, inverse = torch.unique(groups, return_inverse=True)
+        if len(unique) == len(groups):
+            return groups, matrix
+        return unique, self._joined(matrix, inverse, len(unique))
+
+    def _joined(self, values: Tensor, index: Tensor, size: int) -> Tensor:
+        """``values`` added, or their maximum taken, at the given indices along the first dimension."""
+        result = values.new_zeros((size, *values.shape[1:]))
+        if self._largest:
+            everywhere = index.reshape(-1, *[1] * (values.ndim - 1)).expand(values.shape)
+            return result.scatter_reduce_(0, everywhere, values, "amax")
+        return values.sum(0, keepdim=True) if size == 1 else result.index_add_(0, index, values)
 
 
 def _pad(end: Tensor, ndim: int) -> Tensor:
@@ -86,27 +125,3 @@ def _pad(end: Tensor, ndim: int) -> Tensor:
 def _keep(end: Tensor, dims: list[int]) -> Tensor:
     """``end`` with only ``dims`` left (the others have size 1)."""
     return end.reshape([end.shape[dim] for dim in dims] or [1])
-
-
-def _live_sums(masses: Tensor, rows: list[int], columns: list[int]) -> tuple[Tensor, Tensor, int]:
-    """Masses summed to a matrix over ``rows`` × ``columns``, the counts of live ones alike, and their number."""
-    kept = [*rows, *columns]
-    summed = [dim for dim in range(masses.ndim) if dim not in kept]
-    live = masses > 0
-    total = int(live.sum())
-    counts = live.sum(summed) if summed else live
-    sums = masses.sum(summed) if summed else masses
-    order = sorted(kept)
-    shape = (math.prod(masses.shape[dim] for dim in rows), math.prod(masses.shape[dim] for dim in columns))
-    to_kept = [order.index(dim) for dim in kept]
-    return sums.permute(to_kept).reshape(shape), counts.permute(to_kept).reshape(shape).double(), total
-
-
-def _merge_rows(groups: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the rows of a matrix that belong to the same group."""
-    unique, inverse = torch.unique(groups, return_inverse=True)
-    if len(unique) == 1:
-        return unique, matrix.sum(0, keepdim=True)
-    if len(unique) == len(groups):
-        return groups, matrix
-    return unique, matrix.new_zeros(len(unique), matrix.shape[1]).index_add_(0, inverse, matrix)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 
-from dagpath.solver.matrix import GroupMatrix
+from dagpath.solver.matrix import Array, GroupMatrix
 from dagpath.solver.problem import LogOuter, Problem, Solution
 
 
@@ -23,6 +25,9 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
     ``(p + A) b x² + A d x + (A − p) c = 0``. A group with only in- or only out-elements has its minimum where the
     bound or the quadratic puts it.
 
+    Groups that follow each other and share no element do not meet in each other's sums b and c, which are therefore
+    taken at once; only the total, one number, goes from one to the next. The iterates are those of one group at a time.
+
     Args:
         problem: a path-conditioning problem (``LogOuter``, κ = −2).
         tol: stop when ``‖∇F‖∞ ≤ tol · scale`` after a sweep.
@@ -30,47 +35,49 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
 
     Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1.
     """
-    if not isinstance(problem.outer, LogOuter) or problem.kappa != -2:
+    if not isinstance(problem.outer, LogOuter) or problem.kappa != -2 or not isinstance(problem.matrix, GroupMatrix):
         raise ValueError("the coordinate solver minimizes the path-conditioning criterion only; use solver='newton'")
     start = time.perf_counter()
-    p, half_linear = problem.outer.p, problem.costs / 2
+    surplus = problem.costs / 2
     z = np.zeros(problem.num_groups)
-    columns, rows = _entries(problem, by="src"), _entries(problem, by="dst")
-    point = problem.at(np.zeros(problem.num_groups))
-    before, reached, sweeps = point.value, point.optimality, 0
-    while reached > tol and sweeps < (10_000 if max_iter is None else max_iter):
-        padded = np.concatenate([[0.0], z])
+    batches = list(_batches(problem.matrix))
+    point = problem.at(z)
+    before, sweeps = point.value, 0
+    while point.optimality > tol and sweeps < (10_000 if max_iter is None else max_iter):
+        z = np.append(0.0, point.z)
         total = point.total
-        for group in range(1, len(padded)):
-            sources, mass_in = rows[group]
-            targets, mass_out = columns[group]
-            old = math.exp(2 * padded[group])
-            inflow = float(mass_in @ np.exp(2 * padded[sources]))
-            outflow = float(mass_out @ np.exp(-2 * padded[targets]))
-            if inflow == 0 and outflow == 0:
-                continue
-            rest = max(total - inflow / old - outflow * old, 0.0)
-            new = _best_factor(p, half_linear[group - 1], inflow, outflow, rest, problem.bound)
-            padded[group] = math.log(new) / 2
-            total = inflow / new + outflow * new + rest
-        z = padded[1:]
-        point = problem.at(z)
-        reached, sweeps = point.optimality, sweeps + 1
-    return Solution(
-        torch.from_numpy(point.z),
-        (before, point.value),
-        reached,
-        sweeps,
-        0,
-        reached <= tol,
-        time.perf_counter() - start,
-    )
+        for batch in batches:
+            inflow, outflow = batch.into @ np.exp(2 * z), batch.out_of @ np.exp(-2 * z)
+            part = slice(batch.first, batch.first + len(inflow))
+            z[part], total = _minimize_in_turn(
+                problem.outer.p, total, z[part], inflow, outflow, surplus[batch.first - 1 :], problem.bound
+            )
+        point, sweeps = problem.at(z[1:]), sweeps + 1
+    reached, seconds = point.optimality, time.perf_counter() - start
+    return Solution(torch.from_numpy(point.z), (before, point.value), reached, sweeps, 0, reached <= tol, seconds)
+
+
+def _minimize_in_turn(
+    p: float, total: float, z: Array, inflow: Array, outflow: Array, surplus: Array, bound: float
+) -> tuple[Array, float]:
+    """Minimize over groups that share no element; their new z, and the new total."""
+    found = z.copy()
+    for index, (old, mass_in, mass_out, a) in enumerate(
+        zip(np.exp(2 * z).tolist(), inflow.tolist(), outflow.tolist(), surplus.tolist(), strict=False)
+    ):
+        if mass_in == 0 and mass_out == 0:
+            continue
+        rest = max(total - mass_in / old - mass_out * old, 0.0)
+        x = _best_factor(p, a, mass_in, mass_out, rest, bound)
+        found[index] = math.log(x) / 2
+        total = mass_in / x + mass_out * x + rest
+    return found, total
 
 
 def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float, bound: float) -> float:
     """The x > 0 that minimizes ``p log(inflow/x + outflow·x + rest) + a log x``, within the bound on ``log(x)/2``."""
     quadratic, linear, constant = (p + a) * outflow, a * rest, (a - p) * inflow
-    low, high = math.exp(-2 * min(bound, 350.0)), math.exp(2 * min(bound, 350.0))
+    low, high = math.exp(-2 * bound), math.exp(2 * bound)
     root = math.sqrt(max(linear * linear - 4 * quadratic * constant, 0.0))
     if linear >= 0:  # the form of the root that does not cancel
         numerator, denominator = -2 * constant, linear + root
@@ -81,19 +88,27 @@ def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float,
     return min(max(numerator / denominator, low), high)
 
 
-def _entries(problem: Problem, by: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each group, the groups at the other end of its elements and their masses; none inside one group."""
-    matrix = problem.matrix
-    assert isinstance(matrix, GroupMatrix)
-    rows, columns, entries = matrix.layout.rows, matrix.layout.columns, matrix.layout.rows.num_entries
-    parts = [(rows.groups[:entries], columns.groups[:entries], matrix.masses.cpu().numpy())]
-    row_ends, column_ends = (np.split(side.groups[entries:], side.starts[1:]) for side in (rows, columns))
-    for dst, src, block in zip(row_ends, column_ends, matrix.blocks, strict=False):
-        parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.cpu().numpy().ravel()))
-    dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    between = (dst != src) & (masses > 0)
-    first, second = (dst, src) if by == "dst" else (src, dst)
-    shape = (matrix.layout.size, matrix.layout.size)
-    table = coo_array((masses[between], (first[between], second[between])), shape=shape).tocsr()
-    ends = table.indptr
-    return [(table.indices[s:e], table.data[s:e]) for s, e in itertools.pairwise(ends)]
+@dataclass(frozen=True)
+class _Batch:
+    """Groups ``first``, ``first + 1``, … that share no element: the masses that enter them, and those that leave."""
+
+    first: int
+    into: Any
+    out_of: Any
+
+
+def _batches(matrix: GroupMatrix) -> Iterator[_Batch]:
+    masses = matrix.to_scipy()
+    masses.setdiag(0.0)
+    masses.eliminate_zeros()
+    into, out_of = csr_array(masses), csr_array(masses.T)
+    linked = csr_array(into + out_of)
+    linked.sort_indices()
+    first = 1
+    for group in range(1, matrix.layout.size + 1):
+        if group < matrix.layout.size:
+            others = linked.indices[linked.indptr[group] : linked.indptr[group + 1]]
+            if np.searchsorted(others, first) == np.searchsorted(others, group):  # none in the batch so far
+                continue
+        yield _Batch(first, into[first:group], out_of[first:group])
+        first = group

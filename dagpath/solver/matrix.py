@@ -208,6 +208,16 @@ class GroupMatrix:
         ]
         return GroupMatrix(self.layout, blocks, (left * self.masses * right).to(dtype))
 
+    def to_scipy(self) -> Any:
+        """The matrix as a ``scipy.sparse.csr_array`` [num_groups + 1, num_groups + 1], on the host."""
+        rows, columns, entries = self.layout.rows, self.layout.columns, self.layout.rows.num_entries
+        parts = [(rows.groups[:entries], columns.groups[:entries], self.masses.cpu().numpy())]
+        ends = (np.split(side.groups[entries:], side.starts[1:]) for side in (rows, columns))
+        for dst, src, block in zip(*ends, self.blocks, strict=False):
+            parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.cpu().numpy().ravel()))
+        dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return coo_array((masses, (dst, src)), shape=(self.layout.size, self.layout.size)).tocsr()
+
     def tempered(self, power: float) -> GroupMatrix:
         """Every mass to a power."""
         return GroupMatrix(self.layout, [block**power for block in self.blocks], self.masses**power)

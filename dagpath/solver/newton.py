@@ -23,7 +23,7 @@ _FINEST = {torch.float32: 1e-4, torch.float64: 1e-10}
 _STRETCH = 8.0
 """How far a coordinate may move before the single-precision masses are scaled anew."""
 _SAME = 1e-3
-"""Largest distance of two points that share a Hessian of the model."""
+"""How far coordinates may move before a new Hessian is needed to tell how far the minimum is."""
 _MODEL_STEPS = 100
 """Most Newton steps on the separable model."""
 _PATIENCE = 15
@@ -78,11 +78,17 @@ class _Run:
     nearby: SeparableHessian | None = None
 
     def hessian(self) -> SeparableHessian:
-        """The model's Hessian at the point, or so near that a step with it is as good."""
+        """The model's Hessian at the point."""
+        if self.nearby is None or self.nearby.point is not self.point:
+            self.nearby = SeparableHessian(self.point)
+        return self.nearby
+
+    def distance(self) -> float:
+        """How far the minimum is from the point, by the model's Hessian there or very near."""
         near = self.nearby
-        if near is None or near.held.any() or _largest(self.point.z - near.point.z) > _SAME:
-            self.nearby = near = SeparableHessian(self.point)
-        return near
+        if near is None or _largest(self.point.z - near.point.z) > _SAME:
+            near = self.hessian()
+        return _largest(near.solve(-self.point.projected_gradient))
 
 
 def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: int) -> _Run:
@@ -112,7 +118,7 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
     while run.iterations < most and polished < _POLISH:
         point, small = run.point, run.point.optimality <= tol
         if small:
-            if _largest(run.hessian().solve(-point.projected_gradient)) <= 10 * tol:
+            if run.distance() <= 10 * tol:
                 break
             polished += 1
         following = None
@@ -124,8 +130,6 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
             if hessian.exact:
                 step = hessian.solve(-point.gradient)
             else:
-                if hessian.point is not point:
-                    run.nearby = hessian = SeparableHessian(point)
                 if system is None or not system.serves(point):
                     system = NewtonSystem(point, precision)
                 forcing = _FINEST[precision]

@@ -16,12 +16,15 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
-from dagpath.solver.matrix import Array, Masses, SeparableMatrix
+from dagpath.solver.aggregate import MassAggregator
+from dagpath.solver.matrix import Array, GroupMatrix, Masses, SeparableMatrix
 
 DEFAULT_BOUND = 20 * math.log(2)
 """Largest |log λ|: a factor of 2**20 up or down."""
@@ -110,9 +113,107 @@ class Problem:
     def num_groups(self) -> int:
         return len(self.linear)
 
+    @staticmethod
+    def path_conditioning(masses: MassAggregator, bound: float = DEFAULT_BOUND, offset: float = 0.0) -> Problem:
+        """``F(z) = p log Σ_e a_e exp(−2 (B z)_e) + 2 · 1ᵀ B z`` over the live elements, those with ``a_e > 0``.
+
+        p is their number; the offset is added once for each of them, as the logarithm of a common factor of the masses.
+        """
+        p = masses.num_live
+        return Problem(
+            masses.matrix(), LogOuter(p), -2.0, 2 * masses.balance[1:], max(p, 1), bound, p * offset if p else 0.0, p
+        )
+
+    @staticmethod
+    def from_incidence(
+        incidence: Tensor,
+        masses: Tensor,
+        outer: Outer | None = None,
+        kappa: float = -2.0,
+        linear: Tensor | None = None,
+        bound: float = DEFAULT_BOUND,
+    ) -> Problem:
+        """A problem over any sparse graph, which need not come from a model.
+
+        Args:
+            incidence: B, sparse CSR [num_elements, num_groups]: +1 at the group that an element enters, −1 at the one
+                that it leaves; an end that has no entry is fixed.
+            masses: a, [num_elements], finite and at least 0.
+            outer: ψ; None for path conditioning, ``p log S`` with p the number of positive masses.
+            kappa: κ.
+            linear: c, [num_groups]; None for ``−κ Bᵀ1`` over the elements of positive mass, if ``outer`` is None,
+                else 0.
+            bound: largest |z|.
+
+        Raises:
+            ValueError: shapes that do not fit, entries other than one +1 and one −1 in a row, masses that are negative
+                or not finite.
+
+        Example:
+            >>> import torch, dagpath
+            >>> from dagpath.solver import Problem, solve_newton
+            >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU(), torch.nn.Linear(1, 1, bias=False))
+            >>> incidence = dagpath.trace(net, torch.zeros(1, 1)).graph.incidence()
+            >>> solution = solve_newton(Problem.from_incidence(incidence, torch.tensor([1.0, 3.0, 64.0])))
+            >>> solution.converged, round(float(solution.z.exp()), 6)
+            (True, 0.420448)
+        """
+        dst, src = _ends(incidence, masses)
+        aggregator = MassAggregator(incidence.shape[1], masses.device)
+        aggregator.add(masses, dst, src)
+        if outer is None and linear is None:
+            problem = Problem.path_conditioning(aggregator, bound)
+            return replace(problem, kappa=kappa, linear=-kappa * aggregator.balance[1:])
+        outer = LogOuter(aggregator.num_live) if outer is None else outer
+        linear = aggregator.balance.new_zeros(incidence.shape[1]) if linear is None else linear
+        if linear.shape != (incidence.shape[1],):
+            raise ValueError(f"linear must have shape ({incidence.shape[1]},), got {tuple(linear.shape)}")
+        return Problem(aggregator.matrix(), outer, kappa, linear, 1.0, bound, live=aggregator.num_live)
+
+    def to_scipy(self) -> tuple[Any, Array]:
+        """B and a of the summed masses: ``scipy.sparse.csr_array`` [n, num_groups] and float64 [n].
+
+        One row for each pair of groups with a mass; :meth:`from_incidence` takes both back, with the outer function and
+        the linear term of this problem.
+        """
+        if not isinstance(self.matrix, GroupMatrix):
+            raise TypeError("only a problem of dense blocks and single entries has a sparse form")
+        masses = self.matrix.to_scipy().tocoo()
+        rows = np.arange(masses.nnz)
+        dst, src = masses.coords
+        ends = [(rows[dst > 0], dst[dst > 0] - 1, 1.0), (rows[src > 0], src[src > 0] - 1, -1.0)]
+        shape = (masses.nnz, self.num_groups)
+        entering, leaving = (coo_array((np.full(len(r), v), (r, c)), shape=shape) for r, c, v in ends)
+        incidence = csr_array(entering + leaving)
+        incidence.eliminate_zeros()
+        return incidence, masses.data
+
     def at(self, z: Array | Tensor) -> Point:
         """The objective and its derivatives at z."""
         return Point(self, np.asarray(z, dtype=np.float64))
+
+
+def _ends(incidence: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups that each element enters and leaves, 0 where that end is fixed."""
+    if incidence.ndim != 2 or incidence.layout != torch.sparse_csr:
+        raise ValueError(f"the incidence matrix must be 2-D sparse CSR, got {incidence.ndim}-D {incidence.layout}")
+    if masses.shape != incidence.shape[:1]:
+        raise ValueError(f"masses must have shape ({incidence.shape[0]},), one per row, got {tuple(masses.shape)}")
+    crow, column, value = (part.to(masses.device) for part in _csr(incidence))
+    row = torch.repeat_interleave(torch.arange(len(masses), device=masses.device), crow.diff())
+    for sign in (1, -1):
+        counts = torch.bincount(row[value == sign], minlength=len(masses))
+        if bool((counts > 1).any()) or bool(((value != 1) & (value != -1)).any()):
+            bad = int((counts > 1).nonzero()[0]) if bool((counts > 1).any()) else int(row[value.abs() != 1][0])
+            raise ValueError(f"row {bad} of the incidence matrix must have at most one +1 and one -1, nothing else")
+    ends = torch.zeros(2, len(masses), dtype=torch.long, device=masses.device)
+    for end, sign in zip(ends, (1, -1), strict=True):
+        end[row[value == sign]] = column[value == sign] + 1
+    return ends[0], ends[1]
+
+
+def _csr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return matrix.crow_indices(), matrix.col_indices(), matrix.values()
 
 
 class Point:

@@ -1,0 +1,72 @@
+"""Factors that are powers of two: the best found near the minimum."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dagpath.solver.matrix import Array
+from dagpath.solver.maxima import RangeProblem
+from dagpath.solver.problem import Point, Problem
+
+_UNIT = math.log(2)
+_ROUNDS = 200
+"""Most rounds of improvement."""
+
+
+def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array) -> tuple[Array, float]:
+    """A z near the one given whose every ``z / log 2`` is an integer, with an objective as low as was found.
+
+    Finding the best is an integer program. This takes the lower of two local minima, that from the nearest integers and
+    that from zero (no rescaling at all): there no single group can be doubled or halved to advantage. For equal ranges
+    it takes the better of those two starts.
+
+    Returns:
+        z, and the objective there.
+
+    Cost: two passes over the masses for each round of improvement, of which there are few.
+    """
+    limit = math.floor(problem.bound / _UNIT) * _UNIT
+    starts = (np.rint(z / _UNIT) * _UNIT).clip(-limit, limit), np.zeros_like(z)
+    if isinstance(problem, RangeProblem):
+        return min(((start, problem.value(start)) for start in starts), key=lambda pair: pair[1])
+    with np.errstate(all="ignore"):
+        points = [_improve(problem.at(start), limit) for start in starts]
+    return min(((point.z, point.value) for point in points), key=lambda pair: pair[1])
+
+
+def _improve(point: Point, limit: float) -> Point:
+    """Double or halve groups as long as the objective falls."""
+    for _ in range(_ROUNDS):
+        change, sign = _best_changes(point, limit)
+        order = np.argsort(change, kind="stable")
+        order = order[change[order] < 0]
+        following = None
+        while len(order):  # all at once, or those with the most to gain
+            step = np.zeros_like(point.z)
+            step[order] = sign[order] * _UNIT
+            following = point.problem.at(point.z + step)
+            if following.value < point.value:
+                break
+            following, order = None, order[: len(order) // 2]
+        if following is None:
+            return point
+        point = following
+    return point
+
+
+def _best_changes(point: Point, limit: float) -> tuple[Array, Array]:
+    """For each group the change of the objective if it alone is doubled or halved, whichever is better, and which."""
+    problem = point.problem
+    entering, leaving = point.rows[1:], point.columns[1:]
+    changes = []
+    for sign in (1.0, -1.0):
+        factor = math.exp(sign * problem.kappa * _UNIT)
+        totals = point.total + entering * (factor - 1) + leaving * (1 / factor - 1)
+        values = np.array([problem.outer.value(total) if total > 0 else 0.0 for total in totals.tolist()])
+        now = problem.outer.value(point.total) if point.total > 0 else 0.0
+        change = values - now + sign * _UNIT * problem.costs
+        changes.append(np.where(np.abs(point.z + sign * _UNIT) <= limit * (1 + 1e-12), change, np.inf))
+    up, down = changes
+    return np.minimum(up, down), np.where(up <= down, 1.0, -1.0)
