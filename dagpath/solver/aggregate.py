@@ -36,7 +36,7 @@ class MassAggregator:
         """Add elements of any shape; ``dst`` and ``src`` are their groups, broadcastable to that shape.
 
         Raises:
-            ValueError: a mass is negative, infinite or NaN.
+            ValueError: a mass is negative, infinite or NaN, a group is out of range, or shapes do not broadcast.
         """
         masses = masses.to(self._device, torch.float64)
         if not masses.numel():
@@ -45,6 +45,13 @@ class MassAggregator:
             bad = masses[~((masses >= 0) & torch.isfinite(masses))]
             value = float(bad[0]) if len(bad) else float("inf")
             raise ValueError(f"masses must be finite and at least 0, and so must their sum; got {value}")
+        for end in (dst, src):
+            if end.numel() and not (int(end.min()) >= 0 and int(end.max()) < self._size):
+                low, high = int(end.min()), int(end.max())
+                raise ValueError(f"groups must lie between 0 and {self._size - 1}; these are from {low} to {high}")
+            sizes = zip(reversed(end.shape), reversed(masses.shape), strict=False)
+            if end.ndim > masses.ndim or any(size not in (1, whole) for size, whole in sizes):
+                raise ValueError(f"groups of shape {tuple(end.shape)} do not broadcast to {tuple(masses.shape)}")
         dst, src = (_pad(end.to(self._device), masses.ndim) for end in (dst, src))
         varies = [(dst.shape[dim] > 1, src.shape[dim] > 1) for dim in range(masses.ndim)]
         if any(both == (True, True) for both in varies):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.linalg import splu
-from torch import Tensor
 
 from dagpath.solver.matrix import Array, GroupMatrix, Index
 from dagpath.solver.newton import solve_newton
@@ -51,16 +50,14 @@ class RangeProblem:
         return np.where(rows.groups[:entries] == columns.groups[:entries], -np.inf, values)
 
     @cached_property
-    def _log_blocks(self) -> list[tuple[Index, Index, Tensor]]:
+    def _log_blocks(self) -> list[tuple[Index, Index, Array]]:
         """Destination groups, source groups and log a of each block; −inf within a group."""
         rows, columns = self.matrix.layout.rows, self.matrix.layout.columns
         ends = (np.split(side.groups[side.num_entries :], side.starts[1:]) for side in (rows, columns))
-        blocks = []
-        for dst, src, block in zip(*ends, self.matrix.blocks, strict=False):
-            logs = block.cpu().log()
-            logs[torch.from_numpy(dst)[:, None] == torch.from_numpy(src)] = -torch.inf
-            blocks.append((dst, src, logs))
-        return blocks
+        return [
+            (dst, src, np.where(dst[:, None] == src[None, :], -np.inf, block.cpu().log().numpy()))
+            for dst, src, block in zip(*ends, self.matrix.blocks, strict=False)
+        ]
 
     def largest(self, z: Array) -> tuple[_Largest, _Largest]:
         """At z, [num_groups + 1] with z[0] = 0: of each group the largest element that enters, and that leaves."""
@@ -71,12 +68,11 @@ class RangeProblem:
         entering.take(dst, scaled, src, self._log_entries)
         leaving.take(src, scaled, dst, self._log_entries)
         for dst, src, logs in self._log_blocks:
-            scaled_block = logs - torch.from_numpy(z[src])
-            values, where = (part.numpy() for part in scaled_block.max(1))
-            entering.take(dst, values + z[dst], src[where], logs.numpy()[np.arange(len(dst)), where])
-            scaled_block += torch.from_numpy(z[dst])[:, None]
-            values, where = (part.numpy() for part in scaled_block.max(0))
-            leaving.take(src, values, dst[where], logs.numpy()[where, np.arange(len(src))])
+            row, column = np.arange(len(dst)), np.arange(len(src))
+            best = (logs - z[src]).argmax(1)
+            entering.take(dst, logs[row, best] + z[dst] - z[src[best]], src[best], logs[row, best])
+            best = (logs + z[dst][:, None]).argmax(0)
+            leaving.take(src, logs[best, column] + z[dst[best]] - z[src], dst[best], logs[best, column])
         return entering, leaving
 
     def value(self, z: Array) -> float:
@@ -149,7 +145,9 @@ class RangeProblem:
     def _pull(self, z: Array) -> Array:
         """How far the largest that leaves stands above the largest that enters; zero where the bound stops it."""
         entering, leaving = self.largest(z)
-        pull = np.where(_both(entering, leaving), leaving.scaled - entering.scaled, 0.0)
+        both = _both(entering, leaving)
+        pull = np.zeros(len(z))
+        pull[both] = leaving.scaled[both] - entering.scaled[both]
         return 2 * ((z + pull / 2).clip(-self.bound, self.bound) - z)
 
     def _imbalance(self, z: Array) -> float:

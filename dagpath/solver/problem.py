@@ -208,7 +208,7 @@ def _ends(incidence: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(f"row {bad} of the incidence matrix must have at most one +1 and one -1, nothing else")
     ends = torch.zeros(2, len(masses), dtype=torch.long, device=masses.device)
     for end, sign in zip(ends, (1, -1), strict=True):
-        end[row[value == sign]] = column[value == sign] + 1
+        end[row[value == sign]] = column[value == sign].long() + 1
     return ends[0], ends[1]
 
 

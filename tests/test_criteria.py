@@ -1,0 +1,478 @@
+"""Criteria: their numbers against autograd, and what their minima promise."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dagpath
+from dagpath.solver import LogOuter, MassAggregator, Problem, SumOuter, round_to_powers_of_two, solve_newton
+from dagpath.solver.newton import NewtonSystem
+from dagpath.solver.preconditioner import SeparableHessian
+
+from networks import RandomNet
+
+seeds = st.integers(0, 2**31 - 1)
+BOUND = 20 * math.log(2)
+
+
+def mlp(*widths):
+    layers = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def written_out(criterion, traced):
+    """The criterion as a function of z, parameter element by element, as it stands in the papers."""
+    exponents = {}
+    for name, ends in traced.graph.ends.items():
+        exponents[name] = (ends.dst.expand(traced.graph.shapes[name]), ends.src.expand(traced.graph.shapes[name]))
+    parameters = {name: p.detach().double() for name, p in traced.model.named_parameters()}
+    gram = dagpath.gram_diagonal(traced)
+
+    def function(z):
+        padded = torch.cat([z.new_zeros(1), z])
+        total, linear, p = 0.0, 0.0, 0
+        for name, (dst, src) in exponents.items():
+            moved = padded[dst] - padded[src]
+            if isinstance(criterion, dagpath.EquiNorm):
+                total = total + (parameters[name].abs() * moved.exp()).pow(criterion.p).sum()
+            else:
+                g = gram[name] / (1.0 if criterion.reference is None else criterion.reference[name])
+                live = g > 0
+                total = total + (g * (-2 * moved).exp())[live].sum()
+                linear = linear + 2 * moved[live].sum()
+                p += int(live.sum())
+        return total.log() if isinstance(criterion, dagpath.EquiNorm) else p * total.log() + linear
+
+    return function
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from(["none", "numbers", "tensors", 1.0, 2.0, 3.5]))
+def test_value_gradient_and_hessian_product_are_those_of_autograd(seed, kind):
+    net = RandomNet(seed).double()
+    traced = dagpath.trace(net, net.example())
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(kind, float):
+        criterion = dagpath.EquiNorm(kind)
+    else:
+        reference = {
+            "none": None,
+            "numbers": {name: 1.0 + len(name) for name in traced.graph.shapes},
+            "tensors": {
+                name: torch.rand(shape, generator=generator) + 0.5 for name, shape in traced.graph.shapes.items()
+            },
+        }[kind]
+        criterion = dagpath.PathConditioning(reference)
+    problem = criterion.problem(traced, BOUND, torch.device("cpu"))
+    if not problem.num_groups or not problem.live:
+        return
+    z, v = torch.randn(2, problem.num_groups, dtype=torch.float64, generator=generator) / 2
+    function, point = written_out(criterion, traced), problem.at(z)
+    assert point.value == pytest.approx(float(function(z)), rel=1e-10, abs=1e-10)
+    kept = point.rows[1:] + point.columns[1:] > 0  # equal norms fix the groups that lack a side
+    gradient = torch.autograd.functional.jacobian(function, z).numpy()
+    np.testing.assert_allclose(point.gradient[kept], gradient[kept], rtol=1e-8, atol=1e-8 * problem.scale)
+
+    model = SeparableHessian(point)
+    scale = model.scale[1:]
+    took_part = torch.from_numpy(scale > 0)
+    _, product = torch.autograd.functional.hvp(function, z, v * took_part)
+    slope = problem.outer.slope(point.total)
+    found = NewtonSystem(point, torch.float64).product(model)(
+        np.append(0.0, np.divide(v.numpy(), scale, out=np.zeros_like(scale), where=scale > 0))
+    )[1:]
+    expected = product.numpy() * scale / (problem.kappa**2 * slope) + model.damping[1:] * scale * v.numpy()
+    np.testing.assert_allclose(found[scale > 0], expected[scale > 0], rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_the_separable_model_agrees_where_it_was_made_and_its_hessian_is_inverted_exactly(seed):
+    rng = np.random.default_rng(seed)
+    aggregator = MassAggregator(12)
+    a, b, c = np.arange(1, 5), np.arange(5, 9), np.arange(9, 13)
+    for dst, src in ((a, np.zeros(3, int)), (b, a), (c, b), (np.zeros(2, int), c)):
+        masses = torch.from_numpy(np.exp(rng.normal(0, 2, (len(dst), len(src)))))
+        aggregator.add(masses, torch.from_numpy(dst[:, None]), torch.from_numpy(src[None, :]))
+    point = Problem.path_conditioning(aggregator).at(rng.normal(0, 1, 12))
+    model = point.separable()
+    again = model.problem.at(point.z)
+    assert again.value == pytest.approx(point.value, rel=1e-12)
+    np.testing.assert_allclose(again.gradient, point.gradient, rtol=1e-9, atol=1e-9)
+    hessian = SeparableHessian(model)
+    assert hessian.exact
+    dense = np.stack([NewtonSystem(model, torch.float64).product(hessian)(unit) for unit in np.eye(13)[1:]], 1)[1:]
+    inverse = np.stack([hessian.precondition(unit) for unit in np.eye(13)[1:]], 1)[1:]
+    np.testing.assert_allclose(dense @ inverse, np.eye(12), atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_the_preconditioner_stays_above_the_hessian_where_there_are_cycles(seed):
+    rng = np.random.default_rng(seed)
+    every, fixed = np.arange(1, 9), np.zeros(8, int)
+    dst, src = (
+        np.concatenate([every, fixed, rng.integers(0, 9, 20)]),
+        np.concatenate([fixed, every, rng.integers(0, 9, 20)]),
+    )
+    aggregator = MassAggregator(8)
+    aggregator.add(torch.from_numpy(np.exp(rng.normal(0, 3, len(dst)))), torch.from_numpy(dst), torch.from_numpy(src))
+    point = Problem.path_conditioning(aggregator).at(rng.normal(0, 1, 8))
+    model = SeparableHessian(point)
+    dense = np.stack([NewtonSystem(point, torch.float64).product(model)(unit) for unit in np.eye(9)[1:]], 1)[1:]
+    inverse = np.stack([model.precondition(unit) for unit in np.eye(9)[1:]], 1)[1:]
+    eigenvalues = np.linalg.eigvals(inverse @ dense).real
+    assert eigenvalues.min() > 0
+    assert eigenvalues.max() <= 1 + 1e-6
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from([1.0, 2.0, 4.0]))
+def test_equal_norms_are_equal_on_both_sides_of_every_group(seed, p):
+    net = RandomNet(seed, max_convolutions=6).double()
+    x = net.example(2)
+    with torch.no_grad():
+        before = net(x)
+        rescaling = dagpath.rescale_(net, x, dagpath.EquiNorm(p))
+        after = net(x)
+    assert rescaling.converged
+    assert float((after - before).abs().max()) <= 1e-10 * float(before.abs().max())
+    graph = rescaling.traced.graph
+    into, out_of = torch.zeros(2, graph.num_groups + 1, dtype=torch.float64)
+    for name, parameter in net.named_parameters():
+        dst, src = (end.expand(parameter.shape) for end in (graph.ends[name].dst, graph.ends[name].src))
+        masses = parameter.detach().abs().pow(p) * (dst != src)
+        into.index_add_(0, dst.flatten(), masses.flatten())
+        out_of.index_add_(0, src.flatten(), masses.flatten())
+    both = (into > 0) & (out_of > 0) & (torch.cat([torch.ones(1), rescaling.log_scales]).abs() < BOUND)
+    both[0] = False
+    torch.testing.assert_close(into[both], out_of[both], rtol=1e-6, atol=1e-9 * float(into.sum() + 1))
+    total = sum(float(parameter.detach().abs().pow(p).sum()) for parameter in net.parameters())
+    assert rescaling.objective[1] == pytest.approx(math.log(total), abs=1e-9)
+
+
+def largest_on_both_sides(model, graph):
+    into, out_of = torch.zeros(2, graph.num_groups + 1, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        dst, src = (end.expand(parameter.shape) for end in (graph.ends[name].dst, graph.ends[name].src))
+        values = (parameter.detach().double().abs() * (dst != src)).flatten()
+        into.scatter_reduce_(0, dst.flatten(), values, "amax")
+        out_of.scatter_reduce_(0, src.flatten(), values, "amax")
+    return into[1:], out_of[1:]
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_equal_ranges_are_equal_on_both_sides_of_every_group(seed):
+    net = RandomNet(seed, max_convolutions=6).double()
+    rescaling = dagpath.rescale_(net, net.example(2), "range")
+    assert rescaling.converged
+    into, out_of = largest_on_both_sides(net, rescaling.traced.graph)
+    both = (into > 0) & (out_of > 0)
+    torch.testing.assert_close(into[both], out_of[both], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("depth", [2, 30])
+def test_equal_ranges_in_deep_networks(depth):
+    torch.manual_seed(0)
+    net = mlp(*[20] * (depth + 1))
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 20)), "range")
+    assert rescaling.converged
+    assert rescaling.optimality <= 1e-9
+    assert rescaling.objective[1] == rescaling.optimality < rescaling.objective[0]
+    rescaling.apply_()
+    into, out_of = largest_on_both_sides(net, rescaling.traced.graph)
+    torch.testing.assert_close(into, out_of, rtol=1e-5, atol=0)
+
+
+def test_equal_ranges_within_a_bound():
+    torch.manual_seed(0)
+    net = mlp(4, 6, 3)
+    with torch.no_grad():
+        net[0].weight[0] *= 1e4
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), "range", bound=1.0)
+    assert rescaling.converged
+    assert rescaling.log_scales.abs().max() <= 1.0
+    assert rescaling.log_scales[0] == -1.0
+
+
+@pytest.mark.parametrize("criterion", ["equinorm", "range"])
+def test_groups_that_lack_a_side_keep_their_scale(criterion):
+    torch.manual_seed(0)
+    net = mlp(4, 6, 5, 3)
+    with torch.no_grad():
+        net[2].weight[:, 1] = 0  # nothing leaves the second neuron of the first layer
+        net[4].weight.zero_()  # nor any of the second layer
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), criterion)
+    assert rescaling.converged
+    assert rescaling.log_scales[1] == 0
+    assert rescaling.log_scales[6:].tolist() == [0] * 5
+    assert (rescaling.log_scales[[0, 2, 3, 4, 5]] != 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+def test_a_network_of_zeros_is_left_alone(criterion):
+    net = mlp(3, 4, 2)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 3)), criterion)
+    assert rescaling.converged
+    assert rescaling.log_scales.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+def test_the_type_of_the_parameters_does_not_matter(criterion, dtype):
+    torch.manual_seed(0)
+    net = mlp(8, 16, 12, 4).to(dtype)
+    exact = mlp(8, 16, 12, 4).double()
+    exact.load_state_dict(net.state_dict())
+    scales = [
+        dagpath.balance(dagpath.trace(model, torch.zeros(1, 8, dtype=kind)), criterion).log_scales
+        for model, kind in ((net, dtype), (exact, torch.float64))
+    ]
+    torch.testing.assert_close(*scales, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (dagpath.EquiNorm(0.5), "p must be at least 1"),
+        (dagpath.EquiNorm(math.inf), "p must be at least 1"),
+        (dagpath.PathConditioning({}), "no entry for '0.weight'"),
+        (
+            dagpath.PathConditioning({"0.weight": 0.0, "0.bias": 1.0, "2.weight": 1.0, "2.bias": 1.0}),
+            "must be positive",
+        ),
+        ("ranges", "unknown criterion 'ranges'"),
+    ],
+)
+def test_bad_criteria_are_refused(criterion, message):
+    traced = dagpath.trace(mlp(3, 4, 2), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=message):
+        dagpath.balance(traced, criterion)
+
+
+@pytest.mark.parametrize("criterion", ["equinorm", "range"])
+def test_coordinate_descent_is_for_path_conditioning_only(criterion):
+    traced = dagpath.trace(mlp(3, 4, 2), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="newton"):
+        dagpath.balance(traced, criterion, solver="coordinate")
+
+
+# ---------------------------------------------------------------------------------------------- sparse problems
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_the_sparse_form_and_the_blocks_give_the_same_answer(seed):
+    net = RandomNet(seed).double()
+    traced = dagpath.trace(net, net.example())
+    gram = dagpath.gram_diagonal(traced)
+    masses = torch.cat([gram[name].flatten() for name in traced.graph.shapes])
+    sparse = Problem.from_incidence(traced.graph.incidence(), masses)
+    blocks = dagpath.PathConditioning().problem(traced, BOUND, torch.device("cpu"))
+    here, there = (solve_newton(problem, tol=1e-12) for problem in (sparse, blocks))
+    torch.testing.assert_close(here.z, there.z, rtol=0, atol=1e-8)
+    assert here.objective == pytest.approx(there.objective, rel=1e-9, abs=1e-9)
+
+    incidence, summed = blocks.to_scipy()
+    again = Problem.from_incidence(sparse_csr(incidence), torch.from_numpy(summed), blocks.outer, -2.0, blocks.linear)
+    torch.testing.assert_close(solve_newton(again, tol=1e-12).z, there.z, rtol=0, atol=1e-8)
+
+
+def sparse_csr(matrix):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls its CSR support a beta
+        parts = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+        return torch.sparse_csr_tensor(*parts, size=matrix.shape)
+
+
+@pytest.mark.parametrize(
+    ("rows", "masses", "options", "message"),
+    [
+        ([[1.0, 1.0]], [1.0], {}, "row 0 of the incidence matrix must have at most one"),
+        ([[1.0, 0.0], [0.0, 2.0]], [1.0, 1.0], {}, "row 1 of the incidence matrix"),
+        ([[1.0, -1.0]], [1.0, 2.0], {}, r"masses must have shape \(1,\)"),
+        ([[1.0, -1.0]], [-1.0], {}, "masses must be finite and at least 0"),
+        ([[1.0, -1.0]], [float("nan")], {}, "masses must be finite and at least 0"),
+        ([[1.0, -1.0]], [1.0], {"linear": torch.zeros(3)}, r"linear must have shape \(2,\)"),
+        ([[1.0, -1.0]], [1.0], {"outer": SumOuter(), "bound": -1.0}, "bound must be positive"),
+    ],
+)
+def test_bad_sparse_problems_are_refused(rows, masses, options, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        incidence = torch.tensor(rows, dtype=torch.float64).to_sparse_csr()
+    with pytest.raises(ValueError, match=message):
+        Problem.from_incidence(incidence, torch.tensor(masses), **options)
+
+
+def test_an_incidence_matrix_that_is_not_sparse_is_refused():
+    with pytest.raises(ValueError, match="must be 2-D sparse CSR"):
+        Problem.from_incidence(torch.eye(2), torch.ones(2))
+
+
+def test_groups_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="groups must lie between 0 and 2"):
+        MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1, 3]), torch.tensor(0))
+    with pytest.raises(ValueError, match="broadcast"):
+        MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1]), torch.tensor(0))
+
+
+# ---------------------------------------------------------------------------------------------- powers of two
+
+
+def test_powers_of_two_are_the_best_on_small_problems():
+    best_found = total = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        groups = int(rng.integers(1, 5))
+        every, fixed = np.arange(1, groups + 1), np.zeros(groups, int)
+        extra = rng.integers(0, groups + 1, (2, 6))
+        dst, src = np.concatenate([every, fixed, extra[0]]), np.concatenate([fixed, every, extra[1]])
+        aggregator = MassAggregator(groups)
+        aggregator.add(torch.from_numpy(np.exp(rng.normal(0, 3, len(dst)))), *map(torch.from_numpy, (dst, src)))
+        problem = Problem.path_conditioning(aggregator)
+        z = solve_newton(problem).z.numpy()
+        rounded, value = round_to_powers_of_two(problem, z)
+        nearest = np.rint(z / math.log(2))
+        around = [nearest + np.array(offset) for offset in itertools.product((-2, -1, 0, 1, 2), repeat=groups)]
+        best = min(problem.at(exponents * math.log(2)).value for exponents in around)
+        np.testing.assert_allclose(rounded / math.log(2), np.rint(rounded / math.log(2)), atol=1e-12)
+        assert value == pytest.approx(problem.at(rounded).value)
+        assert value <= problem.at(nearest * math.log(2)).value + 1e-9
+        best_found += value <= best + 1e-9 * (1 + abs(best))
+        total += 1
+    assert best_found >= 0.95 * total
+
+
+def test_the_loss_of_rounding_is_reported():
+    torch.manual_seed(0)
+    traced = dagpath.trace(mlp(8, 30, 10, 4), torch.zeros(1, 8))
+    exact, rounded = dagpath.balance(traced), dagpath.balance(traced, power_of_two=True)
+    assert exact.rounding_loss == 0
+    assert rounded.rounding_loss == pytest.approx(rounded.objective[1] - exact.objective[1])
+    assert "lost by rounding" in rounded.summary()
+
+
+# ---------------------------------------------------------------------------------------------- coordinate descent
+
+
+def test_batches_of_groups_leave_the_iterates_of_coordinate_descent_as_they_are():
+    torch.manual_seed(0)
+    traced = dagpath.trace(mlp(5, 7, 6, 4).double(), torch.zeros(1, 5, dtype=torch.float64))
+    gram = dagpath.gram_diagonal(traced)
+    p = sum(masses.numel() for masses in gram.values())
+    with pytest.warns(UserWarning, match="coordinate solver stopped after 3 iterations"):
+        found = dagpath.balance(traced, solver="coordinate", max_iter=3)
+    z = torch.zeros(14, dtype=torch.float64)
+    function = written_out(dagpath.PathConditioning(), traced)
+    for _ in range(3):
+        for group in range(13):
+
+            def along(value, group=group):
+                moved = z[:13].clone()
+                moved[group] = value
+                return function(moved)
+
+            low, high = -10.0, 10.0
+            for _ in range(100):  # golden section, on a convex function of one variable
+                a, b = low + 0.382 * (high - low), high - 0.382 * (high - low)
+                low, high = (low, b) if along(a) < along(b) else (a, high)
+            z[group] = (low + high) / 2
+    assert p == found.live
+    torch.testing.assert_close(found.log_scales, z[:13], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- rescalings
+
+
+def test_rescalings_compose():
+    torch.manual_seed(0)
+    net = mlp(4, 6, 5, 2).double()
+    traced = dagpath.trace(net, torch.zeros(1, 4, dtype=torch.float64))
+    a, b = dagpath.random_rescaling(traced), dagpath.random_rescaling(traced)
+    expected = [parameter.detach().clone() for parameter in net.parameters()]
+    (a @ b).apply_()
+    together = [parameter.detach().clone() for parameter in net.parameters()]
+    for parameter, value in zip(net.parameters(), expected, strict=True):
+        parameter.data.copy_(value)
+    b.apply_()
+    a.apply_()
+    for parameter, value in zip(net.parameters(), together, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=0)
+    assert torch.equal((a @ a.inverse()).log_scales, torch.zeros(11, dtype=torch.float64))
+    with pytest.raises(ValueError, match="different neuron graphs"):
+        a @ dagpath.random_rescaling(dagpath.trace(mlp(4, 6, 2), torch.zeros(1, 4)))
+    with pytest.raises(TypeError):
+        a @ 2
+
+
+def test_rescalings_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    net = mlp(4, 6, 5, 2)
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    for rescaling in (dagpath.balance(traced, power_of_two=True), dagpath.random_rescaling(traced)):
+        path = tmp_path / "rescaling.safetensors"
+        rescaling.save(path)
+        loaded = dagpath.Rescaling.load(path, traced)
+        assert torch.equal(loaded.log_scales, rescaling.log_scales)
+        assert loaded.summary(layers=True) == rescaling.summary(layers=True)
+        assert loaded.power_of_two == rescaling.power_of_two
+    with pytest.raises(ValueError, match="another neuron graph"):
+        dagpath.Rescaling.load(path, dagpath.trace(mlp(4, 7, 5, 2), torch.zeros(1, 4)))
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="holds no rescaling"):
+        dagpath.Rescaling.load(path, traced)
+
+
+def test_the_summary_by_layers_has_a_row_for_each_layer_with_free_neurons():
+    torch.manual_seed(0)
+    rescaling = dagpath.balance(dagpath.trace(mlp(4, 6, 5, 2), torch.zeros(1, 4)))
+    rows = rescaling.summary(layers=True).split("\n\n")[1].splitlines()
+    assert [row.split()[0] for row in rows[2:]] == ["0", "2"]
+    z = rescaling.log_scales[:6]
+    assert f"{float(z.exp().max()):.4g}" in rows[2]
+    assert f"{float(z.std(correction=0)):.3f}" in rows[2]
+
+
+def test_an_outer_function_of_ones_own():
+    class Square:
+        """ψ(S) = S²"""
+
+        def value(self, total):
+            return total**2
+
+        def slope(self, total):
+            return 2 * total
+
+        def curvature(self, total):
+            return 2.0
+
+    aggregator = MassAggregator(2)
+    aggregator.add(torch.tensor([3.0, 5.0, 0.5]), torch.tensor([1, 2, 0]), torch.tensor([0, 1, 2]))
+    linear = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    solution = solve_newton(Problem(aggregator.matrix(), Square(), 1.0, linear, 1.0))
+    assert solution.converged
+    log = solve_newton(Problem(aggregator.matrix(), LogOuter(1.0), 1.0, torch.zeros(2), 1.0))
+    assert not torch.allclose(solution.z, log.z)
+
+    def function(z):
+        padded = torch.cat([z.new_zeros(1), z])
+        masses = torch.tensor([3.0, 5.0, 0.5], dtype=torch.float64)
+        return (masses * (padded[[1, 2, 0]] - padded[[0, 1, 2]]).exp()).sum() ** 2 + linear @ z
+
+    gradient = torch.autograd.functional.jacobian(function, solution.z)
+    assert float(gradient.abs().max()) <= 1e-8
