@@ -43,7 +43,7 @@ def balance(
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
             objective reached is that of the rounded factors, and never above the one at the start; ``rounding_loss``
             says how much they give away, which is much where the optimal factors are all near one.
-        bound: largest ``|log λ|``, by default ln 2**20; cut to 350 / |κ|, 175 for path conditioning.
+        bound: largest ``|log λ|``, by default ln 2**20; cut to ``350 / |κ|``, 175 for path conditioning.
         device: where the masses are held and multiplied; None for the device of the parameters. Vectors over the groups
             are held on the CPU.
 

@@ -109,7 +109,7 @@ class PathConditioning:
 class EquiNorm:
     """Make the norm of all parameters as small as a rescaling can: incoming and outgoing norms become equal.
 
-    Minimizes ``Σ_e |θ_e|^p exp(p (B z)_e)``, as its logarithm
+    Minimizes ``Σ_e |θ_e|^p exp(p (B z)_e)``, as its logarithm::
 
         F(z) = log Σ_e |θ_e|^p exp(p (B z)_e)
 

@@ -34,7 +34,7 @@ class RangeProblem:
 
     Attributes:
         matrix: the largest a of every pair of groups.
-        bound: largest |z|.
+        bound: largest ``|z|``.
         live: number of live elements, for the report.
     """
 

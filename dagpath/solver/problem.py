@@ -84,7 +84,7 @@ class Problem:
         kappa: κ.
         linear: c, float64 [num_groups].
         scale: what the gradient is measured against: ``optimality = ‖∇F‖∞ / scale``.
-        bound: largest |z|; cut to 350 / |κ|, beyond which ``exp(κ z)`` leaves the range of float64.
+        bound: largest ``|z|``; cut to ``350 / |κ|``, beyond which ``exp(κ z)`` leaves the range of float64.
         offset: constant added to F.
         live: number of live elements, for the report.
     """
@@ -143,7 +143,7 @@ class Problem:
             kappa: κ.
             linear: c, [num_groups]; None for ``−κ Bᵀ1`` over the elements of positive mass, if ``outer`` is None,
                 else 0.
-            bound: largest |z|.
+            bound: largest ``|z|``.
 
         Raises:
             ValueError: shapes that do not fit, entries other than one +1 and one −1 in a row, masses that are negative

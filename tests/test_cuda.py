@@ -1,0 +1,58 @@
+"""The same answers on a CUDA device, where there is one."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import dagpath
+from dagpath.solver import Problem, solve_newton
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def network():
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs in itertools.pairwise((3, 16, 24, 24)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
+
+
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+def test_balancing_gives_the_same_factors(criterion):
+    here = network()
+    there = copy.deepcopy(here).cuda()
+    x = torch.randn(2, 3, 12, 12)
+    expected = dagpath.balance(dagpath.trace(here, x), criterion).log_scales
+    found = dagpath.balance(dagpath.trace(there, x.cuda()), criterion).log_scales
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_rescaling_in_place_keeps_device_and_function():
+    model, x = network().cuda(), torch.randn(2, 3, 12, 12, device="cuda")
+    with torch.no_grad():
+        before = model(x)
+        rescaling = dagpath.rescale_(model, x)
+        after = model(x)
+    assert rescaling.converged
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_powers_of_two_are_bitwise_exact():
+    model, x = network().cuda().eval(), torch.randn(2, 3, 12, 12, device="cuda")
+    with torch.no_grad():
+        before = model(x)
+        dagpath.rescale_(model, x, power_of_two=True)
+        assert torch.equal(model(x), before)
+
+
+def test_a_sparse_problem():
+    traced = dagpath.trace(network(), torch.randn(2, 3, 12, 12))
+    masses = torch.rand(traced.graph.num_parameters, dtype=torch.float64) + 0.1
+    here = solve_newton(Problem.from_incidence(traced.graph.incidence(), masses))
+    there = solve_newton(Problem.from_incidence(traced.graph.incidence("cuda"), masses.cuda()))
+    torch.testing.assert_close(there.z, here.z, rtol=0, atol=1e-7)
