@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dagpath
-from dagpath.solver import LogOuter, MassAggregator, Problem, SumOuter, round_to_powers_of_two, solve_newton
+from dagpath.solver import (
+    Block,
+    GroupMatrix,
+    LogOuter,
+    MassAggregator,
+    Problem,
+    SumOuter,
+    round_to_powers_of_two,
+    solve_newton,
+)
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
 
@@ -327,6 +337,42 @@ def test_groups_out_of_range_are_refused():
         MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1, 3]), torch.tensor(0))
     with pytest.raises(ValueError, match="broadcast"):
         MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1]), torch.tensor(0))
+
+
+@pytest.mark.parametrize(
+    ("block", "entries", "message"),
+    [
+        (([[1.0, -2.0]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
+        (([[1.0, math.nan]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
+        (([[1.0, 2.0]], [1], [2]), ([], [], []), r"block 0 have masses of shape \(1, 2\)"),
+        (([[1.0, 2.0]], [1], [2, 4]), ([], [], []), "block 0: groups must lie between 0 and 3"),
+        (([[1.0, 2.0]], [1], [2, 2]), ([], [], []), "names a group twice"),
+        (([[1.0]], [1], [2]), ([1.0], [-1], [0]), "the entries: groups must lie between 0 and 3"),
+        (([[1.0]], [1], [2]), ([1.0, 2.0], [1], [0]), "the entries have masses of shape"),
+        (([[1.0]], [1], [2]), ([1.0, 2.0], [1, 1], [0, 0]), "a pair of groups twice"),
+    ],
+)
+def test_bad_blocks_and_entries_are_refused(block, entries, message):
+    masses, dst, src = (torch.tensor(part) for part in block)
+    values, *ends = entries
+    ends = [torch.tensor(end, dtype=torch.long) for end in ends]
+    with pytest.raises(ValueError, match=message):
+        GroupMatrix.of(4, [Block(masses, dst, src)], *ends, torch.tensor(values))
+
+
+def test_a_problem_by_hand():
+    # groups 1 and 2 feed group 3 through a block; single entries lead in and out
+    block = Block(torch.tensor([[4.0, 9.0]]), torch.tensor([3]), torch.tensor([1, 2]))
+    matrix = GroupMatrix.of(4, [block], torch.tensor([1, 2, 0]), torch.tensor([0, 0, 3]), torch.tensor([1.0, 2.0, 5.0]))
+    problem = Problem(matrix, SumOuter(), 2.0, torch.zeros(3), 1.0)
+    z = solve_newton(problem).z
+    r = (2 * z).exp()
+    assert float(r[0]) == pytest.approx(float(4 * r[2] / r[0]))
+    assert float(2 * r[1]) == pytest.approx(float(9 * r[2] / r[1]))
+    assert float(4 * r[2] / r[0] + 9 * r[2] / r[1]) == pytest.approx(float(5 / r[2]))
+    for name, value in (("linear", torch.zeros(2)), ("kappa", 0.0), ("scale", 0.0)):
+        with pytest.raises(ValueError, match=name):
+            replace(problem, **{name: value})
 
 
 # ---------------------------------------------------------------------------------------------- powers of two

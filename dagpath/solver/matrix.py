@@ -61,6 +61,11 @@ class Side:
         """Sum of each block's values, given those after the entries."""
         return np.add.reduceat(values, self.starts) if len(self.starts) else np.zeros(0)
 
+    def split(self, values: Any) -> list[Any]:
+        """Values at all positions, taken apart: those of the entries, then those of each block."""
+        ends = [self.num_entries, *(self.num_entries + self.starts + self.lengths).tolist()]
+        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
     @staticmethod
     def of(entries: Tensor, blocks: Sequence[Tensor]) -> Side:
         lengths = np.array([len(block) for block in blocks], dtype=np.int64)
@@ -139,6 +144,11 @@ class Layout:
     columns: Side
     terms: Terms
 
+    @property
+    def groups_by_part(self) -> tuple[list[Index], list[Index]]:
+        """Destination groups and source groups of the entries, then of each block."""
+        return self.rows.split(self.rows.groups), self.columns.split(self.columns.groups)
+
     @staticmethod
     def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor) -> Layout:
         rows, columns = Side.of(dst, [block.dst for block in blocks]), Side.of(src, [block.src for block in blocks])
@@ -176,17 +186,30 @@ class GroupMatrix:
 
     @staticmethod
     def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
-        """From dense blocks, and the row, column and value of each single entry."""
-        return GroupMatrix(Layout.of(size, blocks, dst, src), [block.masses for block in blocks], masses)
+        """From dense blocks, and the row, column and value of each single entry, all checked.
+
+        Raises:
+            ValueError: a mass is negative or not finite, a group is out of range or repeated, or shapes do not fit.
+        """
+        _check("the entries", size, masses, (dst, src), masses.ndim == 1 and dst.shape == src.shape == masses.shape)
+        if len(torch.unique(dst * size + src)) < len(dst):
+            raise ValueError("the entries name a pair of groups twice; sum them first")
+        for index, block in enumerate(blocks):
+            name, ends = f"block {index}", (block.dst, block.src)
+            _check(name, size, block.masses, ends, block.masses.shape == (*block.dst.shape, *block.src.shape))
+            if not block.masses.numel() or any(len(torch.unique(end)) < len(end) for end in ends):
+                raise ValueError(f"{name} is empty, or names a group twice among its rows or its columns")
+        layout = Layout.of(size, blocks, dst, src)
+        return GroupMatrix(layout, [block.masses.double() for block in blocks], masses.double())
 
     @property
     def device(self) -> torch.device:
         return self.masses.device
 
     def products(self, r: Array, c: Array) -> tuple[Array, Array]:
-        left, right = self._at(r, self.layout.rows), self._at(c, self.layout.columns)
-        into, out_of = [self._entries * right[0]], [left[0] * self._entries]
-        for block, x, y in zip(self._blocks, left[1:], right[1:], strict=True):
+        (x_entries, *xs), (y_entries, *ys) = self._at(r, c)
+        into, out_of = [self._entries * y_entries], [x_entries * self._entries]
+        for block, x, y in zip(self._blocks, xs, ys, strict=True):
             step = max(1, _CACHED // len(y))  # rows that the second product finds in the cache
             sums = []
             for start in range(0, len(x), step):
@@ -194,26 +217,26 @@ class GroupMatrix:
                 into.append(part @ y)
                 sums.append(x[start : start + step] @ part)
             out_of.append(sum(sums))
-        return _joined(into), _joined(out_of)
+        parts = [*into, *out_of]
+        joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts).cpu().numpy()
+        rows, columns = np.split(joined.astype(np.float64, copy=False), [len(self.layout.rows.groups)])
+        return rows, columns
 
     def scaled(self, rows: Array, columns: Array, dtype: torch.dtype) -> GroupMatrix:
         """``diag(rows) @ A @ diag(columns)``, stored in another type."""
-        (left, *lefts), (right, *rights) = (
-            [torch.as_tensor(part, device=self.device) for part in self._at(vector, side)]
-            for vector, side in ((rows, self.layout.rows), (columns, self.layout.columns))
+        (x_entries, *xs), (y_entries, *ys) = (
+            [torch.as_tensor(part, device=self.device) for part in parts] for parts in self._at(rows, columns)
         )
         blocks = [
-            (x[:, None] * block).mul_(y[None, :]).to(dtype)
-            for block, x, y in zip(self.blocks, lefts, rights, strict=True)
+            (x[:, None] * block).mul_(y[None, :]).to(dtype) for block, x, y in zip(self.blocks, xs, ys, strict=True)
         ]
-        return GroupMatrix(self.layout, blocks, (left * self.masses * right).to(dtype))
+        return GroupMatrix(self.layout, blocks, (x_entries * self.masses * y_entries).to(dtype))
 
     def to_scipy(self) -> Any:
         """The matrix as a ``scipy.sparse.csr_array`` [num_groups + 1, num_groups + 1], on the host."""
-        rows, columns, entries = self.layout.rows, self.layout.columns, self.layout.rows.num_entries
-        parts = [(rows.groups[:entries], columns.groups[:entries], self.masses.cpu().numpy())]
-        ends = (np.split(side.groups[entries:], side.starts[1:]) for side in (rows, columns))
-        for dst, src, block in zip(*ends, self.blocks, strict=False):
+        (entry_dst, *dsts), (entry_src, *srcs) = self.layout.groups_by_part
+        parts = [(entry_dst, entry_src, self.masses.cpu().numpy())]
+        for dst, src, block in zip(dsts, srcs, self.blocks, strict=True):
             parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.cpu().numpy().ravel()))
         dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return coo_array((masses, (dst, src)), shape=(self.layout.size, self.layout.size)).tocsr()
@@ -229,18 +252,25 @@ class GroupMatrix:
         ends = [torch.stack([part.min(), part.max()]).log() for part in parts if len(part)]
         return float(max(high for _, high in ends) - min(low for low, _ in ends)) if ends else 0.0
 
-    def _at(self, vector: Array, side: Side) -> list[Any]:
-        """The vector at the positions of a side, where the masses are: at the entries, then at each block."""
-        values: Any = torch.from_numpy(vector[side.groups]).to(self.device, self.masses.dtype)
+    def _at(self, r: Array, c: Array) -> tuple[list[Any], list[Any]]:
+        """r over the row side and c over the column side, where the masses are: at the entries, then at each block."""
+        rows, columns = self.layout.rows, self.layout.columns
+        vector = np.concatenate([r[rows.groups], c[columns.groups]])
+        values: Any = torch.from_numpy(vector).to(self.device, self.masses.dtype)  # one transfer
         if isinstance(self._entries, np.ndarray):
             values = values.numpy()
-        ends = [side.num_entries, *(side.num_entries + side.starts + side.lengths).tolist()]
-        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        sides = values[: len(rows.groups)], values[len(rows.groups) :]
+        return rows.split(sides[0]), columns.split(sides[1])
 
 
-def _joined(parts: list[Any]) -> Array:
-    joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts).cpu().numpy()
-    return joined.astype(np.float64, copy=False)
+def _check(name: str, size: int, masses: Tensor, ends: tuple[Tensor, Tensor], fits: bool) -> None:
+    if not fits:
+        shapes = " and ".join(str(tuple(end.shape)) for end in ends)
+        raise ValueError(f"{name} have masses of shape {tuple(masses.shape)} and groups of shapes {shapes}")
+    if not bool((masses >= 0).all()) or not bool(torch.isfinite(masses).all()):
+        raise ValueError(f"{name}: masses must be finite and at least 0")
+    if any(end.numel() and not (int(end.min()) >= 0 and int(end.max()) < size) for end in ends):
+        raise ValueError(f"{name}: groups must lie between 0 and {size - 1}")
 
 
 class SeparableMatrix:

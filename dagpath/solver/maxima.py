@@ -44,26 +44,23 @@ class RangeProblem:
 
     @cached_property
     def _log_entries(self) -> Array:
-        rows, columns = self.matrix.layout.rows, self.matrix.layout.columns
-        entries = rows.num_entries
+        (dst, *_), (src, *_) = self.matrix.layout.groups_by_part
         values: Array = self.matrix.masses.cpu().log().numpy()
-        return np.where(rows.groups[:entries] == columns.groups[:entries], -np.inf, values)
+        return np.where(dst == src, -np.inf, values)
 
     @cached_property
     def _log_blocks(self) -> list[tuple[Index, Index, Array]]:
         """Destination groups, source groups and log a of each block; −inf within a group."""
-        rows, columns = self.matrix.layout.rows, self.matrix.layout.columns
-        ends = (np.split(side.groups[side.num_entries :], side.starts[1:]) for side in (rows, columns))
+        (_, *dsts), (_, *srcs) = self.matrix.layout.groups_by_part
         return [
             (dst, src, np.where(dst[:, None] == src[None, :], -np.inf, block.cpu().log().numpy()))
-            for dst, src, block in zip(*ends, self.matrix.blocks, strict=False)
+            for dst, src, block in zip(dsts, srcs, self.matrix.blocks, strict=True)
         ]
 
     def largest(self, z: Array) -> tuple[_Largest, _Largest]:
         """At z, [num_groups + 1] with z[0] = 0: of each group the largest element that enters, and that leaves."""
         entering, leaving = _Largest.nothing(len(z)), _Largest.nothing(len(z))
-        entries = len(self._log_entries)
-        dst, src = (side.groups[:entries] for side in (self.matrix.layout.rows, self.matrix.layout.columns))
+        (dst, *_), (src, *_) = self.matrix.layout.groups_by_part
         scaled = self._log_entries + z[dst] - z[src]
         entering.take(dst, scaled, src, self._log_entries)
         leaving.take(src, scaled, dst, self._log_entries)

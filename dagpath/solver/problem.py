@@ -101,6 +101,13 @@ class Problem:
     def __post_init__(self) -> None:
         if not self.bound > 0:
             raise ValueError(f"bound must be positive, got {self.bound}")
+        if self.linear.shape != (self.matrix.layout.size - 1,):
+            groups = self.matrix.layout.size - 1
+            raise ValueError(f"linear must have shape ({groups},), one for each group, got {tuple(self.linear.shape)}")
+        if not (math.isfinite(self.kappa) and self.kappa):
+            raise ValueError(f"kappa must be finite and not zero, got {self.kappa}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be positive and finite, got {self.scale}")
         object.__setattr__(self, "bound", min(self.bound, _LARGEST_EXPONENT / abs(self.kappa)))
 
     @cached_property
@@ -166,8 +173,6 @@ class Problem:
             return replace(problem, kappa=kappa, linear=-kappa * aggregator.balance[1:])
         outer = LogOuter(aggregator.num_live) if outer is None else outer
         linear = aggregator.balance.new_zeros(incidence.shape[1]) if linear is None else linear
-        if linear.shape != (incidence.shape[1],):
-            raise ValueError(f"linear must have shape ({incidence.shape[1]},), got {tuple(linear.shape)}")
         return Problem(aggregator.matrix(), outer, kappa, linear, 1.0, bound, live=aggregator.num_live)
 
     def to_scipy(self) -> tuple[Any, Array]:
