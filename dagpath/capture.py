@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from dagpath.containers import opened
 from dagpath.errors import CaptureError
 from dagpath.modes import batches_agree, modes_agree
 from dagpath.state import mode, random_states, without_autocast
@@ -179,7 +180,8 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
         before = random_states()
-        program = torch.export.export(model, args, kwargs, strict=False)
+        with model.register_forward_hook(lambda _module, _args, output: opened(output)):
+            program = torch.export.export(model, args, kwargs, strict=False)
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         if not make_functional(program.graph_module):
@@ -299,7 +301,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     args, kwargs = inputs
     try:
         with mode(model, training), without_autocast(), torch.no_grad():
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except Exception as error:
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
