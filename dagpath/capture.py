@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from dagpath.containers import opened
 from dagpath.errors import CaptureError
 from dagpath.modes import batches_agree, modes_agree
+from dagpath.regions import inlined
 from dagpath.state import mode, random_states, without_autocast
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -179,12 +181,14 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
         before = random_states()
-        program = torch.export.export(model, args, kwargs, strict=False)
+        with model.register_forward_hook(lambda _module, _args, output: opened(output)):
+            program = torch.export.export(model, args, kwargs, strict=False)
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
-        if not make_functional(program.graph_module):
-            program = program.run_decompositions({})
-    _check_shapes_are_known(program.graph_module)
+        module = inlined(program.graph_module)
+        if not make_functional(module):
+            module = inlined(program.run_decompositions({}).graph_module)
+    _check_shapes_are_known(module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -200,7 +204,7 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
             tensors[placeholder] = buffers[spec.target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
-    return CapturedGraph(program.graph_module, parameters, tensors, batch)
+    return CapturedGraph(module, parameters, tensors, batch)
 
 
 def _check_shapes_are_known(module: fx.GraphModule) -> None:
@@ -299,7 +303,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     args, kwargs = inputs
     try:
         with mode(model, training), without_autocast(), torch.no_grad():
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except Exception as error:
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -311,7 +315,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
             f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
             f"{'train' if training else 'eval'} mode."
         ) from error
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:

@@ -40,9 +40,9 @@ class Cause:
 class NeuronGraph:
     """Neurons of a traced model and the scale groups that they form.
 
-    A neuron is a unit of a linear layer or a channel of a convolution or of a normalization. Neurons that must share
-    one factor λ (the operands of a residual sum, channel by channel) form a scale group. Group 0 is fixed: it keeps
-    λ = 1.
+    A neuron is a unit of a linear layer, or a channel of a convolution or of a normalization, or a unit between the
+    factors of a weight (the rank of a low-rank update ``W + B A``). Neurons that must share one factor λ (the operands
+    of a residual sum, channel by channel) form a scale group. Group 0 is fixed: it keeps λ = 1.
 
     Attributes:
         num_neurons: number of neurons.

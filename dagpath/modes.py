@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from dagpath.containers import opened
 from dagpath.state import mode, random_states, without_autocast
 
 _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
@@ -74,7 +75,7 @@ def _record(model: nn.Module, inputs: Any, training: bool) -> list[tuple[str, An
             outputs = torch.func.functional_call(model, state, args, kwargs)
         if random_states() != before:
             raise _UnclearError("random numbers were drawn in Python")
-    return [*recorder.calls, ("output", recorder.describe(outputs))]
+    return [*recorder.calls, ("output", recorder.describe(opened(outputs)))]
 
 
 class _Recorder(TorchFunctionMode):

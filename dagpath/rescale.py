@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dagpath.balance import balance
 from dagpath.capture import run, with_batch
@@ -18,7 +19,7 @@ from dagpath.rescaling import Rescaling, transaction
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-"""Largest relative difference of outputs, by the narrowest type among parameters and outputs."""
+"""Largest relative difference of outputs, by the narrowest type among parameters, activations and outputs."""
 
 
 def rescale_(
@@ -116,7 +117,9 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _tolerance(traced: TracedModel, outputs: list[Tensor]) -> float:
-    types = {tensor.dtype for tensor in [*outputs, *traced.model.parameters()]}
+    inside = pytree.tree_leaves([node.meta.get("val") for node in traced.fx.graph.nodes])
+    tensors = [*outputs, *traced.model.parameters(), *(leaf for leaf in inside if isinstance(leaf, Tensor))]
+    types = {tensor.dtype for tensor in tensors}
     return max((_TOLERANCES.get(dtype, 0.0) for dtype in types), default=1e-10)
 
 

@@ -79,6 +79,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Every operation in the type of its arguments, whatever the caller is in."""
+    torch.clear_autocast_cache()  # inside any autocast, weights that were cast before they changed would be used again
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

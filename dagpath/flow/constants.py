@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,5 +46,5 @@ class Constants:
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise NotConstantError(node.name)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self)
-        with torch.no_grad():
+        with torch.no_grad(), node.meta.get("context", contextlib.nullcontext)():
             return node.target(*args, **kwargs)  # type: ignore[operator]

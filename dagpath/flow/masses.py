@@ -33,7 +33,7 @@ _FAST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 class MassRule(Protocol):
     """What an operation knows of masses."""
 
-    moves_weights: bool
+    def keeps_weights(self, call: Call) -> bool: ...
 
     def mass(self, flow: MassFlow, call: Call) -> Any: ...
 
@@ -105,7 +105,7 @@ class MassFlow(fx.Interpreter):
         call = Call(target, args, dict(kwargs), self.node)
         masses = call.leaves(Mass)
         rule = self._rule(target)
-        if any(mass.data for mass in masses) or (rule.moves_weights and any(mass.params for mass in masses)):
+        if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
             return rule.mass(self, call)
         try:
             return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))

@@ -9,7 +9,7 @@ a channel's positions share a number, so a number is stored once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,15 @@ class Tie:
     reason: str
 
 
+@dataclass(frozen=True)
+class Computed:
+    """How a virtual parameter is computed: the weights that it is made of, and what its ends mean for theirs."""
+
+    parts: Sequence[Weight]
+    spread: Callable[[Tensor, Tensor], None]
+    node: fx.Node
+
+
 class NeuronRule(Protocol):
     """What an operation knows of neurons."""
 
@@ -77,7 +86,9 @@ class NeuronFlow(fx.Interpreter):
         self.parameters = dict(model.named_parameters())
         self._owners = [name for name, parameter in self.parameters.items() if parameter.numel()]
         sizes = [self.parameters[name].numel() for name in self._owners]
-        self._starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        self._starts = torch.tensor([0, *sizes]).cumsum(0)
+        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self._computed: dict[str, Computed] = {}
         self.num_neurons = 0
         self.makers: list[tuple[fx.Node, int]] = []
         self.ties: list[Tie] = []
@@ -160,14 +171,14 @@ class NeuronFlow(fx.Interpreter):
         """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
         return pytree.tree_map_only(Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape), output)
 
-    def fresh(self, count: int, weight: Weight) -> Tensor:
+    def fresh(self, count: int, weight: Weight | None) -> Tensor:
         """Numbers of ``count`` new neurons, fed through ``weight``.
 
         A later graph of the same model meets the neurons of an earlier one again: the same call of a parameter makes
         the same neurons.
         """
         key = None
-        if weight.name is not None:
+        if weight is not None and weight.name is not None:
             key = (weight.name, self._calls.get(weight.name, 0))
             self._calls[weight.name] = key[1] + 1
             start, made = self._made.get(key, (0, -1))
@@ -183,7 +194,7 @@ class NeuronFlow(fx.Interpreter):
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Declare the neurons of two broadcastable tensors to be one, entry by entry."""
         a, b = broadcast(compact(a), compact(b))
-        differ = (a != b) & (a != ZERO) & (b != ZERO)
+        differ = (a != b) & (a > ZERO) & (b > ZERO)
         if differ.any():
             size = self.num_neurons + 1
             pairs = torch.unique(a[differ] * size + b[differ])
@@ -220,6 +231,11 @@ class NeuronFlow(fx.Interpreter):
 
     def use(self, weight: Weight, dst: Tensor, src: Tensor) -> None:
         """Record the ends of a parameter's edges. A parameter met twice has the same ends both times."""
+        unused = (dst == _UNUSED) | (src == _UNUSED)
+        if unused.any():
+            used = ~unused.expand(weight.shape)
+            dst, src = dst.expand(weight.shape)[used], src.expand(weight.shape)[used]
+            weight = Weight(dst.shape, elements=self.elements(weight)[used])
         dst, src = (torch.where(end == ZERO, FIXED, end) for end in (dst, src))
         for end in (dst, src):
             if torch.broadcast_shapes(end.shape, weight.shape) != weight.shape:  # type: ignore[no-untyped-call]
@@ -237,6 +253,27 @@ class NeuronFlow(fx.Interpreter):
                     flat, new = stored.view(-1), end.expand(elements.shape)[inside]
                     flat[local] = torch.where(flat[local] == _UNUSED, new, flat[local])
                     self.tie(flat[local], new, _SHARED)
+
+    def computed(
+        self, formula: str, shape: torch.Size, parts: Sequence[Weight], spread: Callable[[Tensor, Tensor], None]
+    ) -> Weight:
+        """A weight computed from others. It travels like a parameter; once its ends are known, they go to its parts.
+
+        Args:
+            formula: tells apart what may be computed from the same parts.
+            shape: shape of the result.
+            parts: what it is computed from.
+            spread: records the ends of the parts with :meth:`use`, given those of the result, expanded to its shape.
+        """
+        names = [part.name or "" for part in parts]
+        name = f"{formula} of " + (" and ".join(names) if all(names) else f"{len(self._computed)}")
+        if name not in self._computed:
+            self._computed[name] = Computed(parts, spread, self.node)
+            self._shapes[name] = shape
+            if shape.numel():
+                self._owners.append(name)
+                self._starts = torch.cat([self._starts, self._starts[-1:] + shape.numel()])
+        return Weight(shape, name)
 
     def elements(self, weight: Weight) -> Tensor:
         """The element numbers of a weight, as a tensor of its shape."""
@@ -266,16 +303,28 @@ class NeuronFlow(fx.Interpreter):
     # -- the result ------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Ends]:
-        """The ends of all parameters, after the ties that pinned elements demand."""
+        """The ends of all parameters, after those of computed weights went to their parts, and the ties of the pinned.
+
+        A part is older than what is computed from it, so the youngest goes first.
+        """
+        for name, computed in reversed(self._computed.items()):
+            if name in self._ends:
+                self.node = computed.node
+                ends, shape = self._ends[name], self._shapes[name]
+                computed.spread(ends.dst.expand(shape), ends.src.expand(shape))
         for weight, node in self._pins:
             self.node = node
             if weight.name is not None:
-                if weight.name in self._ends:
+                if weight.name in self._computed:  # what is computed keeps its scale if its parts do
+                    self._pins += [(part, node) for part in self._computed[weight.name].parts]
+                elif weight.name in self._ends:
                     ends = self._ends[weight.name]
                     self._tie_ends(ends.dst, ends.src)
                 continue
             for name, _, local in self._by_parameter(self.elements(weight)):
-                if name in self._ends:
+                if name in self._computed:
+                    self._pins += [(part, node) for part in self._computed[name].parts]
+                elif name in self._ends:
                     ends = self._full_ends(name)
                     self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local])
         unused = torch.tensor(FIXED)
@@ -297,7 +346,7 @@ class NeuronFlow(fx.Interpreter):
         return merged
 
     def _full_ends(self, name: str) -> Ends:
-        shape = self.parameters[name].shape
+        shape = self._shapes[name]
         known = self._ends.get(name)
         if known is None:
             known = Ends(torch.full(shape, _UNUSED), torch.full(shape, _UNUSED))
@@ -308,7 +357,7 @@ class NeuronFlow(fx.Interpreter):
 
     def _by_parameter(self, elements: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(parameter, mask over ``elements``, their flat positions in the parameter), for each parameter met."""
-        owners = torch.bucketize(elements.contiguous(), self._starts, right=True) - 1
+        owners = torch.bucketize(elements.contiguous(), self._starts[:-1], right=True) - 1
         result = []
         for owner in sorted(set(owners.flatten().tolist())):
             inside = owners == owner

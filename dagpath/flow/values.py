@@ -26,6 +26,9 @@ NOTHING = -(1 << 30)
 class Weight:
     """A parameter on its way to the operation that uses it: which element stands in each entry.
 
+    What is computed from parameters alone (a sum or a product of them) is a parameter too, a virtual one: see
+    :meth:`~dagpath.flow.neurons.NeuronFlow.computed`.
+
     Attributes:
         shape: shape of this tensor.
         name: the parameter, while its elements stand in their own order; None after they were moved.

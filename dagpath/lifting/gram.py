@@ -37,7 +37,8 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
     over the positions where e is used. Under a rescaling by ``exp(z)`` it becomes ``G_ee exp(−2 (B z)_e)``.
 
     Where a path meets a parameter more than once (a weight shared by layers that follow each other), each meeting is
-    counted as an element of its own, and the masses are summed.
+    counted as an element of its own, and the masses are summed. A weight that is a sum of parameters counts as parallel
+    edges, one that is a product of parameters as edges in a row: ``W + B A`` is two branches.
 
     Args:
         traced: the traced model.

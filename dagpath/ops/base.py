@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Weight, compact
+from dagpath.flow.values import FIXED, Call, Mass, Weight, compact
 
 
 class Operation:
@@ -24,6 +24,10 @@ class Operation:
     moves_weights = False
     """Does a parameter stay one (each entry of the output an element, perhaps times a constant)?"""
 
+    def keeps_weights(self, call: Call) -> bool:
+        """Of parameters alone, is the output a weight whose masses follow from theirs? Else it is a constant."""
+        return self.moves_weights
+
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         """The neuron numbers of the output: int64 tensors of its shapes (or a :class:`Weight`)."""
         raise NotImplementedError
@@ -31,6 +35,11 @@ class Operation:
     def mass(self, flow: MassFlow, call: Call) -> Any:
         """The masses of the output, from the masses of the inputs."""
         raise NotImplementedError
+
+
+def all_parameters(*operands: Any) -> bool:
+    """Are all operands of a call masses of parameters, none of which depends on the input?"""
+    return all(isinstance(operand, Mass) and operand.params and not operand.data for operand in operands)
 
 
 class Unknown(Operation):

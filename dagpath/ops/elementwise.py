@@ -10,7 +10,7 @@ from torch import Tensor
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, plain
-from dagpath.ops.base import Operation, Unknown, register
+from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
 _CONSTANT = "a constant is added to it"
@@ -49,15 +49,33 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a == ZERO, b, a)
 
 
+def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> Weight:
+    """A sum of parameters is a weight whose parts are parallel edges: they have its ends, entry by entry."""
+
+    def spread(dst: Tensor, src: Tensor) -> None:
+        for part in parts:
+            whole = part if part.shape == shape else Weight(shape, elements=flow.elements(part).expand(shape))
+            flow.use(whole, dst, src)
+
+    return flow.computed("sum", shape, parts, spread)
+
+
 class Sum(Operation):
-    """A sum: both operands share a scale, entry by entry; a parameter among them is a bias."""
+    """A sum: both operands share a scale, entry by entry; a parameter among them is a bias.
+
+    A sum of parameters is a weight. Its mass is the sum of theirs, as if each were an edge of its own.
+    """
+
+    def keeps_weights(self, call: Call) -> bool:
+        a, b = call["input"], call["other"]
+        return all_parameters(a, b) or (not isinstance(b, Mass) and plain(b) == 0)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
         if isinstance(a, Weight) and isinstance(b, Weight):
-            return Unknown("enters a sum of parameters").neurons(flow, call)
+            return sum_of_weights(flow, [a, b], call.output.shape)
         if not isinstance(b, (Tensor, Weight)):
-            return flow.activation(a) if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
+            return a if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
         flow.tie(a, b, "a sum")
         return joined(a, b).expand(call.output.shape)
@@ -138,12 +156,22 @@ class Product(Operation):
         if not isinstance(b, (Tensor, Weight)):
             return a
         if isinstance(a, Weight) and isinstance(b, Weight):
-            return Unknown("enters a product of parameters").neurons(flow, call)
+            return self._weights(flow, call, a, b)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return self._tensors(flow, call, a, b)
         if isinstance(b, Weight):
             a, b = b, a
         return self._weighted(flow, a, b, call.output.shape)
+
+    @staticmethod
+    def _weights(flow: NeuronFlow, call: Call, a: Weight, b: Weight) -> Any:
+        """A product of parameters, entry by entry: one of them is rescaled, the other (a gain) is not."""
+        shape = call.output.shape
+        whole, gain = (a, b) if a.shape == shape else (b, a)
+        if whole.shape != shape:
+            return Unknown("enters an outer product of parameters").neurons(flow, call)
+        flow.pin(gain)
+        return whole
 
     @staticmethod
     def _tensors(flow: NeuronFlow, call: Call, a: Tensor, b: Tensor) -> Any:

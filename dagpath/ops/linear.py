@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Weight, compact
-from dagpath.ops.base import Operation, Unknown, register
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.ops.base import Operation, Unknown, all_parameters, register
+from dagpath.ops.elementwise import sum_of_weights
 
 _WEIGHTS = "weights that they share"
 _PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
@@ -93,8 +95,13 @@ class Labels:
 class Contraction(Operation):
     """A matrix product in any of its forms, seen as ``einsum(labels, a, b)`` plus a bias on the last dimension.
 
-    With a parameter it makes new neurons; with a fixed tensor it ties the entries that it sums.
+    With a parameter it makes new neurons; with a fixed tensor it ties the entries that it sums. A product of two
+    parameters is a weight that leads through hidden units of its own (the rank of a low-rank factorization).
     """
+
+    def keeps_weights(self, call: Call) -> bool:
+        a, b, bias = self.operands(call)
+        return all_parameters(a, b, *([] if bias is None else [bias])) and self.labels(call) is not None
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         """(a, b, bias)"""
@@ -109,10 +116,10 @@ class Contraction(Operation):
         labels = self.labels(call)
         if labels is None:
             return Unknown().neurons(flow, call)
-        if isinstance(a, Weight) and not isinstance(b, Weight):
-            a, b, labels = b, a, Labels(labels.b, labels.a, labels.out)
+        if isinstance(a, Weight) and isinstance(b, Weight):
+            return self._composed(flow, call, a, b, bias, labels)
         if isinstance(a, Weight):
-            return Unknown("enters a product of parameters").neurons(flow, call)
+            a, b, labels = b, a, Labels(labels.b, labels.a, labels.out)
         if isinstance(b, Weight):
             dst = self._weighted(flow, a, b, labels)
         elif not (compact(b) > FIXED).any():
@@ -128,6 +135,35 @@ class Contraction(Operation):
             last = flow.mix(dst, range(dst.ndim - 1), "a bias that they share").reshape(-1).expand(numbers.shape[-1])
             add_bias(flow, bias, last)
         return numbers
+
+    @staticmethod
+    def _composed(flow: NeuronFlow, call: Call, a: Weight, b: Weight, bias: Any, labels: Labels) -> Any:
+        """A product of parameters: one factor leads into hidden units, one for each entry of the dimensions that both
+        have, the other out of them. Which does which is seen at the ends of the product.
+        """
+        dims = list(zip(labels.a + labels.b, (*a.shape, *b.shape), strict=True))
+        sizes = dict(dims)
+        if isinstance(bias, Tensor) or any(sizes[label] != size for label, size in dims):
+            return Unknown("enters a product of parameters").neurons(flow, call)
+        shape = torch.Size(sizes[label] for label in labels.out)
+        shared = "".join(label for label in labels.a if label in labels.b)
+
+        def spread(dst: Tensor, src: Tensor) -> None:
+            ways = [(a, labels.a, b, labels.b), (b, labels.b, a, labels.a)]
+            last, outer, first, inner = min(
+                ways, key=lambda way: _differ(dst, labels.out, way[1]) + _differ(src, labels.out, way[3])
+            )
+            numbers = flow.fresh(math.prod(sizes[label] for label in shared), None)
+            units = numbers.view([sizes[label] for label in shared])
+            flow.use(last, end(dst, outer), _arranged(units, shared, outer))
+            flow.use(first, _arranged(units, shared, inner), end(src, inner))
+
+        def end(numbers: Tensor, wanted: str) -> Tensor:
+            others = [dim for dim, label in enumerate(labels.out) if label not in wanted]
+            return _arranged(flow.mix(numbers, others, "a product of parameters"), labels.out, wanted)
+
+        product = flow.computed(f"product {labels}", shape, [a, b], spread)
+        return product if bias is None else sum_of_weights(flow, [product, bias], shape)
 
     @staticmethod
     def _weighted(flow: NeuronFlow, x: Tensor, weight: Weight, labels: Labels) -> Tensor:
@@ -149,6 +185,13 @@ class Contraction(Operation):
         if self.labels(call) is None:
             return flow.barrier(call)
         return bilinear_mass(flow, call, *self.operands(call))
+
+
+def _differ(numbers: Tensor, labels: str, wanted: str) -> bool:
+    """Do entries differ along dimensions that are not wanted?"""
+    dims = [dim for dim, label in enumerate(labels) if label not in wanted]
+    small = compact(numbers, dims)
+    return bool(dims) and bool(((small != small.amax(dims, keepdim=True)) & (small > ZERO)).any())
 
 
 def _arranged(x: Tensor, labels: str, wanted: str) -> Tensor:
