@@ -158,7 +158,7 @@ def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
         raise BalanceError(f"{kind} {name!r} is on the meta device: balancing needs its values; load them first")
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
         return
-    bad = ~torch.isfinite(tensor)
+    bad = ~torch.isfinite(tensor) if kind == "parameter" else torch.isnan(tensor)  # masks hold infinities
     if bool(bad.any()):
         first = tuple(torch.nonzero(bad)[0].tolist())
         raise BalanceError(

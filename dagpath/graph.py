@@ -57,6 +57,7 @@ class NeuronGraph:
         sites: the calls that made neurons.
         causes: the calls that fixed neurons, each a :class:`Cause`.
         without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
+        cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
 
@@ -65,6 +66,7 @@ class NeuronGraph:
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in flow.parameters.items()}
         self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
         self.without_rule = [site_of(node) for node in flow.without_rule]
+        self.cut = frozenset(flow.cut)
         self.num_neurons = flow.num_neurons
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
 

@@ -48,7 +48,7 @@ class TracedModel:
     def masses(self, power: float, dtype: torch.dtype = torch.float64, **options: Any) -> MassFlow:
         """A pass over the eval graph that sums ``|Φ|^power`` over paths, at the parameters' current values."""
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, **options)
+        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, cut=self.graph.cut, **options)
 
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.

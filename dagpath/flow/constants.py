@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dagpath.capture import CapturedGraph
+from dagpath.flow.values import Call
 
 
 class NotConstantError(Exception):
@@ -43,8 +44,16 @@ class Constants:
             return found.detach()
         if node.op == "get_attr":
             return getattr(self._graph.module, str(node.target))
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op != "call_function" or _is_random(node):
             raise NotConstantError(node.name)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self)
         with torch.no_grad(), node.meta.get("context", contextlib.nullcontext)():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Does the call draw random numbers? A dropout that is not training does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    call = Call(node.target, node.args, dict(node.kwargs), node)  # type: ignore[arg-type]
+    return call.get("train", call.get("training", True)) is not False

@@ -10,7 +10,7 @@ Masses leave the floating-point range in deep networks, so each tensor carries a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -49,6 +49,7 @@ class MassFlow(fx.Interpreter):
         dtype: float64, or float32 for speed.
         on_gradient: if given, ``total().backward()`` calls it with the name of each parameter and the derivative of
             the total mass with respect to ``|θ|^q``, as soon as it is complete, and then frees it.
+        cut: calls through which no path goes, because their rule did not fit them.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class MassFlow(fx.Interpreter):
         power: float,
         dtype: torch.dtype = torch.float64,
         on_gradient: Callable[[str, Tensor], None] | None = None,
+        cut: Container[fx.Node] = (),
     ) -> None:
         super().__init__(graph.module)
         self.graph_inputs = graph
@@ -67,6 +69,7 @@ class MassFlow(fx.Interpreter):
         self._parameters = parameters
         self._rule = rule
         self._on_gradient = on_gradient
+        self._cut = cut
         self.real_node = Constants(graph, parameters)
         self.sinks: list[Mass] = []
         self.device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
@@ -106,7 +109,7 @@ class MassFlow(fx.Interpreter):
         masses = call.leaves(Mass)
         rule = self._rule(target)
         if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
-            return rule.mass(self, call)
+            return self.barrier(call) if self.node in self._cut else rule.mass(self, call)
         try:
             return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
         except NotConstantError:
@@ -153,8 +156,10 @@ class MassFlow(fx.Interpreter):
         return copy.square_() if self.exponent_q == 2 else copy.abs_().pow_(self.exponent_q)
 
     def constant(self, tensor: Tensor) -> Mass:
-        """A tensor that depends on no input: its entries are edges of fixed weight."""
+        """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
         values = self.power(tensor)
+        if bool(values.isinf().any()):
+            values = values.masked_fill(values.isinf(), 0.0)
         return Mass(values, zero=self.exponent_of(values) == NOTHING)
 
     def number(self, value: Any) -> Mass:

@@ -93,6 +93,7 @@ class NeuronFlow(fx.Interpreter):
         self.makers: list[tuple[fx.Node, int]] = []
         self.ties: list[Tie] = []
         self.without_rule: list[fx.Node] = []
+        self.cut: set[fx.Node] = set()
         self._ends: dict[str, Ends] = {}
         self._pins: list[tuple[Weight, fx.Node]] = []
         self._made: dict[tuple[str, int], tuple[int, int]] = {}
@@ -134,8 +135,12 @@ class NeuronFlow(fx.Interpreter):
             numbers = self._rule(target).neurons(self, call)
             exact = self._carries(numbers, call.output)
         except Exception as error:  # an unforeseen form of an operation must not cost more than what it touches
-            return self._unknown(f"enters an unforeseen form of an operation: {error}").neurons(self, call)
-        return numbers if exact else self._unknown("is rounded, compared or counted").neurons(self, call)
+            return self._cut(call, f"enters an unforeseen form of an operation: {error}")
+        return numbers if exact else self._cut(call, "is rounded, compared or counted")
+
+    def _cut(self, call: Call, reason: str) -> Any:
+        self.cut.add(call.node)
+        return self._unknown(reason).neurons(self, call)
 
     @staticmethod
     def _carries(numbers: Any, output: Any) -> bool:

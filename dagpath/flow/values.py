@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -133,6 +134,11 @@ _NUMBERS = (int, float, complex)
 def plain(value: Any) -> float | None:
     """A number as a float; None for a symbolic one, which depends on the values of the input (``tensor.item()``)."""
     return float(abs(value) if isinstance(value, complex) else value) if isinstance(value, _NUMBERS) else None
+
+
+def is_scaleless(value: float | None) -> bool:
+    """Is a number right under any positive scale? Zero and both infinities are."""
+    return value is not None and (value == 0 or math.isinf(value))
 
 
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
@@ -118,7 +118,7 @@ class Choice(Operation):
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any) -> Tensor:
         if not isinstance(value, (Tensor, Weight)):
-            return torch.tensor(ZERO if plain(value) == 0 else FIXED)
+            return torch.tensor(ZERO if is_scaleless(plain(value)) else FIXED)
         numbers: Tensor = flow.activation(value)
         return numbers
 
@@ -130,10 +130,10 @@ class Choice(Operation):
 
 
 class MaskedFill(Operation):
-    """Zeros written into some entries are right under any scale; another value fixes the input."""
+    """Zeros or infinities written into some entries are right under any scale; another value fixes the input."""
 
     def _keeps(self, call: Call) -> bool:
-        return not isinstance(call["value"], (Tensor, Weight, Mass)) and call["value"] == 0
+        return not isinstance(call["value"], (Tensor, Weight, Mass)) and is_scaleless(plain(call["value"]))
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if not self._keeps(call):

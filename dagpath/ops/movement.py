@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dagpath.flow.constants import NotConstantError
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -94,22 +94,22 @@ class Concatenate(Movement):
 
 
 class ConstantPad(Movement):
-    """Padding: zeros are right under any scale; another value is a constant."""
+    """Padding: zeros and infinities are right under any scale; another value is a constant."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if call.get("mode", "constant") != "constant":
             return super().neurons(flow, call)
-        fill = FIXED if call.get("value") else ZERO
+        fill = ZERO if is_scaleless(call.get("value") or 0) else FIXED
         return torch.nn.functional.pad(flow.activation(call["input"]), call["pad"], value=fill)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        value = call.get("value")
-        if call.get("mode", "constant") != "constant" or not value:
+        value = call.get("value") or 0
+        if call.get("mode", "constant") != "constant" or value == 0:
             return flow.linear(call)
         mass = call["input"]
         exponent = max(mass.exponent, 0)
         values = flow.shifted(mass.values, mass.exponent - exponent)
-        fill = float(flow.shifted(flow.power(value), -exponent))
+        fill = float(flow.shifted(flow.number(value).values, -exponent))
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
 
@@ -197,7 +197,7 @@ class Copy(Operation):
 
 
 class Filled(Operation):
-    """A tensor of one number; zeros are right under any scale."""
+    """A tensor of one number; zeros and infinities are right under any scale."""
 
     def __init__(self, value: float | None = None) -> None:
         self.value = value
@@ -206,7 +206,7 @@ class Filled(Operation):
         return self.value if self.value is not None else plain(call.get("fill_value", call.get("value")))
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return flow.constant(call.output) + (ZERO if self._fill(call) == 0 else FIXED)
+        return flow.constant(call.output) + (ZERO if is_scaleless(self._fill(call)) else FIXED)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         fill = flow.number(self._fill(call))

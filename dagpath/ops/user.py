@@ -4,13 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.values import Call, Mass
 from dagpath.ops.base import Operation, Unknown, operation_name, register
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
-from dagpath.ops.movement import Movement
+from dagpath.ops.movement import Movement, move
+
+
+class Rearrangement(Movement):
+    """Data movement by an operation of a user's own, which may have no derivative: masses follow the numbers."""
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        masses = call.leaves(Mass)
+        exponent, starts, end = flow.common(masses), {}, 0
+        for mass in masses:
+            starts[id(mass)] = end
+            end += mass.values.numel()
+
+        def places(leaf: Any) -> Any:
+            if not isinstance(leaf, Mass):
+                return leaf
+            numbers = torch.arange(leaf.values.numel(), device=leaf.values.device)
+            return (numbers + starts[id(leaf)]).view(leaf.values.shape)
+
+        values = torch.cat([flow.shifted(mass.values, mass.exponent - exponent).flatten() for mass in masses])
+        return pytree.tree_map_only(
+            Tensor, lambda numbers: flow.result(masses, values[numbers], exponent), move(call, places)
+        )
+
 
 _RULES: dict[str, Operation] = {
     "homogeneous": Homogeneous(),
-    "movement": Movement(),
+    "movement": Rearrangement(),
     "sum": Sum(),
     "choice": Choice(),
     "fixed": Unknown("enters an operation that was registered as fixed"),
@@ -30,8 +59,8 @@ def register_op(op: Any, rule: str | Operation) -> None:
             - ``"homogeneous"``: ``f(λx) = λ f(x)`` for λ > 0, entry by entry, like a leaky ReLU;
             - ``"movement"``: every entry of the output is an entry of an input, like a permutation. The operation is
               run on integer tensors, or on float64 ones if it takes no integers;
-            - ``"sum"``: ``input + other``, entry by entry;
-            - ``"choice"``: ``input`` or ``other`` in each entry, like a maximum;
+            - ``"sum"``: ``input + other``, entry by entry; the operation's arguments must have these names;
+            - ``"choice"``: ``input`` or ``other`` in each entry, like a maximum; the same;
             - ``"fixed"``: not homogeneous; what it touches keeps its scale;
 
             or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``.
