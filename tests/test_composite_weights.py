@@ -119,6 +119,17 @@ def test_a_learned_gain_of_an_update_keeps_its_value():
     assert (multipliers["rows"] == 1).all()
 
 
+def test_a_learned_gain_that_is_an_edge_elsewhere_is_pinned_there():
+    def forward(m, x):
+        y = F.relu(F.linear(F.relu(m.stem(x)), m.w * m.rows.unsqueeze(1)))
+        return m.head(y) + m.other(F.relu(m.side(x) * m.rows))
+
+    net = Net(forward, stem=nn.Linear(3, 4), head=nn.Linear(6, 1), side=nn.Linear(3, 6), **parts(w=(6, 4), rows=(6,)))
+    net.other = nn.Linear(6, 1)
+    # the gain ties its inputs, the units of `side`, to its outputs
+    check(net, torch.randn(5, 3), 4 + 6 + 6)
+
+
 def test_a_sum_of_biases_and_of_tables():
     def forward(m, i):
         x = F.embedding(i, m.table + m.b @ m.a)

@@ -236,6 +236,7 @@ class NeuronFlow(fx.Interpreter):
 
     def use(self, weight: Weight, dst: Tensor, src: Tensor) -> None:
         """Record the ends of a parameter's edges. A parameter met twice has the same ends both times."""
+        dst, src = compact(dst), compact(src)
         unused = (dst == _UNUSED) | (src == _UNUSED)
         if unused.any():
             used = ~unused.expand(weight.shape)
@@ -245,11 +246,12 @@ class NeuronFlow(fx.Interpreter):
         for end in (dst, src):
             if torch.broadcast_shapes(end.shape, weight.shape) != weight.shape:  # type: ignore[no-untyped-call]
                 raise ValueError(f"ends of shape {tuple(end.shape)} for a parameter of shape {tuple(weight.shape)}")
-        if weight.name is not None and weight.name not in self._ends:
-            self._ends[weight.name] = Ends(dst, src)
-        elif weight.name is not None:
-            known = self._ends[weight.name]
-            self._ends[weight.name] = Ends(self._merge(known.dst, dst), self._merge(known.src, src))
+        name = weight.name or self._whole(weight)
+        if name is not None:
+            if weight.shape != self._shapes[name]:
+                dst, src = (compact(end.expand(weight.shape).reshape(self._shapes[name])) for end in (dst, src))
+            known = self._ends.get(name, Ends(dst, src))
+            self._ends[name] = Ends(self._merge(known.dst, dst), self._merge(known.src, src))
         else:
             elements = self.elements(weight)
             for name, inside, local in self._by_parameter(elements):
@@ -287,6 +289,15 @@ class NeuronFlow(fx.Interpreter):
         assert weight.name is not None
         start = int(self._starts[self._owners.index(weight.name)]) if math.prod(weight.shape) else 0
         return torch.arange(start, start + math.prod(weight.shape)).view(weight.shape)
+
+    def _whole(self, weight: Weight) -> str | None:
+        """The parameter of which a weight is a mere view: all of its elements, in their order, in another shape."""
+        elements = self.elements(weight).reshape(-1)
+        if not len(elements):
+            return None
+        name = self._owners[int(torch.bucketize(elements[0], self._starts[:-1], right=True)) - 1]
+        whole = self.elements(Weight(self._shapes[name], name)).view(-1)
+        return name if torch.equal(elements, whole) else None
 
     def as_neurons(self, weight: Weight) -> Tensor:
         """A parameter that stands where an activation is expected: one neuron per element, fed by the constant 1."""
