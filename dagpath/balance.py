@@ -31,8 +31,8 @@ def balance(
 ) -> Rescaling:
     """Find the rescaling of every free neuron that minimizes a criterion. The model is not touched.
 
-    The problem is convex: the minimum is global, and the same from any rescaled copy of the model. Groups without any
-    live parameter keep λ = 1.
+    The problem is convex: the minimum is global, and, where it is unique and within the bound, the same from any
+    rescaled copy of the model. Groups without any live parameter keep λ = 1.
 
     Args:
         traced: the traced model.
@@ -83,7 +83,7 @@ def balance(
         warnings.warn(
             f"the {solver} solver stopped after {solution.iterations} iterations at an optimality of "
             f"{solution.optimality:.1e}, above the tolerance of {tol:.1e}; the rescaling is valid but not optimal",
-            stacklevel=2,
+            stacklevel=3,  # the caller's line, beyond the context manager
         )
     z, after = solution.z, solution.objective[1]
     if power_of_two:

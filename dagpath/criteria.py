@@ -33,7 +33,10 @@ class Criterion(Protocol):
         ...         nothing = torch.zeros(traced.graph.num_groups, dtype=torch.float64)
         ...         return Problem(masses.matrix(), SumOuter(), kappa=1.0, linear=nothing, scale=1.0, bound=bound)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> rescaled = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), SumOfWeights()).apply_()
+        >>> rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), SumOfWeights())
+        >>> "criterion after" in rescaling.summary()
+        True
+        >>> _ = rescaling.apply_()
         >>> torch.allclose(net[0].weight.abs().sum(1), net[2].weight.abs().sum(0))
         True
     """
@@ -78,7 +81,7 @@ class PathConditioning:
                     "running variance behind it, or for weights beyond the range of float64 once squared"
                 )
             if reference is not None:
-                gram = gram / torch.as_tensor(reference[name]).to(gram)
+                gram = gram / torch.as_tensor(reference[name], dtype=torch.float64).to(gram)
             masses.add(gram, graph.ends[name].dst, graph.ends[name].src)
 
         exponent = visit_gram_diagonal(traced, visit)
@@ -93,7 +96,7 @@ class PathConditioning:
         if missing:
             raise ValueError(f"the reference has no entry for {missing[0]!r} ({len(missing)} missing in all)")
         for name, value in self.reference.items():
-            tensor = torch.as_tensor(value)
+            tensor = torch.as_tensor(value, dtype=torch.float64)
             if name not in shapes:
                 raise ValueError(f"the reference names {name!r}, which is no parameter of the model")
             if tensor.ndim and tensor.shape != shapes[name]:
@@ -114,7 +117,8 @@ class EquiNorm:
         F(z) = log Σ_e |θ_e|^p exp(p (B z)_e)
 
     whose gradient, ``p`` times (incoming − outgoing) / sum, says the same whatever the scale of the parameters. Biases
-    are incoming. Groups that lack a nonzero parameter on one side keep λ = 1.
+    are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep λ = 1: their
+    parameters could be shrunk without end.
 
     Attributes:
         p: the exponent, at least 1. The default, 2, is weight balancing.
@@ -161,7 +165,8 @@ class RangeEqualization:
     """Make the largest absolute value of every group's incoming and outgoing parameters equal.
 
     The limit of :class:`EquiNorm` for p → ∞, used before quantization, where the range of a layer's weights sets its
-    step. Biases are incoming. Groups that lack a nonzero parameter on one side keep λ = 1. The objective is the
+    step. Biases are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep
+    λ = 1. The objective is the
     largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality.
 
     Source: Nagel, van Baalen, Blankevoort, Welling 2019 (cross-layer equalization).
@@ -184,30 +189,33 @@ class RangeEqualization:
 
 
 def _magnitudes(traced: TracedModel, device: torch.device) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The largest absolute value, and all of them divided by it with their groups; groups with one side are fixed."""
+    """The largest absolute value, and all of them divided by it, with their groups; those out of reach are fixed."""
     graph = traced.graph
     parameters = {name: p.detach().to(device, torch.float64).abs() for name, p in traced.model.named_parameters()}
     largest = max((float(values.max()) for values in parameters.values() if values.numel()), default=0.0)
-    fixed = torch.zeros(graph.num_groups + 1, dtype=torch.bool, device=device)
-    while True:
-        sides = torch.zeros(2, graph.num_groups + 1, device=device)
-        ends = []
-        for name, values in parameters.items():
-            dst, src = (end.to(device) for end in (graph.ends[name].dst, graph.ends[name].src))
-            dst, src = (torch.where(fixed[end], 0, end) for end in (dst, src))
-            between = (values > 0) & (dst != src)
-            for side, end in zip(sides, (dst, src), strict=True):
-                side[end.expand(values.shape)[between]] = 1
-            ends.append((dst, src))
-        single = (sides.sum(0) == 1) & ~fixed
-        single[0] = False
-        if not bool(single.any()):
-            break
-        fixed |= single
-    masses = [
-        (values / (largest or 1.0), dst, src) for values, (dst, src) in zip(parameters.values(), ends, strict=True)
-    ]
+    ends = {name: (graph.ends[name].dst.to(device), graph.ends[name].src.to(device)) for name in parameters}
+    links = [(values > 0, *ends[name]) for name, values in parameters.items()]
+    forward = _reached(graph.num_groups, links)
+    backward = _reached(graph.num_groups, [(live, src, dst) for live, dst, src in reversed(links)])
+    within = forward & backward
+    masses = []
+    for name, values in parameters.items():
+        dst, src = (torch.where(within[end], end, 0) for end in ends[name])
+        masses.append((values / (largest or 1.0), dst, src))
     return largest, masses
+
+
+def _reached(num_groups: int, links: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Which groups a chain of links leads to from group 0; each link is (which elements are there, to, from)."""
+    reached = torch.zeros(num_groups + 1, dtype=torch.bool, device=links[0][0].device if links else None)
+    reached[0] = True
+    count = 0
+    while count < int(reached.sum()):
+        count = int(reached.sum())
+        for live, to, start in links:
+            hit = live & reached[start]
+            reached[to.expand(hit.shape)[hit]] = True
+    return reached
 
 
 _BY_NAME: dict[str, type[Criterion]] = {

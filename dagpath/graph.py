@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,16 @@ class NeuronGraph:
             f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
             f"{self.num_parameters:,} parameters)"
         )
+
+    def digest(self) -> str:
+        """A hash of the parameters' names and shapes and the groups that they join: equal for equal architectures."""
+        found = hashlib.sha256()
+        for name, ends in self.ends.items():
+            dst, src = (end.cpu().contiguous() for end in (ends.dst, ends.src))
+            found.update(repr((name, tuple(self.shapes[name]), tuple(dst.shape), tuple(src.shape))).encode())
+            for end in (dst, src):
+                found.update(end.numpy().tobytes())
+        return found.hexdigest()
 
     def incidence(self, device: torch.device | str | None = None) -> Tensor:
         """The incidence matrix B of parameters and free groups.

@@ -46,7 +46,8 @@ class Rescaling:
         log_scales: float64 [num_groups], natural logarithms.
         power_of_two: are all factors powers of two? Then applying it is exact in floating point.
         objective: the criterion before and after; NaN where there is none (a random rescaling).
-        optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards).
+        optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards); other
+            criteria say what they divide the gradient by, and equal ranges report their largest difference.
         live: p, the number of live parameters: those that a path of nonzero value, but for themselves, meets.
         iterations: iterations of the solver.
         products: its Hessian products.
@@ -100,14 +101,14 @@ class Rescaling:
         """
         if not isinstance(other, Rescaling):
             return NotImplemented
-        if not _same_graph(self.traced.graph.group_of, other.traced.graph.group_of):
+        if self.traced.graph.digest() != other.traced.graph.digest():
             raise ValueError("these rescalings belong to models with different neuron graphs")
         return Rescaling(
             self.traced, self.log_scales + other.log_scales, self.power_of_two and other.power_of_two, bound=math.inf
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rescaling to a safetensors file: the factors, the groups they belong to, and what was found.
+        """Write the rescaling to a safetensors file: the factors, what the solver reported, and which graph it is for.
 
         Raises:
             ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
@@ -115,8 +116,8 @@ class Rescaling:
         from safetensors.torch import save_file  # an extra
 
         found = {name: getattr(self, name) for name in _FOUND}
-        tensors = {"log_scales": self.log_scales, "group_of": self.traced.graph.group_of}
-        save_file(tensors, path, {"dagpath.rescaling": json.dumps(found)})
+        metadata = {"dagpath.rescaling": json.dumps(found), "dagpath.graph": self.traced.graph.digest()}
+        save_file({"log_scales": self.log_scales}, path, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str], traced: TracedModel) -> Rescaling:
@@ -133,13 +134,13 @@ class Rescaling:
         from safetensors import safe_open  # an extra
 
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("dagpath.rescaling")
-            if text is None:
+            metadata = file.metadata() or {}
+            if "dagpath.rescaling" not in metadata:
                 raise ValueError(f"{path} holds no rescaling")
-            log_scales, group_of = file.get_tensor("log_scales"), file.get_tensor("group_of")
-        if not _same_graph(group_of, traced.graph.group_of):
+            log_scales = file.get_tensor("log_scales")
+        if metadata["dagpath.graph"] != traced.graph.digest():
             raise ValueError(f"the rescaling in {path} is for a model with another neuron graph")
-        found = json.loads(text)
+        found = json.loads(metadata["dagpath.rescaling"])
         return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])})
 
     @torch.no_grad()
@@ -189,14 +190,15 @@ class Rescaling:
             ("fixed neurons", f"{int((graph.group_of == 0).sum()):,}"),
         ]
         if not math.isnan(self.objective[0]):
-            rows.append(("criterion before", f"{self.objective[0]:,.1f}"))
-            rows.append(("criterion after", f"{self.objective[1]:,.1f}"))
+            rows.append(("criterion before", _figure(self.objective[0])))
+            rows.append(("criterion after", _figure(self.objective[1])))
             if self.rounding_loss:
                 rows.append(("lost by rounding to powers of two", f"{self.rounding_loss:,.3g}"))
         if not math.isnan(self.optimality):
             state = "" if self.converged else "  NOT CONVERGED"
-            rows.append(("optimality |grad F| / p", f"{self.optimality:.1e}{state}"))
-            rows.append(("live parameters p", f"{self.live:,} of {graph.num_parameters:,}"))
+            rows.append(("optimality", f"{self.optimality:.1e}{state}"))
+            if self.live is not None:
+                rows.append(("live parameters p", f"{self.live:,} of {graph.num_parameters:,}"))
             rows.append(("iterations", f"{self.iterations}"))
             rows.append(("seconds", f"{self.seconds:.3f}"))
         if graph.num_groups:
@@ -257,8 +259,8 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
                     parameter.copy_(saved)
 
 
-def _same_graph(group_of: Tensor, other: Tensor) -> bool:
-    return group_of.shape == other.shape and torch.equal(group_of, other)
+def _figure(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
 def _check_same(shapes: Mapping[str, torch.Size], traced: Mapping[str, torch.Size]) -> None:

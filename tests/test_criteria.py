@@ -19,6 +19,7 @@ from dagpath.solver import (
     LogOuter,
     MassAggregator,
     Problem,
+    RangeProblem,
     SumOuter,
     round_to_powers_of_two,
     solve_newton,
@@ -204,6 +205,55 @@ def test_equal_ranges_in_deep_networks(depth):
     torch.testing.assert_close(into, out_of, rtol=1e-5, atol=0)
 
 
+class Residual(nn.Module):
+    """A residual stream whose head is zero: nothing leaves it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.bs = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.cs = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(3))
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        for b, c in zip(self.bs, self.cs, strict=True):
+            x = x + torch.relu(c(torch.relu(b(x))))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("criterion", ["equinorm", "range"])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_leads_to_no_output_is_not_shrunk_without_end(criterion, seed):
+    rescaling = dagpath.balance(dagpath.trace(Residual(seed), torch.zeros(1, 4)), criterion)
+    assert rescaling.converged
+    assert rescaling.log_scales.tolist() == [0] * 24
+
+
+def test_equal_ranges_where_no_mass_is_fixed_or_bounds_are_tight():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        groups = int(rng.integers(2, 8))
+        every, fixed = np.arange(1, groups + 1), np.zeros(groups, int)
+        extra = rng.integers(0, groups + 1, (2, 12))
+        dst, src = np.concatenate([every, fixed, extra[0]]), np.concatenate([fixed, every, extra[1]])
+        aggregator = MassAggregator(groups, largest=True)
+        masses = np.exp(rng.uniform(-3, 3, len(dst)))
+        aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
+        bound = (0.5, 1.0, 13.8)[seed % 3]
+        solution = RangeProblem(aggregator.matrix(), bound).solve(1e-9, None)
+        assert solution.converged
+        z = np.append(0.0, solution.z.numpy())
+        scaled = np.where(dst != src, masses * np.exp(z[dst] - z[src]), 0)
+        for group in every:
+            into, out_of = scaled[dst == group].max(), scaled[src == group].max()
+            if abs(z[group]) < bound - 1e-8:
+                assert into == pytest.approx(out_of, rel=1e-7)
+            else:
+                assert (into - out_of) * z[group] <= 1e-9
+
+
 def test_equal_ranges_within_a_bound():
     torch.manual_seed(0)
     net = mlp(4, 6, 3)
@@ -221,12 +271,13 @@ def test_groups_that_lack_a_side_keep_their_scale(criterion):
     net = mlp(4, 6, 5, 3)
     with torch.no_grad():
         net[2].weight[:, 1] = 0  # nothing leaves the second neuron of the first layer
-        net[4].weight.zero_()  # nor any of the second layer
-    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)), criterion)
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    rescaling = dagpath.balance(traced, criterion)
     assert rescaling.converged
     assert rescaling.log_scales[1] == 0
-    assert rescaling.log_scales[6:].tolist() == [0] * 5
-    assert (rescaling.log_scales[[0, 2, 3, 4, 5]] != 0).all()
+    assert (rescaling.log_scales[[0, *range(2, 11)]] != 0).all()
+    nn.init.zeros_(net[4].weight)
+    assert dagpath.balance(traced, criterion).log_scales.tolist() == [0] * 11
 
 
 @pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
@@ -360,6 +411,41 @@ def test_bad_blocks_and_entries_are_refused(block, entries, message):
         GroupMatrix.of(4, [Block(masses, dst, src)], *ends, torch.tensor(values))
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_the_size_of_all_masses_does_not_matter(size):
+    factors = []
+    for unit in (1.0, size):
+        aggregator = MassAggregator(2)
+        masses = unit * torch.tensor([2.0, 9.0, 5.0], dtype=torch.float64)
+        aggregator.add(masses, torch.tensor([1, 2, 0]), torch.tensor([0, 1, 2]))
+        solution = solve_newton(Problem.path_conditioning(aggregator))
+        assert solution.converged
+        factors.append(solution.z)
+    torch.testing.assert_close(*factors, rtol=0, atol=1e-8)
+
+
+def test_a_tiny_neuron_is_balanced_too():
+    torch.manual_seed(0)
+    net = mlp(4, 6, 2).double()
+    with torch.no_grad():
+        net[0].weight[0] *= 1e-9
+        net[0].bias[0] *= 1e-9
+        net[2].weight[:, 0] *= 1e-5
+    dagpath.balance(dagpath.trace(net, torch.zeros(1, 4).double()), dagpath.EquiNorm(4)).apply_()
+    into = net[0].weight[0].pow(4).sum() + net[0].bias[0].pow(4)
+    torch.testing.assert_close(into, net[2].weight[:, 0].pow(4).sum(), rtol=1e-6, atol=0)
+
+
+def test_groups_that_touch_nothing_fixed_still_converge():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = int(rng.integers(2, 10))
+        ends = torch.arange(1, groups + 1)
+        aggregator = MassAggregator(groups)
+        aggregator.add(torch.from_numpy(np.exp(rng.uniform(-2, 2, (groups, groups)))), ends[:, None], ends[None, :])
+        assert solve_newton(Problem.path_conditioning(aggregator)).converged
+
+
 def test_a_problem_by_hand():
     # groups 1 and 2 feed group 3 through a block; single entries lead in and out
     block = Block(torch.tensor([[4.0, 9.0]]), torch.tensor([3]), torch.tensor([1, 2]))
@@ -400,6 +486,13 @@ def test_powers_of_two_are_the_best_on_small_problems():
         best_found += value <= best + 1e-9 * (1 + abs(best))
         total += 1
     assert best_found >= 0.95 * total
+
+
+def test_elements_within_a_group_do_not_move_the_rounding():
+    aggregator = MassAggregator(1)
+    aggregator.add(torch.tensor([1000.0, 8.0, 1.0]), torch.tensor([1, 1, 0]), torch.tensor([1, 0, 1]))
+    problem = Problem(aggregator.matrix(), SumOuter(), 2.0, torch.zeros(1), 1.0)
+    assert round_to_powers_of_two(problem, np.array([3 * math.log(2)]))[1] == pytest.approx(1006.0)
 
 
 def test_the_loss_of_rounding_is_reported():
@@ -458,8 +551,9 @@ def test_rescalings_compose():
     for parameter, value in zip(net.parameters(), together, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=0)
     assert torch.equal((a @ a.inverse()).log_scales, torch.zeros(11, dtype=torch.float64))
-    with pytest.raises(ValueError, match="different neuron graphs"):
-        a @ dagpath.random_rescaling(dagpath.trace(mlp(4, 6, 2), torch.zeros(1, 4)))
+    for other in (mlp(4, 6, 2), mlp(4, 5, 6, 2), mlp(4, 11, 2)):  # the last two have as many groups
+        with pytest.raises(ValueError, match="different neuron graphs"):
+            a @ dagpath.random_rescaling(dagpath.trace(other, torch.zeros(1, 4)))
     with pytest.raises(TypeError):
         a @ 2
 
@@ -475,8 +569,9 @@ def test_rescalings_are_saved_and_loaded(tmp_path):
         assert torch.equal(loaded.log_scales, rescaling.log_scales)
         assert loaded.summary(layers=True) == rescaling.summary(layers=True)
         assert loaded.power_of_two == rescaling.power_of_two
-    with pytest.raises(ValueError, match="another neuron graph"):
-        dagpath.Rescaling.load(path, dagpath.trace(mlp(4, 7, 5, 2), torch.zeros(1, 4)))
+    for other in (mlp(4, 7, 5, 2), mlp(4, 5, 6, 2), mlp(4, 11, 2)):
+        with pytest.raises(ValueError, match="another neuron graph"):
+            dagpath.Rescaling.load(path, dagpath.trace(other, torch.zeros(1, 4)))
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, path)

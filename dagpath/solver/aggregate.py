@@ -38,7 +38,7 @@ class MassAggregator:
         Raises:
             ValueError: a mass is negative, infinite or NaN, a group is out of range, or shapes do not broadcast.
         """
-        masses = masses.to(self._device, torch.float64)
+        masses = masses.detach().to(self._device, torch.float64)
         if not masses.numel():
             return
         if not bool(masses.min() >= 0) or not bool(torch.isfinite(masses.sum())):

@@ -241,6 +241,15 @@ class GroupMatrix:
         dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return coo_array((masses, (dst, src)), shape=(self.layout.size, self.layout.size)).tocsr()
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest mass; 1 if there is none."""
+        return max((float(part.max()) for part in (self.masses, *self.blocks) if part.numel()), default=0.0) or 1.0
+
+    def divided(self, number: float) -> GroupMatrix:
+        """Every mass divided by a number."""
+        return GroupMatrix(self.layout, [block / number for block in self.blocks], self.masses / number)
+
     def tempered(self, power: float) -> GroupMatrix:
         """Every mass to a power."""
         return GroupMatrix(self.layout, [block**power for block in self.blocks], self.masses**power)

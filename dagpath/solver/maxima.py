@@ -83,13 +83,20 @@ class RangeProblem:
         which, at every group, a coin decides whether the one player chooses an element that leaves it or the other one
         that enters it. The choice of the first is held, the best answer of the second found by policy iteration (a
         sparse linear system for each policy), and then the first chooses anew. The start is the balance of sums of
-        16th powers. Where the bound stops groups, or a step brings the groups no closer, each is moved half its
-        difference instead, which never takes them farther apart.
+        16th powers. Where the bound stops groups, or a step does not halve the largest difference, each group is moved
+        half way to equality instead.
         """
         start = time.perf_counter()
         size = self.matrix.layout.size
         nothing = torch.zeros(size - 1, dtype=torch.float64)
-        rough = Problem(self.matrix.tempered(_POWER), LogOuter(1.0), _POWER, nothing, _POWER, self.bound)
+        rough = Problem(
+            self.matrix.divided(self.matrix.largest).tempered(_POWER),
+            LogOuter(1.0),
+            _POWER,
+            nothing,
+            _POWER,
+            self.bound,
+        )
         z = np.append(0.0, solve_newton(rough, tol=1e-6).z.numpy())
         before, reached = self._imbalance(np.zeros(size)), self._imbalance(z)
         iterations, trial = 0, z
@@ -97,8 +104,8 @@ class RangeProblem:
             trial = self._answer(trial)
             following = trial.clip(-self.bound, self.bound)
             found = self._imbalance(following)
-            if not found < reached:
-                following = z + self._pull(z) / 2
+            if not found <= reached / 2:
+                following = z + self._pull(z) / 4
                 found = self._imbalance(following)
             z, reached, iterations = following, found, iterations + 1
         return Solution(

@@ -47,7 +47,8 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
     Args:
         problem: any :class:`Problem`; its objective is convex, so the minimum is global.
         tol: stop when ``‖∇F‖∞ ≤ tol · scale`` and the distance to the minimum, as the model's Hessian predicts it, is
-            at most ``10 tol``. The gradient alone says little of groups whose masses are tiny beside the others'.
+            at most ``10 tol``. The gradient alone says little of groups whose masses are tiny beside the others', but
+            ``converged`` speaks of it alone: in directions that no mass holds the distance has no meaning.
         max_iter: most steps; None for 200.
     """
     start = time.perf_counter()
@@ -55,7 +56,7 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
         first = problem.at(np.zeros(problem.num_groups))
         most = 200 if max_iter is None else max_iter
         run = _minimize(first, tol, min(most, _PATIENCE), torch.float32)
-        if run.point.optimality > tol and isinstance(problem.matrix, GroupMatrix):
+        if not run.finished and isinstance(problem.matrix, GroupMatrix):
             run = _anneal(run, problem, problem.matrix, tol, most)
     return Solution(
         torch.from_numpy(run.point.z),
@@ -70,12 +71,16 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
 
 @dataclass
 class _Run:
-    """How far a minimization came, and the model's Hessian at a point that may be this one or very near."""
+    """How far a minimization came, and the model's Hessian at a point that may be this one or very near.
+
+    It is finished if both the gradient and the predicted distance of the minimum are small enough.
+    """
 
     point: Point
     iterations: int = 0
     products: int = 0
     nearby: SeparableHessian | None = None
+    finished: bool = False
 
     def hessian(self) -> SeparableHessian:
         """The model's Hessian at the point."""
@@ -106,7 +111,8 @@ def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: 
         z = z * (power / previous)
         run = _Run(run.point, run.iterations + found.iterations, run.products + found.products)
     found = _minimize(problem.at(z.clip(-problem.bound, problem.bound)), tol, most - run.iterations, torch.float64)
-    better = found.point if found.point.optimality < run.point.optimality else run.point
+    small = run.point.optimality <= tol
+    better = found.point if found.finished or not (small and found.point.optimality > tol) else run.point
     return _Run(better, run.iterations + found.iterations, run.products + found.products)
 
 
@@ -114,11 +120,15 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
     run = _Run(start)
     model_pays = not start.problem.matrix.is_separable
     system: NewtonSystem | None = None
+    best: Point | None = None
     polished = 0
     while run.iterations < most and polished < _POLISH:
         point, small = run.point, run.point.optimality <= tol
         if small:
+            if not best or point.optimality < best.optimality:
+                best = point
             if run.distance() <= 10 * tol:
+                run.finished = True
                 break
             polished += 1
         following = None
@@ -141,6 +151,8 @@ def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _R
         if following is None:
             break
         run.point, run.iterations = following, run.iterations + 1
+    if best and not run.finished:
+        run.point = best
     return run
 
 

@@ -4,10 +4,10 @@ Over one variable per group, ``z`` in R^H (and ``z_0 = 0`` for the fixed group 0
 
     F(z) = ψ( Σ_e a_e exp(κ (z[dst_e] − z[src_e])) ) + c · z,        |z| ≤ bound
 
-with masses ``a_e ≥ 0`` and a convex increasing ψ. Elements that join the same two groups have the same exponent, so
-their masses are summed first: what remains is a non-negative matrix ``A[d, s]`` over groups, here in blocks. With
-``r = exp(κz)`` and ``c = 1/r``, the scaled masses are ``W = diag(r) A diag(c)`` and everything needed is a few
-matrix–vector products with A.
+with masses ``a_e ≥ 0`` and an increasing ψ that keeps a sum of exponentials convex: the logarithm, or any convex one.
+Elements that join the same two groups have the same exponent, so their masses are summed first: what remains is a
+non-negative matrix ``A[d, s]`` over groups, here in blocks. With ``r = exp(κz)`` and ``c = 1/r``, the scaled masses are
+``W = diag(r) A diag(c)`` and everything needed is a few matrix–vector products with A.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from dagpath.solver.matrix import Array, GroupMatrix, Masses, SeparableMatrix
 DEFAULT_BOUND = 20 * math.log(2)
 """Largest |log λ|: a factor of 2**20 up or down."""
 _LARGEST_EXPONENT = 350.0
+_SMALL = 1e-100
+"""Masses that are all smaller than this, or a mass larger than its inverse, are divided by the largest."""
 
 
 class Outer(Protocol):
-    """A convex increasing function ψ of the total mass S, with its derivatives."""
+    """An increasing function ψ of the total mass S, such that ψ of a sum of exponentials is convex.
+
+    Three methods: ``value(total)``, ``slope(total)`` and ``curvature(total)``, ψ and its first two derivatives.
+    """
 
     def value(self, total: float) -> float: ...
 
@@ -57,7 +62,7 @@ class LogOuter:
         return self.p / total
 
     def curvature(self, total: float) -> float:
-        return -self.p / total**2
+        return -self.p / total / total
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class SumOuter:
 
 @dataclass(frozen=True)
 class Problem:
-    """A balancing problem; see the module's first lines for the formula.
+    """Minimize ``F(z) = ψ(Σ_e a_e exp(κ (z[dst_e] − z[src_e]))) + c · z`` over ``|z| ≤ bound``, with ``z_0 = 0``.
 
     Attributes:
         matrix: the masses A, summed per pair of groups.
@@ -104,6 +109,8 @@ class Problem:
         if self.linear.shape != (self.matrix.layout.size - 1,):
             groups = self.matrix.layout.size - 1
             raise ValueError(f"linear must have shape ({groups},), one for each group, got {tuple(self.linear.shape)}")
+        if not bool(torch.isfinite(self.linear).all()):
+            raise ValueError("linear must be finite")
         if not (math.isfinite(self.kappa) and self.kappa):
             raise ValueError(f"kappa must be finite and not zero, got {self.kappa}")
         if not (math.isfinite(self.scale) and self.scale > 0):
@@ -126,10 +133,11 @@ class Problem:
 
         p is their number; the offset is added once for each of them, as the logarithm of a common factor of the masses.
         """
-        p = masses.num_live
-        return Problem(
-            masses.matrix(), LogOuter(p), -2.0, 2 * masses.balance[1:], max(p, 1), bound, p * offset if p else 0.0, p
-        )
+        p, matrix = masses.num_live, masses.matrix()
+        if not _SMALL < matrix.largest < 1 / _SMALL:
+            offset += math.log(matrix.largest)
+            matrix = matrix.divided(matrix.largest)
+        return Problem(matrix, LogOuter(p), -2.0, 2 * masses.balance[1:], max(p, 1), bound, p * offset if p else 0.0, p)
 
     @staticmethod
     def from_incidence(
@@ -139,6 +147,7 @@ class Problem:
         kappa: float = -2.0,
         linear: Tensor | None = None,
         bound: float = DEFAULT_BOUND,
+        scale: float | None = None,
     ) -> Problem:
         """A problem over any sparse graph, which need not come from a model.
 
@@ -151,6 +160,7 @@ class Problem:
             linear: c, [num_groups]; None for ``−κ Bᵀ1`` over the elements of positive mass, if ``outer`` is None,
                 else 0.
             bound: largest ``|z|``.
+            scale: what the gradient is measured against; None for the number of positive masses.
 
         Raises:
             ValueError: shapes that do not fit, entries other than one +1 and one −1 in a row, masses that are negative
@@ -168,12 +178,12 @@ class Problem:
         dst, src = _ends(incidence, masses)
         aggregator = MassAggregator(incidence.shape[1], masses.device)
         aggregator.add(masses, dst, src)
-        if outer is None and linear is None:
-            problem = Problem.path_conditioning(aggregator, bound)
-            return replace(problem, kappa=kappa, linear=-kappa * aggregator.balance[1:])
-        outer = LogOuter(aggregator.num_live) if outer is None else outer
-        linear = aggregator.balance.new_zeros(incidence.shape[1]) if linear is None else linear
-        return Problem(aggregator.matrix(), outer, kappa, linear, 1.0, bound, live=aggregator.num_live)
+        p = aggregator.num_live
+        if linear is None:
+            linear = -kappa * aggregator.balance[1:] * (outer is None)
+        outer = LogOuter(p) if outer is None else outer
+        scale = max(p, 1) if scale is None else scale
+        return Problem(aggregator.matrix(), outer, kappa, linear, scale, bound, live=p)
 
     def to_scipy(self) -> tuple[Any, Array]:
         """B and a of the summed masses: ``scipy.sparse.csr_array`` [n, num_groups] and float64 [n].
@@ -183,7 +193,9 @@ class Problem:
         """
         if not isinstance(self.matrix, GroupMatrix):
             raise TypeError("only a problem of dense blocks and single entries has a sparse form")
-        masses = self.matrix.to_scipy().tocoo()
+        matrix = self.matrix.to_scipy()
+        matrix.eliminate_zeros()
+        masses = matrix.tocoo()
         rows = np.arange(masses.nnz)
         dst, src = masses.coords
         ends = [(rows[dst > 0], dst[dst > 0] - 1, 1.0), (rows[src > 0], src[src > 0] - 1, -1.0)]

@@ -59,7 +59,10 @@ def _improve(point: Point, limit: float) -> Point:
 def _best_changes(point: Point, limit: float) -> tuple[Array, Array]:
     """For each group the change of the objective if it alone is doubled or halved, whichever is better, and which."""
     problem = point.problem
-    entering, leaving = point.rows[1:], point.columns[1:]
+    layout, entries = problem.matrix.layout, problem.matrix.layout.rows.num_entries
+    dst, src = layout.rows.groups[:entries], layout.columns.groups[:entries]
+    inside = np.bincount(dst, np.where(dst == src, point.row_sums[:entries], 0.0), layout.size)  # does not move
+    entering, leaving = (point.rows - inside)[1:], (point.columns - inside)[1:]
     changes = []
     for sign in (1.0, -1.0):
         factor = math.exp(sign * problem.kappa * _UNIT)
