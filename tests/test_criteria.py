@@ -346,16 +346,8 @@ def test_the_sparse_form_and_the_blocks_give_the_same_answer(seed):
     torch.testing.assert_close(here.z, there.z, rtol=0, atol=1e-8)
     assert here.objective == pytest.approx(there.objective, rel=1e-9, abs=1e-9)
 
-    incidence, summed = blocks.to_scipy()
-    again = Problem.from_incidence(sparse_csr(incidence), torch.from_numpy(summed), blocks.outer, -2.0, blocks.linear)
+    again = Problem.from_incidence(*blocks.to_scipy(), blocks.outer, -2.0, blocks.linear, scale=blocks.scale)
     torch.testing.assert_close(solve_newton(again, tol=1e-12).z, there.z, rtol=0, atol=1e-8)
-
-
-def sparse_csr(matrix):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch calls its CSR support a beta
-        parts = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
-        return torch.sparse_csr_tensor(*parts, size=matrix.shape)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +375,22 @@ def test_an_incidence_matrix_that_is_not_sparse_is_refused():
         Problem.from_incidence(torch.eye(2), torch.ones(2))
 
 
+def test_a_group_without_mass_goes_where_the_linear_term_takes_it():
+    linear = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    solution = solve_newton(Problem(MassAggregator(3).matrix(), SumOuter(), 1.0, linear, 1.0, bound=2.0))
+    assert solution.converged
+    assert solution.z.tolist() == [-2.0, 2.0, 0.0]
+
+
+def test_masses_of_a_parameter_that_requires_a_gradient():
+    aggregator = MassAggregator(1)
+    aggregator.add(nn.Parameter(torch.ones(2)), torch.tensor([1, 0]), torch.tensor([0, 1]))
+    assert solve_newton(Problem.path_conditioning(aggregator)).converged
+
+
 def test_groups_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="groups must be integers"):
+        MassAggregator(2).add(torch.ones(3), torch.zeros(3), torch.tensor(0))
     with pytest.raises(ValueError, match="groups must lie between 0 and 2"):
         MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1, 3]), torch.tensor(0))
     with pytest.raises(ValueError, match="broadcast"):

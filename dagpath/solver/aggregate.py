@@ -35,6 +35,9 @@ class MassAggregator:
     def add(self, masses: Tensor, dst: Tensor, src: Tensor) -> None:
         """Add elements of any shape; ``dst`` and ``src`` are their groups, broadcastable to that shape.
 
+        Groups are numbered from 1; 0 stands for what is fixed. Masses that need no summing are kept as they are, not
+        copied.
+
         Raises:
             ValueError: a mass is negative, infinite or NaN, a group is out of range, or shapes do not broadcast.
         """
@@ -46,6 +49,8 @@ class MassAggregator:
             value = float(bad[0]) if len(bad) else float("inf")
             raise ValueError(f"masses must be finite and at least 0, and so must their sum; got {value}")
         for end in (dst, src):
+            if end.is_floating_point():
+                raise ValueError(f"groups must be integers, got {end.dtype}")
             if end.numel() and not (int(end.min()) >= 0 and int(end.max()) < self._size):
                 low, high = int(end.min()), int(end.max())
                 raise ValueError(f"groups must lie between 0 and {self._size - 1}; these are from {low} to {high}")

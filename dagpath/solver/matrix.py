@@ -191,6 +191,7 @@ class GroupMatrix:
         Raises:
             ValueError: a mass is negative or not finite, a group is out of range or repeated, or shapes do not fit.
         """
+        dst, src = (end if len(end) else end.long() for end in (dst, src))
         _check("the entries", size, masses, (dst, src), masses.ndim == 1 and dst.shape == src.shape == masses.shape)
         if len(torch.unique(dst * size + src)) < len(dst):
             raise ValueError("the entries name a pair of groups twice; sum them first")
@@ -278,6 +279,8 @@ def _check(name: str, size: int, masses: Tensor, ends: tuple[Tensor, Tensor], fi
         raise ValueError(f"{name} have masses of shape {tuple(masses.shape)} and groups of shapes {shapes}")
     if not bool((masses >= 0).all()) or not bool(torch.isfinite(masses).all()):
         raise ValueError(f"{name}: masses must be finite and at least 0")
+    if any(end.is_floating_point() for end in ends):
+        raise ValueError(f"{name}: groups must be integers")
     if any(end.numel() and not (int(end.min()) >= 0 and int(end.max()) < size) for end in ends):
         raise ValueError(f"{name}: groups must lie between 0 and {size - 1}")
 

@@ -55,7 +55,9 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
     with np.errstate(all="ignore"):
         first = problem.at(np.zeros(problem.num_groups))
         most = 200 if max_iter is None else max_iter
-        run = _minimize(first, tol, min(most, _PATIENCE), torch.float32)
+        idle = ((first.rows + first.columns)[1:] == 0) & (problem.costs != 0)  # only the bound holds them
+        start_z = np.where(idle, -np.sign(problem.costs) * problem.bound, 0.0)
+        run = _minimize(problem.at(start_z) if idle.any() else first, tol, min(most, _PATIENCE), torch.float32)
         if not run.finished and isinstance(problem.matrix, GroupMatrix):
             run = _anneal(run, problem, problem.matrix, tol, most)
     return Solution(

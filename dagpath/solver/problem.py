@@ -141,8 +141,8 @@ class Problem:
 
     @staticmethod
     def from_incidence(
-        incidence: Tensor,
-        masses: Tensor,
+        incidence: Any,
+        masses: Tensor | Array,
         outer: Outer | None = None,
         kappa: float = -2.0,
         linear: Tensor | None = None,
@@ -152,9 +152,9 @@ class Problem:
         """A problem over any sparse graph, which need not come from a model.
 
         Args:
-            incidence: B, sparse CSR [num_elements, num_groups]: +1 at the group that an element enters, −1 at the one
-                that it leaves; an end that has no entry is fixed.
-            masses: a, [num_elements], finite and at least 0.
+            incidence: B, a sparse CSR tensor or SciPy array [num_elements, num_groups]: +1 at the group that an element
+                enters, −1 at the one that it leaves; an end that has no entry is fixed.
+            masses: a, [num_elements], a tensor or NumPy array, finite and at least 0.
             outer: ψ; None for path conditioning, ``p log S`` with p the number of positive masses.
             kappa: κ.
             linear: c, [num_groups]; None for ``−κ Bᵀ1`` over the elements of positive mass, if ``outer`` is None,
@@ -175,6 +175,7 @@ class Problem:
             >>> solution.converged, round(float(solution.z.exp()), 6)
             (True, 0.420448)
         """
+        masses = torch.as_tensor(masses)
         dst, src = _ends(incidence, masses)
         aggregator = MassAggregator(incidence.shape[1], masses.device)
         aggregator.add(masses, dst, src)
@@ -210,13 +211,19 @@ class Problem:
         return Point(self, np.asarray(z, dtype=np.float64))
 
 
-def _ends(incidence: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
     """The groups that each element enters and leaves, 0 where that end is fixed."""
-    if incidence.ndim != 2 or incidence.layout != torch.sparse_csr:
-        raise ValueError(f"the incidence matrix must be 2-D sparse CSR, got {incidence.ndim}-D {incidence.layout}")
-    if masses.shape != incidence.shape[:1]:
+    parts: tuple[Tensor, ...]
+    if isinstance(incidence, Tensor) and incidence.ndim == 2 and incidence.layout == torch.sparse_csr:
+        parts = (incidence.crow_indices(), incidence.col_indices(), incidence.values())
+    elif getattr(incidence, "format", None) == "csr":
+        parts = tuple(torch.from_numpy(part) for part in (incidence.indptr, incidence.indices, incidence.data))
+    else:
+        kind = incidence.layout if isinstance(incidence, Tensor) else type(incidence).__name__
+        raise ValueError(f"the incidence matrix must be 2-D sparse CSR, a tensor or a SciPy array, got {kind}")
+    if tuple(masses.shape) != tuple(incidence.shape[:1]):
         raise ValueError(f"masses must have shape ({incidence.shape[0]},), one per row, got {tuple(masses.shape)}")
-    crow, column, value = (part.to(masses.device) for part in _csr(incidence))
+    crow, column, value = (part.to(masses.device) for part in parts)
     row = torch.repeat_interleave(torch.arange(len(masses), device=masses.device), crow.diff())
     for sign in (1, -1):
         counts = torch.bincount(row[value == sign], minlength=len(masses))
@@ -227,10 +234,6 @@ def _ends(incidence: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
     for end, sign in zip(ends, (1, -1), strict=True):
         end[row[value == sign]] = column[value == sign].long() + 1
     return ends[0], ends[1]
-
-
-def _csr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return matrix.crow_indices(), matrix.col_indices(), matrix.values()
 
 
 class Point:
