@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csgraph, csr_array
 from torch import Tensor, fx
 
-from dagpath.flow.neurons import Ends, NeuronFlow, Tie
+from dagpath.flow.neurons import Ends, NeuronFlow
+from dagpath.flow.ties import Links, Tie
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class NeuronGraph:
         causes: the calls that fixed neurons, each a :class:`Cause`.
         without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
+        kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
 
@@ -68,21 +69,23 @@ class NeuronGraph:
         self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
         self.without_rule = [site_of(node) for node in flow.without_rule]
         self.cut = frozenset(flow.cut)
-        self.num_neurons = flow.num_neurons
+        self.kept = dict(flow.kept)
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
 
-        left, right, tie_of = _pairs(flow.ties)
-        links = csr_array((np.ones(len(left), np.int8), (left, right)), shape=(self.num_neurons + 1,) * 2)
-        _, component = csgraph.connected_components(links, directed=False)
-        group_of = torch.from_numpy(_number_groups(component))
-        self.group_of: Tensor = group_of[1:]
+        links = Links(flow.ties, flow.num_numbers + 1)
+        group_of = torch.from_numpy(links.groups())
         self.num_groups = int(group_of.max())
         self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
 
-        counts = torch.tensor([count for _, count in flow.makers], dtype=torch.long)
-        self.sites = [site_of(node) for node, _ in flow.makers]
+        makers = [node for node, _ in flow.makers if node is not None]
+        counts = torch.tensor([count for node, count in flow.makers if node is not None], dtype=torch.long)
+        given = [torch.full((count,), node is not None) for node, count in flow.makers]
+        is_neuron = torch.cat([torch.tensor([False]), *given])
+        self.group_of: Tensor = group_of[is_neuron]
+        self.num_neurons = len(self.group_of)
+        self.sites = [site_of(node) for node in makers]
         self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tie_index = _fixing_ties(links, left, right, tie_of)[1:]
+        tie_index = links.fixing_ties()[is_neuron.numpy()]
         used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
         self.causes = [_cause(flow.ties[tie]) for tie in used]
         self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
@@ -163,37 +166,5 @@ def _source_line(stack_trace: str) -> str:
     return found
 
 
-def _pairs(ties: list[Tie]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ties as pairs of neuron numbers, and the index of the tie that each pair came from."""
-    if not ties:
-        nothing = np.zeros(0, np.int64)
-        return nothing, nothing, nothing
-    left = np.concatenate([tie.left.numpy() for tie in ties])
-    right = np.concatenate([(torch.zeros_like(t.left) if t.right is None else t.right).numpy() for t in ties])
-    return left, right, np.repeat(np.arange(len(ties)), [len(tie.left) for tie in ties])
-
-
-def _number_groups(component: np.ndarray) -> np.ndarray:
-    """Component labels renumbered: 0 for the component of neuron number 0, the others in the order they appear."""
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
-
-
 def _lookup(group_of: Tensor, ends: Ends) -> Ends:
     return Ends(group_of[ends.dst], group_of[ends.src])
-
-
-def _fixing_ties(links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray) -> np.ndarray:
-    """For each neuron number the tie on its shortest way to 0; -1 for free neurons and for 0 itself."""
-    size = links.shape[0]
-    order, parent = csgraph.breadth_first_order(links, 0, directed=False, return_predecessors=True)
-    result = np.full(size, -1)
-    reached = order[1:]
-    if len(reached):
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        keys, first = np.unique(low * size + high, return_index=True)
-        wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
-        result[reached] = tie_of[first[np.searchsorted(keys, wanted)]]
-    return result
