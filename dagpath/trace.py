@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from dagpath.capture import Capture, capture, shared_parameters
@@ -17,6 +16,8 @@ from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
 from dagpath.state import plain_computation, unwrap
+
+Flow = TypeVar("Flow", bound=MassFlow)
 
 
 class TracedModel:
@@ -45,11 +46,15 @@ class TracedModel:
     def __repr__(self) -> str:
         return f"TracedModel({type(self.model).__name__}, {self.graph!r})"
 
-    def masses(self, power: float, dtype: torch.dtype = torch.float64, **options: Any) -> MassFlow:
-        """A pass over the eval graph that sums ``|Φ|^power`` over paths, at the parameters' current values."""
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        decided = self.graph.cut, self.graph.kept
-        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, *decided, **options)
+    def masses(self, kind: type[Flow], **options: Any) -> Flow:
+        """A pass over the eval graph that sums masses over paths.
+
+        Args:
+            kind: the class of the pass, which says what the mass of a path is.
+            **options: its own options, and ``parameters`` in place of the model's own at their current values.
+        """
+        parameters = options.pop("parameters", None) or {name: p.detach() for name, p in self.model.named_parameters()}
+        return kind(self.captured.eval, parameters, operation_of, self.graph.cut, self.graph.kept, **options)
 
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.

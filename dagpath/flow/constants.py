@@ -18,9 +18,16 @@ class NotConstantError(Exception):
 
 
 class Constants:
-    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone."""
+    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone.
 
-    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor]) -> None:
+    Args:
+        graph: the graph.
+        parameters: the parameters' values by name.
+        records: can the values be differentiated with respect to the parameters'?
+    """
+
+    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor], records: bool = False) -> None:
+        self._records = records
         self._graph = graph
         self._parameters = parameters
         self._known: dict[fx.Node, Any] = {}
@@ -41,13 +48,13 @@ class Constants:
             found = self._graph.tensors.get(node.name) if name is None else self._parameters.get(name)
             if found is None or found.is_meta:
                 raise NotConstantError(node.name)
-            return found.detach()
+            return found if self._records else found.detach()
         if node.op == "get_attr":
             return getattr(self._graph.module, str(node.target))
         if node.op != "call_function" or _is_random(node):
             raise NotConstantError(node.name)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self)
-        with torch.no_grad(), node.meta.get("context", contextlib.nullcontext)():
+        with torch.set_grad_enabled(self._records), node.meta.get("context", contextlib.nullcontext)():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

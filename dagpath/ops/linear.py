@@ -31,7 +31,8 @@ def bilinear_mass(flow: MassFlow, call: Call, a: Mass, b: Mass, bias: Mass | Non
     if bias is not None:
         aligned.setdefault(id(bias), []).append(flow.shifted(bias.values, bias.exponent - exponent))
     values = call.run(lambda leaf: aligned[id(leaf)].pop(0) if id(leaf) in aligned else leaf)
-    return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent)
+    layer = any(part.params and not part.data for part in (a, b))
+    return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
 
 def add_bias(flow: NeuronFlow, bias: Any, dst: Tensor) -> None:
@@ -285,7 +286,7 @@ class Embedding(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         weight, indices = call["weight"], call["indices"]
         values = weight.values.sum(0).expand(call.output.shape)
-        return flow.result([weight, indices], values, weight.exponent)
+        return flow.result([weight, indices], values, weight.exponent, layer=weight.params)
 
 
 class Attention(Operation):
