@@ -11,6 +11,7 @@ from dagpath.lifting import (
     gram_diagonal,
     path_count,
     path_length_profile,
+    path_mass,
     path_metric,
     path_norm,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "gram_diagonal",
     "path_count",
     "path_length_profile",
+    "path_mass",
     "path_metric",
     "path_norm",
     "random_rescaling",

@@ -59,6 +59,10 @@ class NeuronGraph:
         causes: the calls that fixed neurons, each a :class:`Cause`.
         without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
+        places: nodes that make neurons -> which neuron stands in each entry of their output (-1: none that they made),
+            broadcastable to its shape.
+        fed: parameter name -> which neuron each element leads into (-1: one that has a place), broadcastable to its
+            shape, for the parameters that lead into neurons without a place.
         kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
@@ -84,6 +88,14 @@ class NeuronGraph:
         self.group_of: Tensor = group_of[is_neuron]
         self.num_neurons = len(self.group_of)
         self.sites = [site_of(node) for node in makers]
+        neuron_of = torch.where(is_neuron, is_neuron.cumsum(0) - 1, -1)
+        self.places = {
+            node: torch.where(torch.isin(numbers, own), neuron_of[numbers.clamp(min=0)], -1)
+            for node, (numbers, own) in flow.places.items()
+        }
+        placed = torch.cat([torch.tensor([0]), *(own for _, own in flow.places.values())])
+        unplaced = neuron_of.index_fill(0, placed, -1)
+        self.fed = {name: unplaced[end.dst] for name, end in ends.items() if bool((unplaced[end.dst] >= 0).any())}
         self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
         tie_index = links.fixing_ties()[is_neuron.numpy()]
         used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)

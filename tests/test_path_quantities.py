@@ -313,6 +313,48 @@ def test_the_distance_in_the_1_norm_is_exact_where_one_network_dominates():
         dagpath.path_metric(a, small_mlp(2, 4, 1))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_mass_through_a_neuron_is_that_of_the_paths_that_cross_it(seed):
+    net, traced = traced_net(seed)
+    graph = ScalarGraph(net)
+    made: dict[str, dict[int, set[int]]] = {}  # layer -> channel -> its scalar activations
+    for v, edges in graph.into.items():
+        for name, index in {term for _, _, terms in edges for term in terms}:
+            made.setdefault(name.rsplit(".", 1)[0], {}).setdefault(index[0], set()).add(v)
+    values = {CONSTANT: 1.0, **dict.fromkeys(graph.inputs, 1.0)}
+    for v in sorted(graph.into):
+        values[v] = sum(values.get(u, 0.0) * value**2 for u, value, _ in graph.into[v])
+    back = dict.fromkeys(graph.outputs, 1.0)
+    for v in sorted(graph.into, reverse=True):
+        for u, value, _ in graph.into[v]:
+            back[u] = back.get(u, 0.0) + back.get(v, 0.0) * value**2
+    total = sum(values.get(v, 0.0) for v in graph.outputs)
+    shares = dagpath.path_mass(traced)
+    sites = [traced.graph.sites[index].module for index in traced.graph.maker_of.tolist()]
+    for layer, channels in made.items():
+        numbers = [index for index, module in enumerate(sites) if module == layer]
+        for channel, nodes in channels.items():
+            expected = sum(values[v] * back.get(v, 0.0) for v in nodes) / total
+            assert float(shares[numbers[channel]]) == pytest.approx(expected, rel=1e-11, abs=1e-15)
+    rescaled(traced)
+    torch.testing.assert_close(dagpath.path_mass(traced), shares)
+
+
+def test_the_mass_through_the_units_of_a_low_rank_update_is_found():
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.head(torch.relu(x @ (m.w + m.b @ m.a).t())), head=nn.Linear(3, 1, bias=False))
+    net.w, net.b, net.a = (nn.Parameter(torch.randn(shape)) for shape in ((3, 2), (3, 2), (2, 2)))
+    traced = dagpath.trace(net.double(), torch.zeros(1, 2, dtype=torch.float64))
+    head, w, b, a = (p.detach() ** 2 for p in (net.head.weight, net.w, net.b, net.a))
+    through = (head @ b)[0] * a.sum(1)
+    total = float((head @ (w + b @ a)).sum())
+    shares = dagpath.path_mass(traced)
+    units = sorted(float(share) for share in shares)
+    for share in (through / total).tolist():
+        assert min(abs(share - unit) for unit in units) < 1e-12
+    assert traced.graph.num_neurons == 3 + 1 + 2
+
+
 def test_norms_and_counts_go_on_behind_a_gate():
     torch.manual_seed(0)
     net = Net(

@@ -82,6 +82,8 @@ class NeuronFlow(fx.Interpreter):
         self.makers: list[tuple[fx.Node | None, int]] = []
         self.ties: list[Tie] = []
         self.kept: dict[fx.Node, int] = {}
+        self.places: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._standing: list[Tensor] = []
         self._products: list[Product] = []
         self.without_rule: list[fx.Node] = []
         self.cut: set[fx.Node] = set()
@@ -104,8 +106,11 @@ class NeuronFlow(fx.Interpreter):
         self.run(*[None] * placeholders, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        self.node = n
+        self.node, self._standing = n, []
         result = super().run_node(n)
+        if self._standing:
+            first = pytree.tree_leaves(result)[0]
+            self.places[n] = (compact(first), torch.cat(self._standing))
         if n.meta.get("escapes"):
             self._fix_all(result, "is written into a buffer or an input")
         return result
@@ -167,11 +172,17 @@ class NeuronFlow(fx.Interpreter):
         """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
         return pytree.tree_map_only(Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape), output)
 
-    def fresh(self, count: int, weight: Weight | None) -> Tensor:
+    def fresh(self, count: int, weight: Weight | None, standing: bool = True) -> Tensor:
         """Numbers of ``count`` new neurons, fed through ``weight``.
 
         A later graph of the same model meets the neurons of an earlier one again: the same call of a parameter makes
         the same neurons.
+
+        Args:
+            count: how many.
+            weight: the parameter that feeds them; None where it is known later.
+            standing: do they stand in the call's output, so that all paths through them pass there? Else parameters
+                alone lead into them.
         """
         key = None
         if weight is not None and weight.name is not None:
@@ -183,6 +194,8 @@ class NeuronFlow(fx.Interpreter):
         numbers = self._new_numbers(count, self.node)
         if key is not None:
             self._made[key] = (self.num_numbers - count + 1, count)
+        if standing:
+            self._standing.append(numbers)
         return numbers
 
     def _new_numbers(self, count: int, maker: fx.Node | None) -> Tensor:
@@ -324,7 +337,7 @@ class NeuronFlow(fx.Interpreter):
         elements = self.elements(weight)
         small = compact(elements)
         unique, inverse = torch.unique(small, return_inverse=True)
-        numbers = self.fresh(len(unique), weight)[inverse]
+        numbers = self.fresh(len(unique), weight, standing=False)[inverse]
         self.use(Weight(small.shape, elements=small), numbers, torch.tensor(FIXED))
         return numbers.expand(elements.shape)
 

@@ -6,6 +6,7 @@ from dagpath.lifting.gram import gram_diagonal
 from dagpath.lifting.metric import path_metric
 from dagpath.lifting.norms import path_norm
 from dagpath.lifting.operator import GramOperator, gram
+from dagpath.lifting.through import path_mass
 
 __all__ = [
     "GramOperator",
@@ -14,6 +15,7 @@ __all__ = [
     "gram_diagonal",
     "path_count",
     "path_length_profile",
+    "path_mass",
     "path_metric",
     "path_norm",
 ]

@@ -151,7 +151,7 @@ class Contraction(Operation):
             last, outer, first, inner = min(
                 ways, key=lambda way: _differ(dst, labels.out, way[1]) + _differ(src, labels.out, way[3])
             )
-            numbers = flow.fresh(math.prod(sizes[label] for label in shared), None)
+            numbers = flow.fresh(math.prod(sizes[label] for label in shared), None, standing=False)
             units = numbers.view([sizes[label] for label in shared])
             flow.use(last, end(dst, outer), _arranged(units, shared, outer))
             flow.use(first, _arranged(units, shared, inner), end(src, inner))
