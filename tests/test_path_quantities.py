@@ -375,3 +375,19 @@ def test_wrong_powers_are_refused():
             dagpath.path_norm(traced, p)
         with pytest.raises(ValueError, match=str(p)):
             dagpath.path_length_profile(traced, p)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("p", [30, 100])
+def test_norms_of_high_order_stay_in_range(seed, p):
+    net, traced = traced_net(seed)
+    values = np.abs(BruteForce(net).values)
+    values = values[values > 0]
+    expected = math.log(values.max()) + math.log(((values / values.max()) ** p).sum()) / p
+    assert dagpath.path_norm(traced, p, log=True) == pytest.approx(expected, abs=1e-9)
+    assert dagpath.path_norm(traced, p) == pytest.approx(math.exp(expected), rel=1e-9)
+    rescaled(traced)
+    assert dagpath.path_norm(traced, p, log=True) == pytest.approx(expected, abs=1e-9)
+    shares = dagpath.path_mass(traced, p)
+    assert bool(((shares >= 0) & (shares <= 1 + 1e-9)).all())
+    assert float(shares.max()) > 0.5  # one path dominates

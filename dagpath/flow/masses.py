@@ -86,15 +86,15 @@ class MassFlow(fx.Interpreter):
 
     # -- what the mass of an edge is: for subclasses -----------------------------------------------------------------
 
-    def parameter(self, name: str) -> Tensor:
-        """The masses of a parameter's elements."""
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        """The masses of a parameter's elements: values, and the power of two beside them."""
         raise NotImplementedError
 
-    def power(self, value: Any) -> Any:
-        """The mass of constant edges, given their weights: a number, or a tensor (in the dtype of the masses)."""
+    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+        """The masses of edges of constant weights: values, and the power of two beside them."""
         raise NotImplementedError
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Tensor:
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """The masses of edges of weight ``Σ coefficient · parameter``; one part may have no parameter."""
         raise NotImplementedError
 
@@ -136,8 +136,8 @@ class MassFlow(fx.Interpreter):
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
         if name is not None and self.parameters[name].is_floating_point():
-            values = self.parameter(name)
-            return Mass(values, zero=self.exponent_of(values) == NOTHING, params=True)
+            values, exponent = self.parameter(name)
+            return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING, params=True)
         if name is not None or str(target) in self.graph_inputs.tensors:
             return self.evaluated()
         return self.inputs(self.node.meta.get("val"))
@@ -182,10 +182,11 @@ class MassFlow(fx.Interpreter):
 
     def constant(self, tensor: Tensor) -> Mass:
         """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
-        values = self.power(tensor)
-        if bool(values.isinf().any()):
-            values = values.masked_fill(values.isinf(), 0.0)
-        return Mass(values, zero=self.exponent_of(values) == NOTHING)
+        if tensor.is_complex():
+            tensor = tensor.abs()
+        infinite = tensor.isinf()
+        values, exponent = self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
+        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
 
     def number(self, value: Any) -> Mass:
         """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
@@ -213,6 +214,12 @@ class MassFlow(fx.Interpreter):
         values, shift = self.settled(values)
         data, params = any(parent.data for parent in parents), any(parent.params for parent in parents)
         return Mass(values, exponent + (shift or 0), shift is None, data, params)
+
+    def scaled(self, mass: Mass, values: Tensor, weight: Mass | None) -> Mass:
+        """``values``, computed from ``mass`` at its exponent, times the mass of a constant weight."""
+        if weight is None:
+            return self.result([mass], values, mass.exponent)
+        return self.result([mass], values * weight.values, mass.exponent + weight.exponent)
 
     def linear(self, call: Call) -> Any:
         """Run an operation that is linear in all its operands together, on masses brought to one exponent."""

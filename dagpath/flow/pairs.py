@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.masses import Coefficient, MassFlow
-from dagpath.flow.values import Mass, broadcast
+from dagpath.flow.values import NOTHING, Mass, broadcast
 
 
 class PairFlow(MassFlow):
@@ -43,15 +43,13 @@ class PairFlow(MassFlow):
             (self._twin.__getitem__, Constants(second, others), Constants(second, others, records=True)),
         ]
 
-    def parameter(self, name: str) -> Tensor:
+    def parameter(self, name: str) -> tuple[Tensor, int]:
         first, second = (tensors[name].to(self.device, self.dtype) for tensors in (self.parameters, self._others))
-        return first * second
+        return first * second, 0
 
-    def power(self, value: Any) -> Any:
-        """An edge of the same constant weight in both networks."""
-        if not isinstance(value, Tensor):
-            return abs(value) ** 2
-        return value.abs().detach().to(self.device, self.dtype).square()
+    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+        """Edges of the same constant weights in both networks."""
+        return weights.detach().to(self.device, self.dtype).square(), 0
 
     def evaluated(self) -> Any:
         (find, constants, _), (find_other, other_constants, _) = self._readers
@@ -67,9 +65,10 @@ class PairFlow(MassFlow):
         values = values.masked_fill(~values.isfinite(), 0.0)
         return Mass(values, zero=not bool(values.any()))
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Tensor:
-        values = [self._value(parts, *reader) for reader in self._readers]
-        return values[0] * values[1]
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+        first, second = (self._value(parts, *reader) for reader in self._readers)
+        values = first * second
+        return Mass(values, zero=self.exponent_of(values) == NOTHING)
 
     def _value(
         self,

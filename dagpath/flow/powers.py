@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dagpath.flow.masses import FAST_LAYOUT, Coefficient, MassFlow
-from dagpath.flow.values import Mass
+from dagpath.flow.values import NOTHING, Mass, broadcast
+
+_SAFE = {torch.float64: 1000, torch.float32: 120}
+"""Powers of two up to here, and down to their inverses, are in the range of the type."""
 
 
 class PowerFlow(MassFlow):
@@ -34,13 +38,11 @@ class PowerFlow(MassFlow):
         self.mixed = False
         self._on_gradient = on_gradient
 
-    def masses_of(self, name: str) -> Tensor:
-        """The masses of a parameter's elements, in memory of their own."""
-        values: Tensor = self.power(self.parameters[name].detach())
-        return values
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        values, exponent = self.fixed(self.parameters[name].detach())
+        return self._watched(name, values, exponent), exponent
 
-    def parameter(self, name: str) -> Tensor:
-        values = self.masses_of(name)
+    def _watched(self, name: str, values: Tensor, exponent: int) -> Tensor:
         visit = self._on_gradient
         if visit is not None:
             values.requires_grad_(True)
@@ -48,31 +50,39 @@ class PowerFlow(MassFlow):
             def hand_over(leaf: Tensor) -> None:  # must not refer to the flow: autograd's cycles are never collected
                 gradient, leaf.grad = leaf.grad, None
                 assert gradient is not None
-                visit(name, gradient)
+                visit(name, MassFlow.shifted(gradient, -exponent))
 
             values.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         return values
 
-    def power(self, value: Any) -> Any:
-        """``|value|^q``."""
-        if not isinstance(value, Tensor):
-            return abs(value) ** self.q
-        value = value.abs() if value.is_complex() else value
-        layout = FAST_LAYOUT.get(value.ndim, torch.preserve_format)
-        copy = value.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
-        return copy.square_() if self.q == 2 else copy.abs_().pow_(self.q)
+    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+        """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
+        layout = FAST_LAYOUT.get(weights.ndim, torch.preserve_format)
+        copy = weights.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
+        top = self.exponent_of(copy)
+        if top == NOTHING or abs(top * self.q) <= _SAFE[self.dtype]:
+            return (copy.square_() if self.q == 2 else copy.abs_().pow_(self.q)), 0
+        largest = float(copy.abs_().amax())
+        exponent = math.floor(math.log2(largest) * self.q)
+        return copy.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Tensor:
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""
         known = [(coefficient(self.real), weight) for coefficient, weight in parts]
-        if len(known) > 1:
-            self.mixed |= all(bool(factor.any()) for factor, _ in known)
-            terms = (factor if weight is None else factor * self.real(weight) for factor, weight in known)
-            mass: Tensor = self.power(sum(terms))
-        else:
-            mass = self.power(known[0][0])
-        for factor, weight in known:
+        if len(known) == 1:
+            (factor, weight), (values, exponent) = known[0], self.fixed(known[0][0])
             if weight is not None:
-                masses = self.shifted(weight.values, weight.exponent)
-                mass = mass + (masses - masses.detach()) * self.power(factor) if len(known) > 1 else mass * masses
-        return mass
+                values, exponent = values * weight.values, exponent + weight.exponent
+        else:
+            self.mixed |= all(bool(factor.any()) for factor, _ in known)
+            values, exponent = self.fixed(_sum(factor if w is None else factor * self.real(w) for factor, w in known))
+            for factor, weight in known:
+                if weight is not None and self.records:
+                    slope, other = self.fixed(factor)
+                    moved = (weight.values - weight.values.detach()) * slope
+                    values = values + self.shifted(moved, weight.exponent + other - exponent)
+        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(broadcast(*terms)).sum(0)

@@ -35,22 +35,18 @@ class CountFlow(MassFlow):
         self._modulus = modulus
         self._step = step
 
-    def parameter(self, name: str) -> Tensor:
-        return torch.ones((), dtype=self.dtype, device=self.device).expand(self.parameters[name].shape)
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        return torch.ones((), dtype=self.dtype, device=self.device).expand(self.parameters[name].shape), 0
 
-    def power(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return 1.0 if value else 0.0
-        edges: Tensor = (value != 0).to(self.device, self.dtype)
-        return edges
+    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+        return (weights != 0).to(self.device, self.dtype), 0
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Tensor:
-        edges = [self.power(coefficient(self.real)) for coefficient, _ in parts]
-        if len(parts) > 1:
-            return torch.stack(broadcast(*edges)).amax(0)
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+        edges = [self.fixed(coefficient(self.real))[0] for coefficient, _ in parts]
         weight = parts[0][1]
-        edge: Tensor = edges[0] if weight is None else edges[0] * weight.values
-        return edge
+        if len(parts) == 1 and weight is not None:
+            return Mass(edges[0] * weight.values, weight.exponent)
+        return Mass(torch.stack(broadcast(*edges)).amax(0))
 
     def layer(self, values: Tensor) -> Tensor:
         return values * self._step

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import Coefficient
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Mass
+from dagpath.flow.values import NOTHING, Mass
 from dagpath.lifting.gram import collected_gradients
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -23,18 +23,16 @@ class MomentFlow(PowerFlow):
         super().__init__(*graph, exponent=2, **options)
         self._moments = moments
 
-    def masses_of(self, name: str) -> Tensor:
-        return self._moments[name].to(self.device, self.dtype, copy=True)
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        return self._watched(name, self._moments[name].to(self.device, self.dtype, copy=True), 0), 0
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Tensor:
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
-        terms = (
-            self.power(coefficient(self.real))
-            * (1.0 if weight is None else self.shifted(weight.values, weight.exponent))
-            for coefficient, weight in parts
-        )
-        total: Tensor = sum(terms, torch.zeros((), dtype=self.dtype, device=self.device))
-        return total
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for coefficient, weight in parts:
+            square = self.shifted(*self.fixed(coefficient(self.real)))
+            total = total + (square if weight is None else square * self.shifted(weight.values, weight.exponent))
+        return Mass(total, zero=self.exponent_of(total) == NOTHING)
 
 
 @plain_computation()

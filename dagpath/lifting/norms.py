@@ -36,7 +36,8 @@ def path_norm(
 
     Args:
         traced: the traced model.
-        p: at least 1, and finite.
+        p: at least 1, and finite. Up to about 100 in float64: of masses that are added up, those below 1e-308 of the
+            largest are lost, which for larger p are paths whose weights are not much smaller.
         log: return the natural logarithm, which is finite where the norm itself leaves float64.
         per_output: return the norm of the paths that end in each entry of the model's output.
         dtype: of the pass, float64 or float32.

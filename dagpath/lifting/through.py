@@ -45,11 +45,11 @@ class NeuronMassFlow(PowerFlow):
             _watch(pytree.tree_leaves(result)[0].values, self._places[n], self.sums)
         return result
 
-    def parameter(self, name: str) -> Tensor:
-        masses = super().parameter(name)
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        masses, exponent = super().parameter(name)
         if name in self._fed:
             _watch(masses, self._fed[name], self.sums)
-        return masses
+        return masses, exponent
 
 
 def _watch(masses: Tensor, neurons: Tensor, sums: Tensor) -> None:

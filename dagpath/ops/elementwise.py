@@ -102,9 +102,11 @@ class Sum(Operation):
         a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
         if not isinstance(b, Mass):
             b = flow.number(b)
+        if abs(alpha) != 1:
+            b = flow.scaled(b, b.values, flow.number(alpha))
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
-        return flow.result([a, b], values_a + values_b * flow.power(alpha), exponent)
+        return flow.result([a, b], values_a + values_b, exponent)
 
 
 class Choice(Operation):
@@ -216,7 +218,7 @@ class Product(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
         if not isinstance(b, Mass):
-            return flow.result([a], a.values * flow.number(b).values, a.exponent)
+            return flow.scaled(a, a.values, flow.number(b))
         a, b = flow.factors(a, b)
         return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
 

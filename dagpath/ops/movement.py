@@ -107,9 +107,10 @@ class ConstantPad(Movement):
         if call.get("mode", "constant") != "constant" or value == 0:
             return flow.linear(call)
         mass = call["input"]
-        exponent = max(mass.exponent, 0)
+        filled = flow.number(value)
+        exponent = flow.common([mass, filled])
         values = flow.shifted(mass.values, mass.exponent - exponent)
-        fill = float(flow.shifted(flow.number(value).values, -exponent))
+        fill = float(flow.shifted(filled.values, filled.exponent - exponent))
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
 
@@ -210,7 +211,7 @@ class Filled(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         fill = flow.number(self._fill(call))
-        return flow.result([fill], fill.values.expand(call.output.shape).clone(), 0)
+        return flow.result([fill], fill.values.expand(call.output.shape).clone(), fill.exponent)
 
 
 register(

@@ -70,15 +70,15 @@ class Normalization(Operation):
 
         parts: list[tuple[Coefficient, Mass | None]] = [(offset, weight)] if stored else []
         parts += [(lambda _: torch.ones(()), bias)] if bias is not None else []
-        constant = flow.edge(parts) if parts else torch.zeros(())
-        scale, constant = (
-            self._placed(value, mass.values.ndim) for value in (flow.edge([(inverse_std, weight)]), constant)
-        )
+        scale = flow.edge([(inverse_std, weight)])
+        constant = flow.edge(parts) if parts else flow.number(0.0)
+        through = Mass(mass.values, mass.exponent + scale.exponent, mass.zero or scale.zero)
+        exponent = flow.common([through, constant])
+        factor, added = (self._placed(part.values, mass.values.ndim) for part in (scale, constant))
+        factor = flow.shifted(factor, through.exponent - exponent)
+        added = flow.shifted(added, constant.exponent - exponent)
         used = [mass, *(part for part in (weight, bias) if part is not None)]
-        exponent = flow.common([mass, Mass(constant, zero=not bool(constant.any()))])
-        scale = flow.shifted(scale, mass.exponent - exponent)
-        constant = flow.shifted(constant, -exponent)
-        result = flow.result(used, torch.addcmul(constant, mass.values, scale), exponent)
+        result = flow.result(used, torch.addcmul(added, mass.values, factor), exponent)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 
@@ -101,7 +101,8 @@ class WeightNorm(Operation):
             length: Tensor = torch.linalg.vector_norm(v, dim=rows, keepdim=True)
             return v / length
 
-        return flow.result([call["g"]], flow.edge([(direction, call["g"])]), 0)
+        edges = flow.edge([(direction, call["g"])])
+        return flow.result([call["g"]], edges.values, edges.exponent)
 
 
 register(WeightNorm(), "_weight_norm")
