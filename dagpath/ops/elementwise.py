@@ -32,7 +32,7 @@ class Homogeneous(Operation):
         return flow.activation(value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.args[0] if self.applies(call) else flow.barrier(call)
+        return call.leaves(Mass)[0] if self.applies(call) else flow.barrier(call)
 
 
 class Clamp(Homogeneous):
