@@ -7,7 +7,9 @@ graph; the train graph may read scaled neurons where the eval graph does not (an
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -218,16 +220,22 @@ def _check_shapes_are_known(module: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own log of what goes wrong: the error says it."""
+    """Without the exporter's own log of what goes wrong, and the unfinished graph that it prints: the error says it."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
+    held, graph = io.StringIO(), None
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
-        yield
+        with contextlib.redirect_stderr(held):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        sys.stderr.write(held.getvalue() if graph is None else held.getvalue().replace(f"{graph}\n", ""))
 
 
 def make_functional(module: fx.GraphModule) -> bool:
