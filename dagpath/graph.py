@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class Site:
     """A place in the model: one call of an operation.
 
     Attributes:
-        operation: name of the ATen operation, for example ``conv2d``.
+        operation: name of the ATen operation, for example ``conv2d``; others with their namespace, ``mylib::cut``.
         module: path of the module that made the call, for example ``layer1.0.conv1``.
         source: the line of source code, as ``file:line (code)``.
     """
@@ -32,10 +32,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why neurons are fixed: the call that fixed them, or tied them to something fixed, and the reason in words."""
+    """Why neurons are fixed.
+
+    Attributes:
+        site: the call that fixed them, or tied them to something fixed.
+        reason: the reason in words.
+        tied_to: if they are tied to something fixed, what: the modules of fixed neurons (their own causes say why),
+            ``the model's input``, ``a constant``, ``what softmax in head returns``.
+    """
 
     site: Site
     reason: str
+    tied_to: tuple[str, ...] = ()
 
 
 class NeuronGraph:
@@ -82,17 +90,34 @@ class NeuronGraph:
         counts = torch.tensor([count for _, count in flow.makers], dtype=torch.long)
         self.sites = [site_of(node) for node, _ in flow.makers]
         self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tie_index = _fixing_ties(links, left, right, tie_of)[1:]
+        tie_index, parent = _ways_to_zero(links, left, right, tie_of)
         used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
-        self.causes = [_cause(flow.ties[tie]) for tie in used]
         self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
         self.cause_of[torch.from_numpy(tie_index >= 0)] = torch.from_numpy(cause_of)
+        self.causes = self._find_causes(flow, used, cause_of, parent[tie_index >= 0])
 
     def __repr__(self) -> str:
         return (
             f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
             f"{self.num_parameters:,} parameters)"
         )
+
+    def _find_causes(self, flow: NeuronFlow, used: np.ndarray, cause_of: np.ndarray, parent: np.ndarray) -> list[Cause]:
+        """The causes of the ties ``used``, given for every fixed neuron its cause and what it is tied to."""
+        maker = np.where(parent > 0, self.maker_of.numpy()[parent - 1], -1)
+        partners: dict[int, list[int]] = {}
+        for cause, index in np.unique(np.stack([cause_of, maker], 1), axis=0).tolist():
+            partners.setdefault(cause, []).append(index)
+        fixing = {tie.node for tie in flow.ties if tie.right is None}
+        causes = []
+        for cause, tie in enumerate(flow.ties[index] for index in used):
+            if tie.right is None:
+                causes.append(Cause(site_of(tie.node), tie.reason))
+                continue
+            modules = dict.fromkeys(self.sites[index].module for index in partners[cause] if index >= 0)
+            others = _origins(tie.fixed, flow.inputs, fixing) if -1 in partners[cause] else []
+            causes.append(Cause(site_of(tie.node), f"tied by {tie.reason}", (*modules, *others)))
+        return causes
 
     def digest(self) -> str:
         """A hash of the parameters' names and shapes and the groups that they join: equal for equal architectures."""
@@ -139,16 +164,32 @@ class NeuronGraph:
             return entries.coalesce().to_sparse_csr()
 
 
-def _cause(tie: Tie) -> Cause:
-    reason = tie.reason if tie.right is None else f"tied by {tie.reason} to something fixed"
-    return Cause(site_of(tie.node), reason)
+def _origins(nodes: Iterable[fx.Node], inputs: Collection[fx.Node], sources: Collection[fx.Node]) -> list[str]:
+    """Where fixed tensors come from: inputs of the model, constants, or the calls among ``sources`` that made them."""
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inputs:
+            found["the model's input"] = None
+        elif node in sources:
+            site = site_of(node)
+            found[f"what {site.operation}{site.module and f' in {site.module}'} returns"] = None
+        else:
+            waiting += node.all_input_nodes
+    return sorted(found) or ["a constant" if seen else "something fixed"]
 
 
 def site_of(node: fx.Node) -> Site:
     """Where in the model's source the call of a node stands."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     packet = getattr(node.target, "overloadpacket", node.target)
-    operation = getattr(packet, "__name__", str(packet)) if node.op == "call_function" else node.op
+    name = getattr(packet, "_qualified_op_name", getattr(packet, "__name__", str(packet)))
+    operation = name.removeprefix("aten::") if node.op == "call_function" else node.op
     return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))
 
 
@@ -185,8 +226,10 @@ def _lookup(group_of: Tensor, ends: Ends) -> Ends:
     return Ends(group_of[ends.dst], group_of[ends.src])
 
 
-def _fixing_ties(links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray) -> np.ndarray:
-    """For each neuron number the tie on its shortest way to 0; -1 for free neurons and for 0 itself."""
+def _ways_to_zero(
+    links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each neuron the tie on its shortest way to 0, and the number on its other side; -1 for free neurons."""
     size = links.shape[0]
     order, parent = csgraph.breadth_first_order(links, 0, directed=False, return_predecessors=True)
     result = np.full(size, -1)
@@ -196,4 +239,4 @@ def _fixing_ties(links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: 
         keys, first = np.unique(low * size + high, return_index=True)
         wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
         result[reached] = tie_of[first[np.searchsorted(keys, wanted)]]
-    return result
+    return result[1:], np.where(result >= 0, parent, -1)[1:]

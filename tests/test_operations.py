@@ -390,30 +390,6 @@ def test_graph_modules_and_exported_programs_are_models():
     torch.testing.assert_close(program.module()(x), before)
 
 
-def test_explain_as_a_dictionary_has_every_module_and_cause():
-    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 1, 1), nn.Tanh())
-    traced = dagpath.trace(net, torch.zeros(2, 2, 8, 8))
-    facts = traced.explain(format="dict")
-    assert facts["modules"]["1"] == {"neurons": 5, "free": 5, "tied": 0, "fixed": 0, "tied_with": []}
-    assert {cause["module"]: cause["neurons"] for cause in facts["causes"]} == {"1": 5, "4": 1}
-    assert facts["causes"][0]["operation"] == "batch_norm"
-    assert facts["without_rule"] == []
-    with pytest.raises(ValueError, match="format must be 'text' or 'dict', got 'html'"):
-        traced.explain(format="html")
-
-
-def test_explain_names_the_modules_that_share_a_scale():
-    def forward(m, x):
-        x = F.relu(m.stem(x))
-        return m.head(F.relu(x + m.second(F.relu(m.first(x)))))
-
-    net = Net(forward, stem=nn.Linear(3, 6), first=nn.Linear(6, 5), second=nn.Linear(5, 6), head=nn.Linear(6, 2))
-    modules = dagpath.trace(net, torch.zeros(1, 3)).explain(format="dict")["modules"]
-    assert modules["stem"]["tied_with"] == ["second"]
-    assert modules["second"]["tied"] == 6
-    assert modules["first"] == {"neurons": 5, "free": 5, "tied": 0, "fixed": 0, "tied_with": []}
-
-
 def test_a_distributed_model_is_unwrapped(tmp_path):
     from torch import distributed
 
