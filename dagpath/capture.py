@@ -78,12 +78,16 @@ def user_line(error: BaseException) -> str:
     return found
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_compound: Callable[[Any], bool]
+) -> Capture:
     """Capture both modes of ``model``.
 
     Dimension 0 of the example inputs is the batch. A path belongs to one example, so the eval graph is that of the
     first one; the train graph is that of two, since a batch norm may not train on one. Inputs that the model does not
     take in these numbers (they have no batch dimension, or a fixed one) are used as given.
+
+    Operations for which ``is_compound`` holds are replaced by those that PyTorch makes them of.
 
     Raises:
         CaptureError: the model's forward raised, or depends on the values of its input.
@@ -94,14 +98,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             "torch.nn.Module that it was made from"
         )
     given = (args, dict(kwargs))
-    evaluated, failure = _first_capture(model, given, 1, training=False)
+    evaluated, failure = _first_capture(model, given, 1, False, is_compound)
     if evaluated is None:
         assert failure is not None
         run(model, given, training=False)
         raise _capture_error(model, failure) from failure
     if modes_agree(model, with_batch(given, 2)):
         return Capture(evaluated, None, "")
-    trained, failure = _first_capture(model, given, 2, training=True)
+    trained, failure = _first_capture(model, given, 2, True, is_compound)
     reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
     return Capture(evaluated, trained, reason)
 
@@ -152,7 +156,7 @@ def with_batch(given: Any, size: int | None) -> Any:
 
 
 def _first_capture(
-    model: nn.Module, given: Any, size: int, training: bool
+    model: nn.Module, given: Any, size: int, training: bool, is_compound: Callable[[Any], bool]
 ) -> tuple[CapturedGraph | None, Exception | None]:
     """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
     failure: Exception | None = None
@@ -163,7 +167,7 @@ def _first_capture(
         if batch is not None and inputs is given:
             continue
         try:
-            graph = _export(model, inputs, batch, training)
+            graph = _export(model, inputs, batch, training, is_compound)
         except Exception as error:  # export raises many types; the caller reports the last
             failure = error
             continue
@@ -178,7 +182,9 @@ def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
     return all(value.shape[0] == size for value in values if isinstance(value, Tensor) and value.ndim)
 
 
-def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) -> CapturedGraph:
+def _export(
+    model: nn.Module, inputs: Any, batch: int | None, training: bool, is_compound: Callable[[Any], bool]
+) -> CapturedGraph:
     args, kwargs = inputs
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
@@ -188,8 +194,10 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         module = inlined(program.graph_module)
-        if not make_functional(module):
-            module = inlined(program.run_decompositions({}).graph_module)
+        functional = make_functional(module)
+        parts = _decompositions(module, is_compound)
+        if parts or not functional:
+            module = inlined(program.run_decompositions(parts).graph_module)
     _check_shapes_are_known(module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -207,6 +215,14 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
     return CapturedGraph(module, parameters, tensors, batch)
+
+
+def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:
+    """How PyTorch makes compound operations of others; empty where the graph has none."""
+    if not any(node.op == "call_function" and is_compound(node.target) for node in module.graph.nodes):
+        return {}
+    known = torch.export.default_decompositions()
+    return {target: known[target] for target in known if is_compound(target)}
 
 
 def _check_shapes_are_known(module: fx.GraphModule) -> None:

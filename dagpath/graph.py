@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csgraph, csr_array
 from torch import Tensor, fx
 
-from dagpath.flow.neurons import Ends, NeuronFlow, Tie
+from dagpath.flow.neurons import Ends, NeuronFlow
+from dagpath.flow.ties import Links
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class NeuronGraph:
         causes: the calls that fixed neurons, each a :class:`Cause`.
         without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
+        kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
 
@@ -76,48 +78,30 @@ class NeuronGraph:
         self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
         self.without_rule = [site_of(node) for node in flow.without_rule]
         self.cut = frozenset(flow.cut)
-        self.num_neurons = flow.num_neurons
+        self.kept = dict(flow.kept)
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
 
-        left, right, tie_of = _pairs(flow.ties)
-        links = csr_array((np.ones(len(left), np.int8), (left, right)), shape=(self.num_neurons + 1,) * 2)
-        _, component = csgraph.connected_components(links, directed=False)
-        group_of = torch.from_numpy(_number_groups(component))
-        self.group_of: Tensor = group_of[1:]
+        links = Links(flow.ties, flow.num_numbers + 1)
+        group_of = torch.from_numpy(links.groups())
         self.num_groups = int(group_of.max())
         self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
 
-        counts = torch.tensor([count for _, count in flow.makers], dtype=torch.long)
-        self.sites = [site_of(node) for node, _ in flow.makers]
-        self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tie_index, parent = _ways_to_zero(links, left, right, tie_of)
-        used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
-        self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
-        self.cause_of[torch.from_numpy(tie_index >= 0)] = torch.from_numpy(cause_of)
-        self.causes = self._find_causes(flow, used, cause_of, parent[tie_index >= 0])
+        self.sites = [site_of(node) for node, _ in flow.makers if node is not None]
+        index = itertools.count()
+        made = [-1, *(-1 if node is None else next(index) for node, _ in flow.makers)]
+        site_of_number = torch.repeat_interleave(torch.tensor(made), torch.tensor([1, *(n for _, n in flow.makers)]))
+        is_neuron = site_of_number >= 0
+        self.group_of: Tensor = group_of[is_neuron]
+        self.num_neurons = len(self.group_of)
+        self.maker_of: Tensor = site_of_number[is_neuron]
+        self.causes, cause_of = _find_causes(flow, self.sites, site_of_number.numpy(), links)
+        self.cause_of: Tensor = torch.from_numpy(cause_of)
 
     def __repr__(self) -> str:
         return (
             f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
             f"{self.num_parameters:,} parameters)"
         )
-
-    def _find_causes(self, flow: NeuronFlow, used: np.ndarray, cause_of: np.ndarray, parent: np.ndarray) -> list[Cause]:
-        """The causes of the ties ``used``, given for every fixed neuron its cause and what it is tied to."""
-        maker = np.where(parent > 0, self.maker_of.numpy()[parent - 1], -1)
-        partners: dict[int, list[int]] = {}
-        for cause, index in np.unique(np.stack([cause_of, maker], 1), axis=0).tolist():
-            partners.setdefault(cause, []).append(index)
-        fixing = {tie.node for tie in flow.ties if tie.right is None}
-        causes = []
-        for cause, tie in enumerate(flow.ties[index] for index in used):
-            if tie.right is None:
-                causes.append(Cause(site_of(tie.node), tie.reason))
-                continue
-            modules = dict.fromkeys(self.sites[index].module for index in partners[cause] if index >= 0)
-            others = _origins(tie.fixed, flow.inputs, fixing) if -1 in partners[cause] else []
-            causes.append(Cause(site_of(tie.node), f"tied by {tie.reason}", (*modules, *others)))
-        return causes
 
     def digest(self) -> str:
         """A hash of the parameters' names and shapes and the groups that they join: equal for equal architectures."""
@@ -164,6 +148,34 @@ class NeuronGraph:
             return entries.coalesce().to_sparse_csr()
 
 
+def _find_causes(
+    flow: NeuronFlow, sites: Sequence[Site], site_of_number: np.ndarray, links: Links
+) -> tuple[list[Cause], np.ndarray]:
+    """What fixed neurons, and which of these causes fixed each neuron; -1 where it is free."""
+    tie_of, partner_of = links.ways_to_zero()
+    while (unmade := (partner_of > 0) & (site_of_number[partner_of] < 0)).any():
+        partner_of = np.where(unmade, partner_of[partner_of], partner_of)
+    is_neuron = site_of_number >= 0
+    tie_of, partner_of = tie_of[is_neuron], partner_of[is_neuron]
+    fixed = tie_of >= 0
+    used, cause_of_fixed = np.unique(tie_of[fixed], return_inverse=True)
+    cause_of = np.full(len(tie_of), -1)
+    cause_of[fixed] = cause_of_fixed
+    partners: list[list[int]] = [[] for _ in used]
+    for cause, site in np.unique(np.stack([cause_of_fixed, site_of_number[partner_of[fixed]]], 1), axis=0).tolist():
+        partners[cause].append(site)
+    fixing = {tie.node for tie in flow.ties if tie.right is None}
+    causes = []
+    for tie, together in zip((flow.ties[index] for index in used), partners, strict=True):
+        if tie.right is None:
+            causes.append(Cause(site_of(tie.node), tie.reason))
+            continue
+        modules = dict.fromkeys(sites[site].module for site in together if site >= 0)
+        others = _origins(tie.fixed, flow.inputs, fixing) if -1 in together else []
+        causes.append(Cause(site_of(tie.node), f"tied by {tie.reason}", (*modules, *others)))
+    return causes, cause_of
+
+
 def _origins(nodes: Iterable[fx.Node], inputs: Collection[fx.Node], sources: Collection[fx.Node]) -> list[str]:
     """Where fixed tensors come from: inputs of the model, constants, or the calls among ``sources`` that made them."""
     found: dict[str, None] = {}
@@ -204,39 +216,5 @@ def _source_line(stack_trace: str) -> str:
     return found
 
 
-def _pairs(ties: list[Tie]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ties as pairs of neuron numbers, and the index of the tie that each pair came from."""
-    if not ties:
-        nothing = np.zeros(0, np.int64)
-        return nothing, nothing, nothing
-    left = np.concatenate([tie.left.numpy() for tie in ties])
-    right = np.concatenate([(torch.zeros_like(t.left) if t.right is None else t.right).numpy() for t in ties])
-    return left, right, np.repeat(np.arange(len(ties)), [len(tie.left) for tie in ties])
-
-
-def _number_groups(component: np.ndarray) -> np.ndarray:
-    """Component labels renumbered: 0 for the component of neuron number 0, the others in the order they appear."""
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
-
-
 def _lookup(group_of: Tensor, ends: Ends) -> Ends:
     return Ends(group_of[ends.dst], group_of[ends.src])
-
-
-def _ways_to_zero(
-    links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each neuron the tie on its shortest way to 0, and the number on its other side; -1 for free neurons."""
-    size = links.shape[0]
-    order, parent = csgraph.breadth_first_order(links, 0, directed=False, return_predecessors=True)
-    result = np.full(size, -1)
-    reached = order[1:]
-    if len(reached):
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        keys, first = np.unique(low * size + high, return_index=True)
-        wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
-        result[reached] = tie_of[first[np.searchsorted(keys, wanted)]]
-    return result[1:], np.where(result >= 0, parent, -1)[1:]

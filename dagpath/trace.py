@@ -14,7 +14,7 @@ from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import Unknown, operation_of
+from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
 from dagpath.state import plain_computation, unwrap
 
@@ -48,7 +48,8 @@ class TracedModel:
     def masses(self, power: float, dtype: torch.dtype = torch.float64, **options: Any) -> MassFlow:
         """A pass over the eval graph that sums ``|Φ|^power`` over paths, at the parameters' current values."""
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, cut=self.graph.cut, **options)
+        decided = self.graph.cut, self.graph.kept
+        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, *decided, **options)
 
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.
@@ -140,7 +141,7 @@ def trace(
             f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
             f"{type(example_inputs).__name__}"
         )
-    captured = capture(model, args, kwargs or {})
+    captured = capture(model, args, kwargs or {}, is_compound)
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "

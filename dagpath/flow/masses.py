@@ -47,9 +47,10 @@ class MassFlow(fx.Interpreter):
         rule: finds the rule of a call's target.
         power: the exponent q.
         dtype: float64, or float32 for speed.
+        cut: calls through which no path goes, because their rule did not fit them.
+        kept: which factor paths go through, for calls that multiply two activations.
         on_gradient: if given, ``total().backward()`` calls it with the name of each parameter and the derivative of
             the total mass with respect to ``|θ|^q``, as soon as it is complete, and then frees it.
-        cut: calls through which no path goes, because their rule did not fit them.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class MassFlow(fx.Interpreter):
         rule: Callable[[Any], MassRule],
         power: float,
         dtype: torch.dtype = torch.float64,
-        on_gradient: Callable[[str, Tensor], None] | None = None,
         cut: Container[fx.Node] = (),
+        kept: Mapping[fx.Node, int] | None = None,
+        on_gradient: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         super().__init__(graph.module)
         self.graph_inputs = graph
@@ -70,6 +72,7 @@ class MassFlow(fx.Interpreter):
         self._rule = rule
         self._on_gradient = on_gradient
         self._cut = cut
+        self._kept = kept or {}
         self.real_node = Constants(graph, parameters)
         self.sinks: list[Mass] = []
         self.device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
@@ -102,7 +105,7 @@ class MassFlow(fx.Interpreter):
         tensor = self.graph_inputs.tensors.get(str(target))
         if tensor is not None:
             return self.constant(tensor)
-        return self._inputs(self.node.meta.get("val"))
+        return self.inputs(self.node.meta.get("val"))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         call = Call(target, args, dict(kwargs), self.node)
@@ -113,7 +116,7 @@ class MassFlow(fx.Interpreter):
         try:
             return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
         except NotConstantError:
-            return self._inputs(call.output)
+            return self.inputs(call.output)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -136,7 +139,9 @@ class MassFlow(fx.Interpreter):
             values.register_post_accumulate_grad_hook(hand_over)
         return Mass(values, zero=self.exponent_of(values) == NOTHING, params=True)
 
-    def _inputs(self, output: Any) -> Any:
+    def inputs(self, output: Any) -> Any:
+        """Inputs of the network in the shape of ``output`` (the fake tensors of a node): masses of one."""
+
         def one(fake: Tensor) -> Mass:
             layout = _FAST_LAYOUT.get(fake.ndim, torch.contiguous_format)
             ones = torch.ones(fake.shape, dtype=self.dtype, device=self.device)
@@ -195,13 +200,20 @@ class MassFlow(fx.Interpreter):
         """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""
         for mass in call.leaves(Mass):
             self.barrier_input(mass)
-        return self._inputs(call.output)
+        return self.inputs(call.output)
 
     def barrier_input(self, mass: Mass) -> Mass:
         """Cut the paths into one tensor; returns the new inputs that replace it."""
         if mass.data and mass.params:
             self.sinks.append(mass)
         return Mass(torch.ones_like(mass.values), data=True)
+
+    def factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
+        """Both factors of a product; where paths come through both, those through the gate end there."""
+        if not all(mass.data and mass.params for mass in (a, b)):
+            return a, b
+        through_b = self._kept.get(self.node, 0)
+        return (self.barrier_input(a), b) if through_b else (a, self.barrier_input(b))
 
     def gradient_only(self, weight: Mass, factor: Tensor) -> Tensor:
         """Zero in value; its derivative with respect to the weight's mass is ``factor``.

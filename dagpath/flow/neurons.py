@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
+from dagpath.flow.products import Product, settle
+from dagpath.flow.ties import Links, Tie
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
 
 _UNUSED = -2
@@ -31,21 +33,6 @@ class Ends:
 
     dst: Tensor
     src: Tensor
-
-
-@dataclass(frozen=True)
-class Tie:
-    """Neurons that must share a scale: ``left[i]`` and ``right[i]``; where ``right`` is None, ``left`` is fixed.
-
-    ``reason`` completes the sentence "tied by ..." or, where ``right`` is None, "fixed: ...". ``fixed`` are the
-    arguments of the call at ``node`` of which no entry can be rescaled.
-    """
-
-    left: Tensor
-    right: Tensor | None
-    node: fx.Node
-    reason: str
-    fixed: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,9 +79,11 @@ class NeuronFlow(fx.Interpreter):
         self._starts = torch.tensor([0, *sizes]).cumsum(0)
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._computed: dict[str, Computed] = {}
-        self.num_neurons = 0
-        self.makers: list[tuple[fx.Node, int]] = []
+        self.num_numbers = 0
+        self.makers: list[tuple[fx.Node | None, int]] = []
         self.ties: list[Tie] = []
+        self.kept: dict[fx.Node, int] = {}
+        self._products: list[Product] = []
         self.without_rule: list[fx.Node] = []
         self.cut: set[fx.Node] = set()
         self.inputs: set[fx.Node] = set()
@@ -197,19 +186,48 @@ class NeuronFlow(fx.Interpreter):
             start, made = self._made.get(key, (0, -1))
             if made == count:
                 return torch.arange(start, start + count)
-        start = self.num_neurons + 1
-        self.num_neurons += count
-        self.makers.append((self.node, count))
+        numbers = self._new_numbers(count, self.node)
         if key is not None:
-            self._made[key] = (start, count)
-        return torch.arange(start, start + count)
+            self._made[key] = (self.num_numbers - count + 1, count)
+        return numbers
+
+    def _new_numbers(self, count: int, maker: fx.Node | None) -> Tensor:
+        self.makers.append((maker, count))
+        self.num_numbers += count
+        return torch.arange(self.num_numbers - count + 1, self.num_numbers + 1)
+
+    def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
+        """The numbers of a product of two tensors of neurons: one factor is fixed, the scale of the other goes on.
+
+        If both could be free, that is decided once all ties are known; until then new numbers stand for the result,
+        which belong to no neuron. ``kept`` tells the other passes which factor was not fixed.
+
+        Args:
+            factors: the numbers of both factors.
+            results: the numbers of the result if the scale of the first, or of the second, goes on.
+        """
+        may_be_free = [bool((compact(factor) > FIXED).any()) for factor in factors]
+        if not all(may_be_free):
+            self.kept[self.node] = int(may_be_free[1])
+            return results[self.kept[self.node]]
+        first, second = broadcast(*(compact(result) for result in results))
+        numbers = self._new_numbers(first.numel(), None).view(first.shape)
+        result = torch.where((first == ZERO) | (second == ZERO), ZERO, numbers)
+        self._products.append(Product(self.node, factors, (first, second), result))
+        return result.expand(torch.broadcast_shapes(*(result.shape for result in results)))  # type: ignore[no-untyped-call]
+
+    def _keep(self, product: Product, index: int) -> None:
+        self.node = product.node
+        self.kept[product.node] = index
+        self.tie(product.result, product.results[index], "a product")
+        self.fix(product.factors[1 - index], "is a factor of a product of two tensors that could both be rescaled")
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Declare the neurons of two broadcastable tensors to be one, entry by entry."""
         a, b = broadcast(compact(a), compact(b))
         differ = (a != b) & (a > ZERO) & (b > ZERO)
         if differ.any():
-            size = self.num_neurons + 1
+            size = self.num_numbers + 1
             pairs = torch.unique(a[differ] * size + b[differ])
             fixed = tuple(node for node in self.node.all_input_nodes if self._is_fixed(self.env.get(node)))
             self.ties.append(Tie(pairs // size, pairs % size, self.node, reason, fixed))
@@ -220,7 +238,7 @@ class NeuronFlow(fx.Interpreter):
 
     def fix(self, numbers: Tensor, reason: str) -> None:
         """Declare that these neurons keep their scale."""
-        met = torch.zeros(self.num_neurons + 1, dtype=torch.bool)
+        met = torch.zeros(self.num_numbers + 1, dtype=torch.bool)
         met[compact(numbers).clamp(min=FIXED)] = True
         met[FIXED] = False
         if met.any():
@@ -356,6 +374,7 @@ class NeuronFlow(fx.Interpreter):
                 elif name in self._ends:
                     ends = self._full_ends(name)
                     self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local], reason)
+        settle(self._products, lambda: Links(self.ties, self.num_numbers + 1).groups(), self._keep)
         unused = torch.tensor(FIXED)
         return {
             name: Ends(ends.dst.clamp(min=FIXED), ends.src.clamp(min=FIXED))

@@ -6,8 +6,9 @@ What a rule of one's own needs stands here too: the base class, and the types of
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight
-from dagpath.ops import elementwise, linear, movement, normalization, pooling, resample
+from dagpath.ops import compound, elementwise, linear, movement, normalization, pooling, resample
 from dagpath.ops.base import Operation, Unknown, operation_of, register, registered
+from dagpath.ops.compound import is_compound
 from dagpath.ops.user import register_op
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Operation",
     "Unknown",
     "Weight",
+    "compound",
     "elementwise",
+    "is_compound",
     "linear",
     "movement",
     "normalization",

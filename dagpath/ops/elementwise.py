@@ -12,7 +12,6 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
-_PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
 _CONSTANT = "a constant is added to it"
 
 
@@ -36,11 +35,15 @@ class Homogeneous(Operation):
 
 
 class Clamp(Homogeneous):
-    """Bounds that are zero or absent: a positively homogeneous function. Other bounds fix the input."""
+    """Bounds that are zero, infinite or absent: a positively homogeneous function. Other bounds fix the input."""
 
     def applies(self, call: Call) -> bool:
         bounds = [call.get(name) for name in ("min", "max", "min_val", "max_val")]
-        return not any(isinstance(bound, (Tensor, Weight, Mass)) or bound for bound in bounds)
+        return not any(
+            isinstance(bound, (Tensor, Weight, Mass)) or not is_scaleless(plain(bound))
+            for bound in bounds
+            if bound is not None
+        )
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
@@ -129,6 +132,26 @@ class Choice(Operation):
         return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
 
 
+class Comparison(Operation):
+    """A comparison with zero, or between tensors of one scale: right under any scale. No path crosses it.
+
+    A sign is a comparison with zero too.
+    """
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call.get("other", 0)
+        if isinstance(b, (Tensor, Weight)):
+            if isinstance(a, Weight) or isinstance(b, Weight):
+                return Unknown("is compared with a tensor").neurons(flow, call)
+            flow.tie(a, b, "a comparison")
+        elif not is_scaleless(plain(b)):
+            return Unknown("is compared with a constant").neurons(flow, call)
+        return flow.constant(call.output)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.inputs(call.output)
+
+
 class MaskedFill(Operation):
     """Zeros or infinities written into some entries are right under any scale; another value fixes the input."""
 
@@ -158,7 +181,7 @@ class Product(Operation):
         if isinstance(a, Weight) and isinstance(b, Weight):
             return self._weights(flow, call, a, b)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return self._tensors(flow, call, a, b)
+            return flow.product((a, b), (a.expand(call.output.shape), b.expand(call.output.shape)))
         if isinstance(b, Weight):
             a, b = b, a
         return self._weighted(flow, a, b, call.output.shape)
@@ -172,14 +195,6 @@ class Product(Operation):
             return Unknown("enters an outer product of parameters").neurons(flow, call)
         flow.pin(gain)
         return whole
-
-    @staticmethod
-    def _tensors(flow: NeuronFlow, call: Call, a: Tensor, b: Tensor) -> Any:
-        if not (compact(b) > FIXED).any():
-            return a.expand(call.output.shape)
-        if not (compact(a) > FIXED).any():
-            return b.expand(call.output.shape)
-        return Unknown(_PRODUCT).neurons(flow, call)
 
     @staticmethod
     def _weighted(flow: NeuronFlow, weight: Weight, x: Tensor, shape: torch.Size) -> Any:
@@ -202,13 +217,15 @@ class Product(Operation):
         a, b = call["input"], call["other"]
         if not isinstance(b, Mass):
             return flow.result([a], a.values * flow.number(b).values, a.exponent)
-        if a.data and b.data and a.params and b.params:
-            return flow.barrier(call)
+        a, b = flow.factors(a, b)
         return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
 
 
 class Quotient(Product):
     """A quotient: the divisor is fixed, the dividend keeps its neurons."""
+
+    def keeps_weights(self, call: Call) -> bool:
+        return not (isinstance(call["other"], Mass) and call["other"].params)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -216,27 +233,38 @@ class Quotient(Product):
             return Unknown("is rounded").neurons(flow, call)
         if not isinstance(b, (Tensor, Weight)):
             return a
-        if isinstance(b, Weight) or (compact(b) > FIXED).any() or not isinstance(a, Tensor):
-            return Unknown("divides, or is divided by a tensor that could be rescaled").neurons(flow, call)
+        if isinstance(a, Weight):
+            return Unknown("is divided by a tensor").neurons(flow, call)
+        if isinstance(b, Weight):
+            flow.pin(b)
+        else:
+            flow.fix(b, "is a divisor")
         return a.expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
-        if call.get("rounding_mode") is not None or (isinstance(b, Mass) and b.data):
-            return flow.barrier(call)
         divisor = b if isinstance(b, Mass) else flow.number(b)
-        return flow.result([a], a.values / divisor.values, a.exponent - divisor.exponent)
+        if call.get("rounding_mode") is not None or (divisor.data and not a.data):
+            return flow.barrier(call)
+        if divisor.data:
+            divisor = flow.barrier_input(divisor)
+        return flow.result([a], a.values / divisor.values.detach(), a.exponent - divisor.exponent)
 
 
 register(
     Homogeneous(),
     *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
-    *("neg", "abs"),
+    *("neg", "abs", "nan_to_num"),
 )
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add", "sub")
 register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")
 register(MaskedFill(), "masked_fill")
+register(
+    Comparison(),
+    *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal", "isnan"),
+    *("isinf", "isfinite", "sign", "sgn", "signbit"),
+)
 register(Product(), "mul", "multiply")
 register(Quotient(), "div", "divide", "true_divide")
 register(
@@ -244,6 +272,6 @@ register(
     *("sigmoid", "tanh", "softmax", "log_softmax", "_softmax", "_log_softmax", "gelu", "silu", "mish", "elu", "selu"),
     *("celu", "relu6", "hardsigmoid", "hardswish", "softplus", "softsign", "tanhshrink", "log_sigmoid", "exp", "log"),
     *("log1p", "expm1", "sqrt", "rsqrt", "pow", "square", "reciprocal", "erf", "sin", "cos", "logit", "logsumexp"),
-    *("norm", "linalg_vector_norm", "glu", "hardshrink", "softshrink", "rsub", "alpha_dropout", "threshold"),
+    *("norm", "linalg_vector_norm", "hardshrink", "softshrink", "rsub", "alpha_dropout"),
     *("feature_alpha_dropout",),
 )
