@@ -194,10 +194,11 @@ def _export(
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         module = inlined(program.graph_module)
-        functional = make_functional(module)
         parts = _decompositions(module, is_compound)
-        if parts or not functional:
-            module = inlined(program.run_decompositions(parts).graph_module)
+        functional = None if parts else without_writes(module)
+        module = functional or inlined(program.run_decompositions(parts).graph_module)
+        module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
+        module.recompile()
     _check_shapes_are_known(module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -254,44 +255,55 @@ def _quiet() -> Iterator[None]:
         sys.stderr.write(held.getvalue() if graph is None else held.getvalue().replace(f"{graph}\n", ""))
 
 
-def make_functional(module: fx.GraphModule) -> bool:
-    """Replace in-place operations by their results, in place; False where views make that unsafe.
+def without_writes(module: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy of the graph with in-place operations replaced by their results; None where views make that unsafe.
 
     After ``y = relu_(x)``, a later use of ``x`` means the new value: it is redirected to ``y``. Another view of the
     same storage that is used later has no node to be redirected to, and needs a full functionalization. A result
     written into a parameter, buffer or input outlives the call: its node is marked ``meta["escapes"]``.
     """
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    by_storage: dict[int, list[fx.Node]] = {}
-    for node in list(module.graph.nodes):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            by_storage.setdefault(value.untyped_storage()._cdata, []).append(node)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    by_storage: dict[int | None, list[fx.Node]] = {}
+    for node in order:
+        by_storage.setdefault(_storage_of(node), []).append(node)
     for node in order:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
+        functional = _functional(node.target)
+        if functional is None:
+            return None
         if any(info.alias_info is not None and info.alias_info.is_write for info in schema.arguments[len(node.args) :]):
-            return False  # an ``out=`` argument
+            return None  # an ``out=`` argument
         for argument, info in zip(node.args, schema.arguments, strict=False):
             if info.alias_info is None or not info.alias_info.is_write:
                 continue
-            if not isinstance(argument, fx.Node):
-                return False
-            value = argument.meta["val"]
-            for alias in by_storage.get(value.untyped_storage()._cdata, []):
+            storage = _storage_of(argument) if isinstance(argument, fx.Node) else None
+            if storage is None:
+                return None
+            for alias in by_storage[storage]:
                 if order[alias] >= order[node]:
                     continue
                 later = [user for user in alias.users if order[user] > order[node]]
                 if later and not _same_view(alias.meta["val"], node.meta["val"]):
-                    return False
+                    return None
                 for user in later:
                     user.replace_input_with(alias, node)
                 if alias.op == "placeholder":
                     node.meta["escapes"] = True
-        node.target = _functional(node.target)
-    module.recompile()
-    return True
+        node.target = functional
+    return fx.GraphModule(module, graph)
+
+
+def _storage_of(node: fx.Node) -> int | None:
+    """What tells apart the memory of the tensors in a graph; None for what is no tensor, or one without a storage."""
+    value = node.meta.get("val")
+    try:
+        return int(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None
+    except NotImplementedError:  # a sparse tensor, or one inside of a vmap
+        return None
 
 
 def _same_view(a: Tensor, b: Any) -> bool:
@@ -300,12 +312,19 @@ def _same_view(a: Tensor, b: Any) -> bool:
     return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
 
 
-def _functional(target: Any) -> Callable[..., Any]:
-    """The out-of-place overload of an in-place ATen operation; the operation itself where there is none."""
-    name = target.overloadpacket.__name__
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    functional: Callable[..., Any] = getattr(packet, target._overloadname, target)
-    return functional
+def _functional(target: Any) -> Callable[..., Any] | None:
+    """The out-of-place form of an in-place ATen operation, which takes the same arguments; None if there is none."""
+    packet = target.overloadpacket
+    if target.namespace != "aten" or not packet.__name__.endswith("_"):
+        return None
+    others = getattr(torch.ops.aten, packet.__name__[:-1], None)
+    names = others.overloads() if others is not None else []
+    overloads = [getattr(others, name) for name in sorted(names, key=lambda name: name != target._overloadname)]
+    return next((overload for overload in overloads if _types(overload) == _types(target)), None)
+
+
+def _types(target: Any) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments]
 
 
 def _at(error: BaseException) -> str:

@@ -260,3 +260,105 @@ def test_a_frozen_part_without_gradients_is_followed():
         return m.head(y + F.relu(m.b(x)))
 
     assert_exact(Net(forward), torch.randn(4, 5))
+
+
+class MergesInEval(nn.Linear):
+    """A low-rank update that eval mode adds to the stored weight, and train mode takes out of it again."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.randn(sizes[1], 2))
+        self.merged = False
+
+    def train(self, mode: bool = True):
+        if self.merged == mode:
+            self.weight.data += (self.up @ self.down) * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.up @ self.down, self.bias)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_whose_mode_changes_its_weights_is_left_as_it_was(training):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), MergesInEval(6, 7), nn.ReLU(), nn.Linear(7, 2)).train(training)
+    x = torch.randn(4, 5)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    traced = dagpath.trace(net, x)
+    assert traced.graph.num_groups == 6 + 7 + 2
+    for parameter, values in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter, values)
+    assert net[2].merged is not training
+    assert_exact(net, x)
+
+
+def test_what_a_forward_collects_is_forgotten():
+    def forward(m, x):
+        y = m.a(x)
+        m.seen.append(y)
+        m.last["y"] = y
+        return m.head(y)
+
+    net = Net(forward)
+    net.seen, net.last = [], {"old": 1}
+    dagpath.trace(net, torch.randn(4, 5))
+    assert (net.seen, net.last) == ([], {"old": 1})
+
+
+def test_a_buffer_that_is_written_fixes_what_it_reads_however_the_graph_is_made_functional():
+    def forward(m, x):
+        y = F.relu(m.a(x))
+        m.average.add_(y.mean(0).detach())
+        z = m.b(x)
+        z[:, 3:].mul_(2.0)  # a write through a view
+        return m.head(y) + m.tail(F.relu(z))
+
+    net = Net(forward, tail=nn.Linear(6, 2))
+    net.register_buffer("average", torch.zeros(6))
+    assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 6
+
+
+def test_an_in_place_operation_without_an_equal_is_followed():
+    net = Net(
+        lambda m, x: m.head(F.relu(m.a(x)) * m.mask.abs().pow_(2) + F.linear(m.b(x), m.eye.clone().fill_diagonal_(2)))
+    )
+    net.register_buffer("mask", torch.randn(6))
+    net.register_buffer("eye", torch.zeros(6, 6))
+    traced = assert_exact(net, torch.randn(4, 5))
+    assert traced.graph.num_groups == 1
+
+
+def test_what_is_not_used_constrains_nothing():
+    def forward(m, x):
+        y = F.relu(m.a(x))
+        m.b(y.softmax(1)).sum()
+        return m.head(y)
+
+    traced = assert_exact(Net(forward, b=nn.Linear(6, 6)), torch.randn(4, 5))
+    assert traced.graph.num_groups == 6
+    assert not traced.graph.causes[0].reason.startswith("enters")
+
+
+@pytest.mark.parametrize(
+    ("function", "groups"),
+    [
+        (lambda m, x: m.head(F.relu(m.a(x)) @ torch.eye(6).to_sparse()), 1),
+        (lambda m, x: m.head(m.a(x).to_sparse().to_dense()), 0),
+        (lambda m, x: m.head(torch.vmap(lambda z: F.relu(m.a(z)))(x)), 0),
+        (lambda m, x: torch.vmap(lambda z: m.head(m.a(z).relu_()))(x), 6),
+    ],
+)
+def test_sparse_tensors_and_vmap_are_captured(function, groups):
+    assert assert_exact(Net(function), torch.randn(4, 5)).graph.num_groups == groups
+
+
+def test_a_constant_made_in_the_shape_of_an_activation_is_a_constant():
+    def forward(m, x):
+        return m.head(F.relu(m.a(x))) + m.head(m.b(torch.ones_like(x)))
+
+    traced = dagpath.trace(Net(forward).double(), torch.randn(4, 5, dtype=torch.float64))
+    norm = dagpath.path_norm(traced)
+    dagpath.random_rescaling(traced, 3.0).apply_()
+    assert dagpath.path_norm(traced) == pytest.approx(norm, rel=1e-9)

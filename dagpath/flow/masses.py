@@ -155,6 +155,7 @@ class MassFlow(fx.Interpreter):
         """``|value|^q``, of a number or a tensor (in the dtype of the masses)."""
         if not isinstance(value, Tensor):
             return abs(value) ** self.exponent_q
+        value = value if value.layout == torch.strided else value.to_dense()
         value = value.abs() if value.is_complex() else value
         layout = _FAST_LAYOUT.get(value.ndim, torch.preserve_format)
         copy = value.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
