@@ -128,7 +128,7 @@ class NeuronFlow(fx.Interpreter):
         call = Call(target, args, dict(kwargs), self.node)
         try:
             numbers = self._rule(target).neurons(self, call)
-            exact = self._carries(numbers, call.output)
+            exact = self._carries(numbers, call)
         except Exception as error:  # an unforeseen form of an operation must not cost more than what it touches
             return self._cut(call, f"enters an unforeseen form of an operation: {error}")
         return numbers if exact else self._cut(call, "is rounded, compared or counted")
@@ -138,19 +138,19 @@ class NeuronFlow(fx.Interpreter):
         return self._unknown(reason).neurons(self, call)
 
     @staticmethod
-    def _carries(numbers: Any, output: Any) -> bool:
-        """Are all free neurons in entries that can carry a scale, not in integers or booleans?
+    def _carries(numbers: Any, call: Call) -> bool:
+        """Are all free neurons in entries that can carry a scale, not in integers, booleans or a narrower type?
 
         Raises:
             ValueError: the numbers have other shapes than the output.
         """
         leaves = pytree.tree_leaves(numbers, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor)))
         values = [leaf for leaf in leaves if isinstance(leaf, (Weight, Tensor))]
-        fakes = [fake for fake in pytree.tree_leaves(output) if isinstance(fake, Tensor)]
+        fakes = [fake for fake in pytree.tree_leaves(call.output) if isinstance(fake, Tensor)]
         if [value.shape for value in values] != [fake.shape for fake in fakes]:
             raise ValueError(f"its rule gives {[tuple(v.shape) for v in values]}, it {[tuple(f.shape) for f in fakes]}")
-        whole = [v for v, f in zip(values, fakes, strict=True) if not (f.is_floating_point() or f.is_complex())]
-        return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in whole)
+        rounded = [value for value, fake in zip(values, fakes, strict=True) if not call.keeps_range(fake)]
+        return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in rounded)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.constant(self.node.meta.get("val"))
