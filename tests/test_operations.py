@@ -114,6 +114,7 @@ def test_operations_that_leave_every_channel_free(function):
         (lambda m, x: F.relu(torch.mm(x, m.a)) @ m.c, 5),
         (lambda m, x: torch.addmm(m.d, F.relu(torch.addmm(m.b, x, m.a)), m.c), 5),
         (lambda m, x: torch.einsum("bi,ij->bj", F.relu(torch.einsum("ni,io->no", x, m.a)), m.c), 5),
+        (lambda m, x: torch.einsum("...i,ij->...j", F.relu(torch.einsum("b...,io->b...o", x, m.a[:1])), m.c), 5),
         (lambda m, x: (m.c.t() @ F.relu(m.a.t() @ x.t())).t(), 5),
         (lambda m, x: F.linear(F.relu(F.linear(x, m.a.t(), m.b)), m.c.t()), 5),
         (lambda m, x: F.relu(torch.matmul(x.unsqueeze(1), m.a)).squeeze(1) @ m.c, 5),

@@ -50,7 +50,8 @@ class Constants:
         known = self._shape if node.target in _OF_A_SHAPE else self
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
         with torch.no_grad(), node.meta.get("context", contextlib.nullcontext)():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return value.zero_() if node.target in _EMPTY else value
 
     def _shape(self, node: fx.Node) -> Any:
         """Any tensor of the node's shape, type and device; the value of a number."""
@@ -61,9 +62,11 @@ class Constants:
 
 
 _ATEN = torch.ops.aten
+_EMPTY = {_ATEN.empty.memory_format, _ATEN.empty_like.default, _ATEN.new_empty.default}
+"""Memory that nothing was written to: taken for zeros, so that two runs see the same."""
 _OF_A_SHAPE = {
-    *(_ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.new_zeros.default),
-    *(_ATEN.new_ones.default, _ATEN.new_full.default),
+    *(_ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.empty_like.default),
+    *(_ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_full.default, _ATEN.new_empty.default),
 }
 """What these make of a tensor that depends on the input is constant nevertheless."""
 
