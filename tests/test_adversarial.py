@@ -333,6 +333,16 @@ def test_an_in_place_operation_without_an_equal_is_followed():
     assert traced.graph.num_groups == 1
 
 
+@pytest.mark.parametrize(("options", "groups"), [({}, 6), ({"nan": 1.0}, 0), ({"posinf": 3.0}, 0)])
+def test_what_stands_in_for_nan_has_no_scale_but_zero(options, groups):
+    net, x = Net(lambda m, x: m.head(torch.nan_to_num(m.a(x), **options))), torch.randn(4, 5)
+    x[0, 0], x[1, 1] = float("nan"), float("inf") if options else 0.0
+    traced, before = dagpath.trace(net, x), net(x)
+    assert traced.graph.num_groups == groups
+    dagpath.random_rescaling(traced, power_of_two=True).apply_()
+    assert torch.equal(net(x), before)
+
+
 def test_what_is_not_used_constrains_nothing():
     def forward(m, x):
         y = F.relu(m.a(x))

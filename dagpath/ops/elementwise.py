@@ -46,6 +46,14 @@ class Clamp(Homogeneous):
         )
 
 
+class NanToNum(Homogeneous):
+    """Zeros in place of NaN, and the largest numbers in place of infinite ones. Other numbers fix the input."""
+
+    def applies(self, call: Call) -> bool:
+        numbers = (call.get(name) for name in ("nan", "posinf", "neginf"))
+        return all(number is None or is_scaleless(plain(number)) for number in numbers)
+
+
 def joined(a: Tensor, b: Tensor) -> Tensor:
     """The numbers of two operands that were tied: those of ``a``, and of ``b`` where ``a`` is always zero."""
     a, b = broadcast(compact(a), compact(b))
@@ -254,8 +262,9 @@ class Quotient(Product):
 register(
     Homogeneous(),
     *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
-    *("neg", "abs", "nan_to_num"),
+    *("neg", "abs"),
 )
+register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add", "sub")
 register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")
