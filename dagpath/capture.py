@@ -85,7 +85,7 @@ def capture(
 
     Dimension 0 of the example inputs is the batch. A path belongs to one example, so the eval graph is that of the
     first one; the train graph is that of two, since a batch norm may not train on one. Inputs that the model does not
-    take in these numbers (they have no batch dimension, or a fixed one) are used as given.
+    take in these numbers (they have no batch dimension, or a fixed one), or does not treat alike, are used as given.
 
     Operations for which ``is_compound`` holds are replaced by those that PyTorch makes them of.
 
@@ -98,14 +98,16 @@ def capture(
             "torch.nn.Module that it was made from"
         )
     given = (args, dict(kwargs))
-    evaluated, failure = _first_capture(model, given, 1, False, is_compound)
+    first = with_batch(given, 1)
+    sizes = (1, 2) if first is given or batches_agree(model, first, given) else (None, None)
+    evaluated, failure = _first_capture(model, given, sizes[0], False, is_compound)
     if evaluated is None:
         assert failure is not None
         run(model, given, training=False)
         raise _capture_error(model, failure) from failure
-    if modes_agree(model, with_batch(given, 2)):
+    if modes_agree(model, with_batch(given, sizes[1])):
         return Capture(evaluated, None, "")
-    trained, failure = _first_capture(model, given, 2, True, is_compound)
+    trained, failure = _first_capture(model, given, sizes[1], True, is_compound)
     reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
     return Capture(evaluated, trained, reason)
 
@@ -156,13 +158,11 @@ def with_batch(given: Any, size: int | None) -> Any:
 
 
 def _first_capture(
-    model: nn.Module, given: Any, size: int, training: bool, is_compound: Callable[[Any], bool]
+    model: nn.Module, given: Any, size: int | None, training: bool, is_compound: Callable[[Any], bool]
 ) -> tuple[CapturedGraph | None, Exception | None]:
     """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
     failure: Exception | None = None
     resized = with_batch(given, size)
-    if resized is not given and not training and not batches_agree(model, resized, given):
-        resized = given
     for batch, inputs in ((size, resized), (None, given)):
         if batch is not None and inputs is given:
             continue

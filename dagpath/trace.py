@@ -112,7 +112,8 @@ def trace(
             ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and
             :meth:`TracedModel.explain` names them.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``. Dimension 0 of tensors is
-            the batch; its size does not matter.
+            the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
+            models do whose dimension 0 is a sequence): give it as many then as it is used with.
         kwargs: keyword arguments of ``model.forward``.
 
     Raises:

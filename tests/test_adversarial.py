@@ -74,6 +74,19 @@ def half_then_slice(m, x):
     return m.head(y)
 
 
+def last_example_overwritten(m, x):
+    y = m.a(x).clone()
+    y[-1] = 1.0
+    return m.head(F.relu(y))
+
+
+def last_example_from_another_layer(m, x):
+    y = m.a(x).clone()
+    y[-1].zero_()
+    y[-1] += m.b(x)[-1]
+    return m.head(F.relu(y))
+
+
 def indices(m, x):
     y = m.a(x)
     return m.head(y * y.max(1, keepdim=True).indices)
@@ -111,6 +124,12 @@ FUNCTIONS = {
     "sum over another axis": lambda m, x: m.head(m.a(x) + m.b(x).sum(1, keepdim=True)),
     "broadcast of a row": lambda m, x: m.head(m.a(x) + m.b(x)[:1]),
     "mean over the batch": lambda m, x: m.head(m.a(x) - m.a(x).mean(0)),
+    "first and other examples": lambda m, x: m.head(F.relu(torch.cat([m.a(x)[:1], m.b(x)[1:]]))),
+    "three examples and the others": lambda m, x: m.head(F.relu(torch.cat([m.a(x[:3]), m.b(x[3:])]))),
+    "split examples": lambda m, x: m.head(torch.cat([m.a(x.split([1, 3])[0]), m.b(x.split([1, 3])[1])])),
+    "layer by the number of examples": lambda m, x: m.head(m.a(x) if len(x) == 1 else m.b(x)),
+    "last example overwritten": last_example_overwritten,
+    "last example from another layer": last_example_from_another_layer,
     "max pool over channels": lambda m, x: m.head(F.max_pool1d(m.a(x).unsqueeze(1), 3, 1, 1).squeeze(1)),
     "unbound constants": lambda m, x: m.head(m.a(x) * torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5, 1.0])),
     "dropout always on": lambda m, x: m.head(F.dropout(m.a(x), 0.5)),
