@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dagpath.containers import opened
@@ -97,6 +98,9 @@ def capture(
             f"{type(model).__name__} is a TorchScript module, which holds no Python code to capture; trace the "
             "torch.nn.Module that it was made from"
         )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise CaptureError(f"the parameter {lazy[0]!r} has no shape yet: run the model once before tracing it")
     given = (args, dict(kwargs))
     first = with_batch(given, 1)
     sizes = (1, 2) if first is given or batches_agree(model, first, given) else (None, None)

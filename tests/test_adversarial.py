@@ -269,6 +269,12 @@ def test_a_model_that_builds_itself_is_left_as_it_was():
     assert type(net.layer.weight) is nn.Parameter
 
 
+def test_a_model_without_shapes_is_refused():
+    net = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(dagpath.CaptureError, match=r"'0\.weight' has no shape yet: run the model once"):
+        dagpath.trace(net, torch.randn(4, 5))
+
+
 def test_a_shape_that_depends_on_values_is_refused():
     net = Net(lambda m, x: m.head(m.a(x).repeat_interleave(torch.tensor([2] * 3 + [0] * 3), 1)))
     with pytest.raises(dagpath.CaptureError, match="depends on the values of the input"):
