@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from dagpath.flow.neurons import Ends, NeuronFlow
-from dagpath.flow.ties import Links, Tie
+from dagpath.flow.ties import Links
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Site:
     """A place in the model: one call of an operation.
 
     Attributes:
-        operation: name of the ATen operation, for example ``conv2d``.
+        operation: name of the ATen operation, for example ``conv2d``; others with their namespace, ``mylib::cut``.
         module: path of the module that made the call, for example ``layer1.0.conv1``.
         source: the line of source code, as ``file:line (code)``.
     """
@@ -32,10 +33,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why neurons are fixed: the call that fixed them, or tied them to something fixed, and the reason in words."""
+    """Why neurons are fixed.
+
+    Attributes:
+        site: the call that fixed them, or tied them to something fixed.
+        reason: the reason in words.
+        tied_to: if they are tied to something fixed, what: the modules of fixed neurons (their own causes say why),
+            ``the model's input``, ``a constant``, ``what softmax in head returns``.
+    """
 
     site: Site
     reason: str
+    tied_to: tuple[str, ...] = ()
 
 
 class NeuronGraph:
@@ -81,13 +90,14 @@ class NeuronGraph:
         self.num_groups = int(group_of.max())
         self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
 
-        makers = [node for node, _ in flow.makers if node is not None]
-        counts = torch.tensor([count for node, count in flow.makers if node is not None], dtype=torch.long)
-        given = [torch.full((count,), node is not None) for node, count in flow.makers]
-        is_neuron = torch.cat([torch.tensor([False]), *given])
+        self.sites = [site_of(node) for node, _ in flow.makers if node is not None]
+        index = itertools.count()
+        made = [-1, *(-1 if node is None else next(index) for node, _ in flow.makers)]
+        site_of_number = torch.repeat_interleave(torch.tensor(made), torch.tensor([1, *(n for _, n in flow.makers)]))
+        is_neuron = site_of_number >= 0
         self.group_of: Tensor = group_of[is_neuron]
         self.num_neurons = len(self.group_of)
-        self.sites = [site_of(node) for node in makers]
+        self.maker_of: Tensor = site_of_number[is_neuron]
         neuron_of = torch.where(is_neuron, is_neuron.cumsum(0) - 1, -1)
         self.places = {
             node: torch.where(torch.isin(numbers, own), neuron_of[numbers.clamp(min=0)], -1)
@@ -96,12 +106,8 @@ class NeuronGraph:
         placed = torch.cat([torch.tensor([0]), *(own for _, own in flow.places.values())])
         unplaced = neuron_of.index_fill(0, placed, -1)
         self.fed = {name: unplaced[end.dst] for name, end in ends.items() if bool((unplaced[end.dst] >= 0).any())}
-        self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tie_index = links.fixing_ties()[is_neuron.numpy()]
-        used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
-        self.causes = [_cause(flow.ties[tie]) for tie in used]
-        self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
-        self.cause_of[torch.from_numpy(tie_index >= 0)] = torch.from_numpy(cause_of)
+        self.causes, cause_of = _find_causes(flow, self.sites, site_of_number.numpy(), links)
+        self.cause_of: Tensor = torch.from_numpy(cause_of)
 
     def __repr__(self) -> str:
         return (
@@ -154,16 +160,60 @@ class NeuronGraph:
             return entries.coalesce().to_sparse_csr()
 
 
-def _cause(tie: Tie) -> Cause:
-    reason = tie.reason if tie.right is None else f"tied by {tie.reason} to something fixed"
-    return Cause(site_of(tie.node), reason)
+def _find_causes(
+    flow: NeuronFlow, sites: Sequence[Site], site_of_number: np.ndarray, links: Links
+) -> tuple[list[Cause], np.ndarray]:
+    """What fixed neurons, and which of these causes fixed each neuron; -1 where it is free."""
+    tie_of, partner_of = links.ways_to_zero()
+    while (unmade := (partner_of > 0) & (site_of_number[partner_of] < 0)).any():
+        partner_of = np.where(unmade, partner_of[partner_of], partner_of)
+    is_neuron = site_of_number >= 0
+    tie_of, partner_of = tie_of[is_neuron], partner_of[is_neuron]
+    fixed = tie_of >= 0
+    used, cause_of_fixed = np.unique(tie_of[fixed], return_inverse=True)
+    cause_of = np.full(len(tie_of), -1)
+    cause_of[fixed] = cause_of_fixed
+    partners: list[list[int]] = [[] for _ in used]
+    for cause, site in np.unique(np.stack([cause_of_fixed, site_of_number[partner_of[fixed]]], 1), axis=0).tolist():
+        partners[cause].append(site)
+    fixing = {tie.node for tie in flow.ties if tie.right is None}
+    causes = []
+    for tie, together in zip((flow.ties[index] for index in used), partners, strict=True):
+        if tie.right is None:
+            causes.append(Cause(site_of(tie.node), tie.reason))
+            continue
+        modules = dict.fromkeys(sites[site].module for site in together if site >= 0)
+        others = _origins(tie.fixed, flow.inputs, fixing) if -1 in together else []
+        causes.append(Cause(site_of(tie.node), f"tied by {tie.reason}", (*modules, *others)))
+    return causes, cause_of
+
+
+def _origins(nodes: Iterable[fx.Node], inputs: Collection[fx.Node], sources: Collection[fx.Node]) -> list[str]:
+    """Where fixed tensors come from: inputs of the model, constants, or the calls among ``sources`` that made them."""
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inputs:
+            found["the model's input"] = None
+        elif node in sources:
+            site = site_of(node)
+            found[f"what {site.operation}{site.module and f' in {site.module}'} returns"] = None
+        else:
+            waiting += node.all_input_nodes
+    return sorted(found) or ["a constant" if seen else "something fixed"]
 
 
 def site_of(node: fx.Node) -> Site:
     """Where in the model's source the call of a node stands."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     packet = getattr(node.target, "overloadpacket", node.target)
-    operation = getattr(packet, "__name__", str(packet)) if node.op == "call_function" else node.op
+    name = getattr(packet, "_qualified_op_name", getattr(packet, "__name__", str(packet)))
+    operation = name.removeprefix("aten::") if node.op == "call_function" else node.op
     return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))
 
 

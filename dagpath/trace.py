@@ -60,10 +60,17 @@ class TracedModel:
         """What is free, tied and fixed in each module, and which operation in which module fixed it.
 
         Args:
-            format: ``"text"`` for one screen of text; ``"dict"`` for programs, with nothing left out: ``neurons``,
-                ``groups``, ``parameters``, ``free``, ``fixed``, ``modules`` (path -> counts and ``tied_with``),
-                ``causes`` (``neurons``, ``reason``, ``operation``, ``module``, ``source``), ``without_rule``,
-                ``not_edges`` and ``train_failure``.
+            format: ``"text"`` for one screen of text; ``"dict"`` for programs, with nothing left out:
+
+                - ``neurons``, ``free``, ``fixed``, ``groups`` (free ones), ``parameters``: numbers;
+                - ``modules``: path -> numbers of ``neurons``, ``free``, ``tied`` (free, in a group with others) and
+                  ``fixed``, and the modules that they are ``tied_with``;
+                - ``causes``, what fixed neurons, in the model's order: how many ``neurons`` ``of`` which modules, the
+                  ``reason``, what they are ``tied_to`` (as in :class:`dagpath.graph.Cause`; empty where they are
+                  fixed for their own sake), and where: ``operation``, ``module``, ``source``;
+                - ``without_rule``: ``operation``, ``module`` and ``source`` of operations that dagpath does not know;
+                - ``not_edges``: parameters that no rescaling multiplies;
+                - ``train_failure``: why train mode could not be captured, or empty.
 
         Returns:
             The text, or the dictionary. The source line is that of the innermost ``forward`` method outside of
@@ -76,7 +83,7 @@ class TracedModel:
             >>> import torch, dagpath
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
             >>> print(dagpath.trace(net, torch.zeros(1, 4)).explain())  # doctest: +ELLIPSIS
-            Sequential: 10 neurons, 8 free in 8 groups, 2 fixed
+            Sequential: 10 neurons, 8 free in 8 groups, 2 fixed; 58 parameters
             ...
         """
 
@@ -110,7 +117,8 @@ def trace(
             ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and
             :meth:`TracedModel.explain` names them.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``. Dimension 0 of tensors is
-            the batch; its size does not matter.
+            the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
+            models do whose dimension 0 is a sequence): give it as many then as it is used with.
         kwargs: keyword arguments of ``model.forward``.
 
     Raises:

@@ -84,22 +84,22 @@ def test_a_movement_without_a_derivative_can_be_balanced(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-@torch.library.custom_op("dagpath_tests::larger", mutates_args=())
-def larger(first: Tensor, second: Tensor) -> Tensor:
-    return torch.maximum(first, second)
+@torch.library.custom_op("dagpath_tests::largest", mutates_args=())
+def largest(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    return torch.maximum(torch.maximum(first, second), third)
 
 
-@larger.register_fake
-def _(first, second):
+@largest.register_fake
+def _(first, second, third):
     return torch.empty_like(first)
 
 
 def test_a_rule_that_does_not_fit_cuts_the_paths_as_it_fixes_the_neurons(monkeypatch):
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    dagpath.register_op("dagpath_tests::larger", "choice")  # whose arguments have other names
+    dagpath.register_op("dagpath_tests::largest", "choice")  # which is one of two tensors, not of three
     torch.manual_seed(0)
     net = Net(
-        lambda m, x: m.c(torch.relu(m.head(larger(m.a(x), m.b(x))))),
+        lambda m, x: m.c(torch.relu(m.head(largest(m.a(x), m.b(x), m.a(x))))),
         **{name: nn.Linear(*sizes) for name, sizes in zip("abc", itertools.repeat((4, 6)), strict=False)},
         head=nn.Linear(6, 4),
     )

@@ -182,8 +182,8 @@ class MassFlow(fx.Interpreter):
 
     def constant(self, tensor: Tensor) -> Mass:
         """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
-        if tensor.is_complex():
-            tensor = tensor.abs()
+        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        tensor = tensor.abs() if tensor.is_complex() else tensor
         infinite = tensor.isinf()
         values, exponent = self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
         return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)

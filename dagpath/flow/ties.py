@@ -16,13 +16,15 @@ from dagpath.flow.values import FIXED
 class Tie:
     """Neurons that must share a scale: ``left[i]`` and ``right[i]``; where ``right`` is None, ``left`` is fixed.
 
-    ``reason`` completes the sentence "tied by ..." or, where ``right`` is None, "fixed: ...".
+    ``reason`` completes the sentence "tied by ..." or, where ``right`` is None, "fixed: ...". ``fixed`` are the
+    arguments of the call at ``node`` of which no entry can be rescaled.
     """
 
     left: Tensor
     right: Tensor | None
     node: fx.Node
     reason: str
+    fixed: tuple[fx.Node, ...] = ()
 
 
 class Links:
@@ -49,8 +51,8 @@ class Links:
         rank[np.argsort(first)] = np.arange(len(first))
         return rank[inverse]
 
-    def fixing_ties(self) -> np.ndarray:
-        """For each number the tie on its shortest way to 0; -1 for free neurons and for 0 itself."""
+    def ways_to_zero(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each number the tie on its shortest way to 0, and what that ties it to; -1 for free ones and for 0."""
         size = self._graph.shape[0]
         order, parent = csgraph.breadth_first_order(self._graph, 0, directed=False, return_predecessors=True)
         result = np.full(size, -1)
@@ -60,4 +62,4 @@ class Links:
             keys, first = np.unique(low * size + high, return_index=True)
             wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
             result[reached] = self._tie_of[first[np.searchsorted(keys, wanted)]]
-        return result
+        return result, np.where(result >= 0, parent, -1)

@@ -31,7 +31,7 @@ class Homogeneous(Operation):
         return flow.activation(value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.args[0] if self.applies(call) else flow.barrier(call)
+        return call.leaves(Mass)[0] if self.applies(call) else flow.barrier(call)
 
 
 class Clamp(Homogeneous):
@@ -44,6 +44,14 @@ class Clamp(Homogeneous):
             for bound in bounds
             if bound is not None
         )
+
+
+class NanToNum(Homogeneous):
+    """Zeros in place of NaN, and the largest numbers in place of infinite ones. Other numbers fix the input."""
+
+    def applies(self, call: Call) -> bool:
+        numbers = (call.get(name) for name in ("nan", "posinf", "neginf"))
+        return all(number is None or is_scaleless(plain(number)) for number in numbers)
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
@@ -256,8 +264,9 @@ class Quotient(Product):
 register(
     Homogeneous(),
     *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
-    *("neg", "abs", "nan_to_num"),
+    *("neg", "abs"),
 )
+register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add", "sub")
 register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")

@@ -255,7 +255,8 @@ class Einsum(Contraction):
     def labels(self, call: Call) -> Labels | None:
         if len(call["tensors"]) != 2:
             return None
-        inputs, arrow, out = call["equation"].replace(" ", "").partition("->")
+        shapes = [_shape(operand) for operand in call["tensors"]]
+        inputs, arrow, out = _spelled_out(call["equation"].replace(" ", ""), *shapes).partition("->")
         a, _, b = inputs.partition(",")
         if not arrow:
             letters = a + b
@@ -263,6 +264,20 @@ class Einsum(Contraction):
         plain = all(term.isalpha() or not term for term in (a, b, out))
         repeated = any(len(set(term)) < len(term) for term in (a, b))
         return Labels(a, b, out) if plain and not repeated else None
+
+
+def _spelled_out(equation: str, *shapes: tuple[int, ...]) -> str:
+    """An equation with letters of their own in place of ``...``; unchanged where those do not simply agree."""
+    inputs, arrow, _ = equation.partition("->")
+    hidden = []
+    for term, shape in zip(inputs.split(","), shapes, strict=True):
+        before, dots, after = term.partition("...")
+        if dots:
+            hidden.append(shape[len(before) : len(shape) - len(after)])
+    if not hidden or not arrow or any(sizes != hidden[0] for sizes in hidden):
+        return equation
+    letters = [letter for letter in string.ascii_letters if letter not in equation][: len(hidden[0])]
+    return equation.replace("...", "".join(letters))
 
 
 def _shape(operand: Any) -> tuple[int, ...]:
