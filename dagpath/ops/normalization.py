@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Weight
+from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -52,13 +54,17 @@ class Normalization(Operation):
         result = self._placed(numbers, output.ndim).expand(output.shape)
         return result if isinstance(call.output, Tensor) else (result, *flow.constant(list(call.output[1:])))
 
+    @staticmethod
+    def _uses_input(call: Call) -> bool:
+        """Are the statistics those of the input?"""
+        return bool(call.get("training", False) or call.get("use_input_stats", False))
+
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
         if any(isinstance(part, Mass) and part.data for part in call.leaves(Mass)[1:]):
             return flow.barrier(call)
-        uses_input = call.get("training", False) or call.get("use_input_stats", False)
         mean, inverse_std = torch.zeros(()), torch.ones(())
-        if call.get("running_mean") is not None and not uses_input:
+        if call.get("running_mean") is not None and not self._uses_input(call):
             mean = flow.real(call["running_mean"])
             inverse_std = (flow.real(call["running_var"]) + call["eps"]).rsqrt()
         else:
@@ -80,6 +86,47 @@ class Normalization(Operation):
         result = flow.result(used, torch.addcmul(constant, mass.values, scale), exponent)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, weight, bias = flow.nodes(call["input"]), call.get("weight"), call.get("bias")
+        if any(part.data for part in call.leaves(Operand)[1:]):
+            return flow.barrier(call)
+        mean, inverse_std = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        if call.get("running_mean") is not None and not self._uses_input(call):
+            mean = call["running_mean"].total
+            inverse_std = (call["running_var"].total + call["eps"]).rsqrt()
+        else:
+            flow.cut_paths(call["input"])
+            x = flow.source(x.shape, lambda values: self._normalized(call.on(values))).numbers
+        scale = EdgeWeights.constant(inverse_std)
+        shift = EdgeWeights.constant(-mean * inverse_std)
+        if weight is not None:
+            scale, shift = scale.times(weight), shift.times(weight)
+        if bias is not None:
+            shift = shift.plus(bias).merged()
+        dst = flow.new(x.shape)
+        flow.connect(dst, x, self._placed_weights(scale, x.ndim))
+        flow.add(dst, self._placed_weights(shift, x.ndim))
+        params = any(part is not None and part.params for part in (call["input"], weight, bias))
+        result = Nodes(dst, params)
+        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
+
+    def _placed_weights(self, weights: EdgeWeights, ndim: int) -> EdgeWeights:
+        return weights.taken(self._placed(all_places(weights.shape), ndim))
+
+    @staticmethod
+    def _normalized(real: Call) -> Tensor:
+        """The output without the affine parameters."""
+        weight, bias = (real.get(name) for name in ("weight", "bias"))
+
+        def without(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf is real["input"]:
+                return leaf
+            return torch.ones_like(leaf) if leaf is weight else torch.zeros_like(leaf) if leaf is bias else leaf
+
+        result = real.run(without)
+        normalized: Tensor = result if isinstance(result, Tensor) else result[0]
+        return normalized
+
 
 class WeightNorm(Operation):
     """Weight normalization ``g v / ‖v‖``: the magnitudes g are rescaled, v is not, so a layer's inputs are tied."""
@@ -94,10 +141,16 @@ class WeightNorm(Operation):
         return Weight(v.shape, elements=flow.elements(g).expand(v.shape))
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        v, g = flow.real(call["v"]), call["g"]
-        rows = [dim for dim in range(v.ndim) if dim != call["dim"]]
-        direction = v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+        g, direction = call["g"], self._direction(flow.real(call["v"]), call["dim"])
         return flow.result([g], g.values * flow.power(direction), g.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return call["g"].times(EdgeWeights.constant(self._direction(call["v"].total, call["dim"])))
+
+    @staticmethod
+    def _direction(v: Tensor, dim: int) -> Tensor:
+        rows = [other for other in range(v.ndim) if other != dim]
+        return v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
 
 
 register(WeightNorm(), "_weight_norm")
