@@ -1,10 +1,11 @@
 """Unroll a CIFAR ResNet-20 (He et al., 2016): seconds and peak memory, and two ways to its path-norm.
 
-    python benchmarks/unroll.py      prints a table and writes benchmarks/results/unroll.json
+python benchmarks/unroll.py      prints a table and writes benchmarks/results/unroll.json
 """
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
 def resnet20() -> nn.Module:
     widths = [16] * 4 + [32] * 3 + [64] * 3
-    blocks = [Block(before, after) for before, after in zip(widths, widths[1:], strict=False)]
+    blocks = [Block(before, after) for before, after in itertools.pairwise(widths)]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
 

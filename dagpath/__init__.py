@@ -6,9 +6,11 @@ from dagpath.errors import BalanceError, CaptureError, DagpathError, Unsupported
 from dagpath.graph import NeuronGraph
 from dagpath.lifting import gram_diagonal, path_norm
 from dagpath.ops import register_op
+from dagpath.paths import PathLifting
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
+from dagpath.unroll import UnrolledGraph
 
 __version__ = "0.1.0"
 
@@ -19,9 +21,11 @@ __all__ = [
     "EquiNorm",
     "NeuronGraph",
     "PathConditioning",
+    "PathLifting",
     "RangeEqualization",
     "Rescaling",
     "TracedModel",
+    "UnrolledGraph",
     "UnsupportedOpError",
     "VerificationError",
     "balance",

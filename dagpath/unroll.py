@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,13 +128,16 @@ class UnrolledGraph:
     def _firsts(self) -> list[int]:
         return [run.first for run in self._runs]
 
-    def _entry(self, node: int) -> tuple[Layer | None, int]:
-        """What a node is an entry of, and its place there; None for a copy."""
+    def _entry(self, node: int) -> tuple[Layer, int, str]:
+        """What a node is an entry of, its place there, and what to add to its name; a copy is what it copies."""
         if not 0 <= node < self.num_nodes:
             raise ValueError(f"node must be from 0 to {self.num_nodes - 1}, got {node}")
         number = int(self._numbers[node])
         run = self._runs[bisect.bisect_right(self._firsts, number) - 1]
-        return run.label, number - run.first
+        if run.label is not None:
+            return run.label, number - run.first, ""
+        layer, place, suffix = self._entry(int(self._weights.columns[self._weights.span(node, node + 1).start]))
+        return layer, place, f"{suffix} again"
 
     def site(self, node: int) -> Site:
         """The operation that computes a node, with its module and source line.
@@ -141,9 +145,7 @@ class UnrolledGraph:
         Raises:
             ValueError: there is no such node.
         """
-        layer, _ = self._entry(node)
-        if layer is None:
-            return self.site(int(self._weights.columns[self._weights.span(node, node + 1).start]))
+        layer, _, _ = self._entry(node)
         return Site("constant", "", "") if layer.node is None else site_of(layer.node)
 
     def index(self, node: int) -> tuple[int, ...]:
@@ -152,28 +154,39 @@ class UnrolledGraph:
         Raises:
             ValueError: there is no such node.
         """
-        layer, place = self._entry(node)
-        if layer is None:
-            return self.index(int(self._weights.columns[self._weights.span(node, node + 1).start]))
+        layer, place, _ = self._entry(node)
         return tuple(int(part) for part in torch.unravel_index(torch.tensor(place), layer.shape))
 
     def name(self, node: int) -> str:
-        """A readable name of a node, such as ``layer1.0.conv1[3, 5, 7]``: module, operation, channel and position.
+        """A readable name of a node, such as ``layer1.0.conv1 conv2d[3, 5, 7]``: module, operation, channel, position.
 
         Raises:
             ValueError: there is no such node.
         """
-        layer, place = self._entry(node)
-        if layer is None:
-            return f"{self.name(int(self._weights.columns[self._weights.span(node, node + 1).start]))} again"
+        layer, _, suffix = self._entry(node)
         if layer.node is None:
-            return "1"
-        site = site_of(layer.node)
+            return f"1{suffix}"
+        site, index = self.site(node), self.index(node)
         what = layer.node.name if layer.node.op == "placeholder" else f"{site.module} {site.operation}".strip()
-        index = self.index(node)
-        where = ", ".join(str(part) for part in (index[1:] if layer.shape[:1] == (1,) else index))
         role = f" {layer.role}" if layer.role else ""
-        return f"{what}{role}[{where}]" if where else f"{what}{role}"
+        return f"{what}{role}{_brackets(index[1:] if layer.shape[:1] == (1,) else index)}{suffix}"
+
+    def edge_name(self, edge: int) -> str:
+        """The parameter elements that an edge's weight depends on, such as ``0.weight[1, 0]``; empty for constants.
+
+        Raises:
+            ValueError: there is no such edge.
+        """
+        if not 0 <= edge < self.num_edges:
+            raise ValueError(f"edge must be from 0 to {self.num_edges - 1}, got {edge}")
+        names, shapes = list(self.shapes), list(self.shapes.values())
+        starts = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
+        found = []
+        for element in self._derivative.columns[self._derivative.span(edge, edge + 1)].tolist():
+            owner = bisect.bisect_right(starts, element) - 1
+            place = torch.unravel_index(torch.tensor(element - starts[owner]), shapes[owner])
+            found.append(f"{names[owner]}{_brackets(tuple(int(part) for part in place))}")
+        return ", ".join(found)
 
     def nodes_of(self, node: fx.Node) -> Tensor:
         """The nodes in the entries of a call's output, by place; int64 [entries].
@@ -195,7 +208,7 @@ class UnrolledGraph:
 
     @property
     def _spans(self) -> list[tuple[int, int]]:
-        return list(zip(self._bounds, self._bounds[1:], strict=False))
+        return list(itertools.pairwise(self._bounds))
 
     def adjacency(self) -> Tensor:
         """The weights as a float64 sparse CSR tensor [num_nodes, num_nodes]: row = destination, column = source."""
@@ -207,6 +220,26 @@ class UnrolledGraph:
         Edges follow the entries of :meth:`adjacency`, parameters ``model.parameters()``, each flattened.
         """
         return self._derivative.tensor(0, self.num_edges)
+
+    def derivative_to_scipy(self) -> sparse.csr_array:
+        """:meth:`derivative` as a SciPy array."""
+        return self._derivative.to_scipy()
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight of every edge, float64 [num_edges]: the values of :meth:`adjacency`."""
+        return self._weights.values
+
+    @property
+    def sources_of_edges(self) -> Tensor:
+        """The node that every edge comes from, [num_edges]: the columns of :meth:`adjacency`."""
+        return self._weights.columns
+
+    @property
+    def destinations_of_edges(self) -> Tensor:
+        """The node that every edge leads to, int64 [num_edges]."""
+        nodes = torch.arange(self.num_nodes, device=self.device)
+        return nodes.repeat_interleave(self._weights.lengths(0, self.num_nodes))
 
     def to_scipy(self) -> sparse.csr_array:
         """:meth:`adjacency` as a SciPy array."""
@@ -264,7 +297,7 @@ class UnrolledGraph:
     def _backward_mass(self, p: float) -> Tensor:
         mass = torch.bincount(self.ends, minlength=self.num_nodes).double()
         for first, last in reversed(self._spans[1:]):
-            mass += self._weights.tensor(first, last, lambda values: values.abs() ** p).t() @ mass[first:last]
+            self._weights.scatter_(mass, first, last, mass[first:last], lambda values: values.abs() ** p)
         return mass
 
     def path_norm(self, p: float = 1) -> float:
@@ -276,7 +309,8 @@ class UnrolledGraph:
         Returns:
             The norm; inf where the sum leaves float64.
         """
-        return float(self.forward_mass(p)[self.ends].sum()) ** (1 / p)
+        norm: float = float(self.forward_mass(p)[self.ends].sum()) ** (1 / p)
+        return norm
 
     @plain_computation()
     def gram_diagonal(self) -> dict[str, Tensor]:
@@ -294,11 +328,12 @@ class UnrolledGraph:
             span = self._weights.span(first, last)
             sources = self._weights.columns[span]
             mass = forward[sources] * backward[first:last].repeat_interleave(self._weights.lengths(first, last))
-            if len(mass):
-                result += self._derivative.tensor(span.start, span.stop, torch.square).t() @ mass
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = zip(self.shapes.items(), result.split(sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in parts}
+            self._derivative.scatter_(result, span.start, span.stop, mass, torch.square)
+        parts, start = {}, 0
+        for name, shape in self.shapes.items():
+            parts[name] = result[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return parts
 
     @plain_computation()
     def path_count(self) -> int:
@@ -336,10 +371,14 @@ class UnrolledGraph:
         return reached.bool()
 
 
+def _brackets(index: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else ""
+
+
 def _exponent(p: float) -> float:
     if not (isinstance(p, (int, float)) and 1 <= p < math.inf):
         raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
-    return p
+    return float(p)
 
 
 def describe(node: fx.Node) -> str:

@@ -172,7 +172,7 @@ class Blocks:
         nodes = torch.arange(self._settled + 1, self.num_nodes + 1)
         lengths = torch.bincount(edges.dst - self._settled - 1, minlength=len(nodes))
         self._settled = self.num_nodes
-        found = levels[nodes].unique().tolist()
+        found = sorted(set(levels[nodes].tolist()))
         for level in found:
             if len(found) == 1:
                 self._store(level, nodes, lengths, edges)
@@ -187,9 +187,10 @@ class Blocks:
 
     def _without_parallels(self, edges: Edges) -> tuple[Edges, Edges]:
         """Of parallel edges each but the first goes through a copy of its source; also the edges into the copies."""
-        repeats = torch.nn.functional.pad((edges.dst.diff() == 0) & (edges.src.diff() == 0), (1, 0))[: len(edges.dst)]
+        repeats = (edges.dst.diff() == 0) & (edges.src.diff() == 0)
         if not bool(repeats.any()):
             return edges, Edges.plain(_NONE, _NONE)
+        repeats = torch.nn.functional.pad(repeats, (1, 0))
         places = torch.arange(len(repeats))
         rank = places - places.masked_fill(repeats, 0).cummax(0).values
         bound = self.num_nodes + 1
@@ -219,20 +220,22 @@ class Blocks:
         at = entry = 0
         while blocks:
             block = blocks.popleft()
-            src, parts = ids[block.src.long()], (block.values, block.elements, block.slopes, block.slots)
+            src, block_slots = ids[block.src.long()], block.slots
             order = _order(torch.arange(len(block.nodes)).repeat_interleave(block.lengths), src)
+            parts = [src, block.values, block.elements, block.slopes]
             if order is not None:
-                src, *parts = (part if part is None else part[order] for part in (src, *parts))
+                parts = [part[order] for part in parts]
+                block_slots = None if block_slots is None else block_slots[order]
             end = at + len(src)
-            columns[at:end], values[at:end] = src, parts[0]
-            used = parts[1] > 0
+            columns[at:end], values[at:end] = parts[:2]
+            used = parts[2] > 0
             counts[at + 1 : end + 1] = used.sum(1)
             more = entry + int(torch.count_nonzero(used))
-            elements[entry:more], slopes[entry:more] = parts[1][used] - 1, parts[2][used]
-            if parts[3] is not None:
-                places = parts[3].nonzero()[:, 0]
+            elements[entry:more], slopes[entry:more] = parts[2][used] - 1, parts[3][used]
+            if block_slots is not None:
+                places = block_slots.nonzero()[:, 0]
                 gated.append(places + at)
-                slots.append(parts[3][places] - 1)
+                slots.append(block_slots[places] - 1)
             at, entry = end, more
         return Assembled(
             SparseRows(starts, columns, values, len(numbers)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,35 +83,33 @@ class EdgeWeights(Operand):
 
     def taken(self, places: Tensor) -> EdgeWeights:
         """The entries at flat places counted from 1, in the shape of ``places``; zero where that is 0."""
-        values, elements, slopes = (
-            torch.nn.functional.pad(part.flatten(-len(self.shape)) if self.shape else part[..., None], (1, 0))[
-                ..., places
-            ]
-            for part in (self.values, self.elements, self.slopes)
-        )
-        return EdgeWeights(values, elements, slopes, self.params)
+
+        def looked_up(part: Tensor) -> Tensor:
+            flat = part.flatten(part.ndim - len(self.shape)) if self.shape else part[..., None]
+            return torch.nn.functional.pad(flat, (1, 0))[..., places]
+
+        return EdgeWeights(looked_up(self.values), looked_up(self.elements), looked_up(self.slopes), self.params)
 
     def expand(self, shape: torch.Size) -> EdgeWeights:
         aligned = (1,) * (len(shape) - len(self.shape)) + tuple(self.shape)
-        parts = (
-            part.view(*part.shape[:lead], *aligned).expand(*part.shape[:lead], *shape)
-            for part, lead in ((self.values, 1), (self.elements, 2), (self.slopes, 2))
-        )
-        return EdgeWeights(*parts, self.params)
+
+        def expanded(part: Tensor) -> Tensor:
+            lead = part.shape[: part.ndim - len(self.shape)]
+            return part.view(*lead, *aligned).expand(*lead, *shape)
+
+        return EdgeWeights(expanded(self.values), expanded(self.elements), expanded(self.slopes), self.params)
 
     def times(self, other: EdgeWeights) -> EdgeWeights:
         """Products, entry by entry: edges in a row."""
         shape = torch.broadcast_shapes(self.shape, other.shape)  # type: ignore[no-untyped-call]
         a, b = self.expand(shape), other.expand(shape)
         values = a.values[:, None] * b.values[None]
-        of_a = a.elements[:, None] * b.exists[None, :, None], a.slopes[:, None] * b.values[None, :, None]
-        of_b = b.elements[None] * a.exists[:, None, None], b.slopes[None] * a.values[:, None, None]
-        elements, slopes = (
-            torch.cat([part.expand(*values.shape[:2], -1, *shape) for part in parts], 2)
-            for parts in zip(of_a, of_b, strict=True)
+        elements = a.elements[:, None] * b.exists[None, :, None], b.elements[None] * a.exists[:, None, None]
+        slopes = a.slopes[:, None] * b.values[None, :, None], b.slopes[None] * a.values[:, None, None]
+        params = self.params or other.params
+        return EdgeWeights(
+            values.flatten(0, 1), torch.cat(elements, 2).flatten(0, 1), torch.cat(slopes, 2).flatten(0, 1), params
         )
-        joined = (part.flatten(0, 1) for part in (values, elements, slopes))
-        return EdgeWeights(*joined, self.params or other.params)
 
     def scaled(self, factor: float) -> EdgeWeights:
         return self.times(EdgeWeights.constant(torch.tensor(factor, dtype=torch.float64)))
@@ -127,23 +126,29 @@ class EdgeWeights(Operand):
 
     def summed(self, dims: int) -> EdgeWeights:
         """The sum over the last dimensions: their entries become parallel edges."""
-        parts = []
-        for part, lead in ((self.values, 1), (self.elements, 2), (self.slopes, 2)):
-            flat = part.flatten(part.ndim - dims).movedim(-1, 0) if dims else part[None]
-            kept = self.shape[: len(self.shape) - dims]
-            parts.append(flat.reshape(flat.shape[0] * flat.shape[1], *flat.shape[2 : lead + 1], *kept))
-        return EdgeWeights(*parts, self.params)
+
+        def aside(part: Tensor) -> Tensor:
+            return part.flatten(part.ndim - dims).movedim(-1, 0).flatten(0, 1) if dims else part
+
+        return EdgeWeights(aside(self.values), aside(self.elements), aside(self.slopes), self.params)
 
 
-def stacked(weights: list[EdgeWeights], dim: int) -> EdgeWeights:
+def stacked(weights: Sequence[EdgeWeights], dim: int) -> EdgeWeights:
     """Weights side by side along a dimension: 0 for parallel edges, -1 for the last dimension of their shape."""
     factors = max(weight.elements.shape[1] for weight in weights)
     parallel = max(len(weight.values) for weight in weights) if dim else 0
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for weight in weights:
-        more = max(parallel - len(weight.values), 0)
-        for found, part in zip(parts, (weight.values, weight.elements, weight.slopes), strict=True):
-            missing = 0 if part is weight.values else factors - part.shape[1]
-            pads = [0, 0] * len(weight.shape) + ([0, missing] if part is not weight.values else []) + [0, more]
-            found.append(torch.nn.functional.pad(part, pads))
-    return EdgeWeights(*(torch.cat(part, dim) for part in parts), any(weight.params for weight in weights))
+
+    def side_by_side(parts: Sequence[Tensor], lead: int) -> Tensor:
+        padded = []
+        for part in parts:
+            pads = [0, 0] * (part.ndim - lead)
+            pads += [0, factors - part.shape[1]] if lead == 2 else []
+            padded.append(torch.nn.functional.pad(part, [*pads, 0, max(parallel - len(part), 0)]))
+        return torch.cat(padded, dim)
+
+    return EdgeWeights(
+        side_by_side([weight.values for weight in weights], 1),
+        side_by_side([weight.elements for weight in weights], 2),
+        side_by_side([weight.slopes for weight in weights], 2),
+        any(weight.params for weight in weights),
+    )

@@ -199,28 +199,30 @@ class EdgeFlow(fx.Interpreter):
             return value.numbers
         numbers = self.new(value.shape, "weight")
         self.add(numbers, value)
-        return numbers * value.exists.any(0)
+        exists: Tensor = value.exists.any(0)
+        return numbers * exists
 
     def moved(self, call: Call, move: Callable[[Call, Callable[[Any], Any]], Any]) -> Any:
         """Data movement, by ``move(call, convert)``: run on the places of all entries (0 for zeros), then looked up."""
-        operands = call.leaves(Operand)
+        operands: list[Nodes | EdgeWeights] = call.leaves(Operand)
         starts = [0]
         for operand in operands:
             starts.append(starts[-1] + math.prod(operand.shape))
-        unused = list(zip(operands, starts, strict=False))  # the same operand may stand in several places
+        known = list(zip(operands, starts, strict=False))
 
         def places(leaf: Any) -> Any:
             if not isinstance(leaf, Operand):
                 return leaf
-            start = next(start for operand, start in unused if operand is leaf)
-            return torch.arange(start + 1, start + math.prod(leaf.shape) + 1).view(leaf.shape)
+            operand, start = next(pair for pair in known if pair[0] is leaf)
+            return start + all_places(operand.shape)
 
         moved = move(call, places)
         if any(isinstance(operand, Nodes) for operand in operands):
             table = torch.cat([torch.zeros(1).long(), *(self.nodes(operand).flatten() for operand in operands)])
             params = any(operand.params for operand in operands)
             return pytree.tree_map_only(Tensor, lambda taken: Nodes(table[taken], params), moved)
-        flat = [operand.taken(torch.arange(1, math.prod(operand.shape) + 1)) for operand in operands]
+        weights = [operand for operand in operands if isinstance(operand, EdgeWeights)]
+        flat = [weight.taken(torch.arange(1, math.prod(weight.shape) + 1)) for weight in weights]
         return pytree.tree_map_only(Tensor, stacked(flat, -1).taken, moved)
 
     # -- what operations call: nodes and edges -----------------------------------------------------------------------
@@ -255,11 +257,10 @@ class EdgeFlow(fx.Interpreter):
         there = (dst > 0) & (src > 0) & exists
         there = there.expand(len(exists), *shape)
         weight = weight.expand(shape)
-        everywhere = bool(there.all())
+        chosen_entries = there.numpy()
 
-        def chosen(tensor: Tensor) -> Tensor:
-            tensor = tensor.expand(there.shape)
-            return tensor.reshape(-1) if everywhere else tensor[there]
+        def chosen(tensor: Tensor) -> Tensor:  # by NumPy, which is twenty times faster on expanded tensors
+            return torch.from_numpy(tensor.expand(there.shape).numpy()[chosen_entries])
 
         def columns(tensor: Tensor) -> Tensor:
             parts = [chosen(tensor[:, factor]) for factor in range(tensor.shape[1])]

@@ -42,7 +42,7 @@ class Weight:
 
 
 class Operand:
-    """What stands for a tensor in a pass over paths.
+    """What stands for a tensor in a pass over paths: a mass, nodes, or the weights of edges.
 
     Attributes:
         data: does it depend on the input of the network or on a barrier (then it is an activation)?

@@ -52,11 +52,12 @@ class Homogeneous(Operation):
         """The slopes on both sides of zero; None where they depend on other tensors."""
         if len(call.leaves(Operand)) > 1:
             return None, None
-        one = torch.ones((), dtype=torch.float64)
-        return tuple(
-            float(sign * call.run(lambda leaf, sign=sign: sign * one if isinstance(leaf, Operand) else leaf))
-            for sign in (1, -1)
-        )
+
+        def slope(sign: int) -> float:
+            unit = torch.tensor(sign, dtype=torch.float64)
+            return sign * float(call.run(lambda leaf: unit if isinstance(leaf, Operand) else leaf))
+
+        return slope(1), slope(-1)
 
     @staticmethod
     def _gate(real: Call) -> Tensor:
@@ -64,7 +65,7 @@ class Homogeneous(Operation):
         x = real.args[0]
         sign = torch.where(x > 0, 1.0, -1.0).to(x)
         gate: Tensor = sign * real.run(lambda leaf: sign if leaf is x else leaf)
-        return gate
+        return gate + 0.0  # no negative zeros
 
 
 class Clamp(Homogeneous):

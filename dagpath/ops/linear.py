@@ -229,10 +229,7 @@ class Contraction(Operation):
             return _arranged(numbers, labels.b, labels.out + summed)
 
         if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
-            parts = (
-                part.taken(place(all_places(part.shape)))
-                for part, place in ((a, place_a), (b, place_b))
-            )
+            parts = (part.taken(place(all_places(part.shape))) for part, place in ((a, place_a), (b, place_b)))
             product = EdgeWeights.times(*parts).summed(len(summed))
             return product if bias is None else product.plus(bias)
         dst = flow.new(call.output.shape)

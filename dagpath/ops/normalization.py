@@ -150,7 +150,8 @@ class WeightNorm(Operation):
     @staticmethod
     def _direction(v: Tensor, dim: int) -> Tensor:
         rows = [other for other in range(v.ndim) if other != dim]
-        return v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+        direction: Tensor = v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+        return direction
 
 
 register(WeightNorm(), "_weight_norm")

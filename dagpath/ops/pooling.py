@@ -73,7 +73,7 @@ class Pool(Operation):
         else:
             slots = flow.slots(src.shape, lambda values: self._chosen(call.on(values)["input"], windows))
         dst = flow.new(shape)
-        flow.connect(dst[(..., *[None] * self.spatial)], src, weight, slots)
+        flow.connect(dst.view(*dst.shape, *[1] * self.spatial), src, weight, slots)
         result = Nodes(dst, call["input"].params)
         return result if isinstance(outputs, Tensor) else (result, None)
 
@@ -89,7 +89,7 @@ class Pool(Operation):
         mean = call.run(lambda leaf: ones if isinstance(leaf, Operand) else leaf)[0, 0]
         count = windows.gathered(ones[0, 0]).flatten(-self.spatial).sum(-1)
         weights: Tensor = mean / count
-        return weights[(..., *[None] * self.spatial)]
+        return weights.view(*weights.shape, *[1] * self.spatial)
 
     def _chosen(self, x: Tensor, windows: Windows) -> Tensor:
         """1 at the largest entry of each window."""

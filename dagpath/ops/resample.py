@@ -50,7 +50,8 @@ class Interpolation(Operation):
         answers = call.run(lambda leaf: probes if isinstance(leaf, Operand) else leaf)[:, 0].movedim(axis, -1)
         while answers.ndim > 2:
             answers = answers.select(1, 0)
-        return answers.t()
+        weights: Tensor = answers.t()
+        return weights
 
 
 def along(flow: EdgeFlow, x: Nodes | EdgeWeights, axis: int, matrix: Tensor) -> Nodes:

@@ -86,5 +86,6 @@ class Windows:
         lead = tensor.ndim - dims
         for dim, positions in enumerate(self.positions):
             axis = lead + 2 * dim
-            tensor = tensor.index_select(axis, positions.flatten()).unflatten(axis, tuple(positions.shape))
+            shape = (*tensor.shape[:axis], *positions.shape, *tensor.shape[axis + 1 :])
+            tensor = tensor.index_select(axis, positions.flatten()).view(shape)
         return tensor.permute(*range(lead), *range(lead, tensor.ndim, 2), *range(lead + 1, tensor.ndim, 2))
