@@ -14,7 +14,7 @@ from dagpath.capture import CapturedGraph
 def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Placeholder name -> value, for each example.
 
-    Dimension 0 is the batch if the graph was captured for one example; other graphs take their inputs as a whole.
+    Dimension 0 is the batch if the graph takes one example and returns one; other graphs take their inputs as a whole.
 
     Raises:
         ValueError: an input is missing, or has another shape than the traced one.
@@ -28,16 +28,20 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
     expected = {node.name: node.meta.get("val") for node in nodes}
     inputs = dict(zip(expected, given, strict=True))
     shapes = {name: fake.shape for name, fake in expected.items() if isinstance(fake, Tensor)}
-    batched = _is_one_example(graph, list(shapes.values()))
+    batched = _is_one_example(graph, [shape for shape in shapes.values() if len(shape)])
     size = None
     for name, shape in shapes.items():
         value = inputs[name]
         if not isinstance(value, Tensor):
             raise ValueError(f"input {name!r} must be a Tensor of shape {_text(shape, batched)}, got {value!r}")
-        fits = value.ndim == len(shape) and value.shape[int(batched) :] == shape[int(batched) :]
-        size = value.shape[0] if size is None and value.ndim and batched else size
-        if not fits or (batched and value.ndim and value.shape[0] != size):
+        if value.ndim != len(shape) or value.shape[int(batched) :] != shape[int(batched) :]:
             raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {_text(shape, batched)}")
+        if batched and value.ndim:
+            size = value.shape[0] if size is None else size
+            if value.shape[0] != size:
+                raise ValueError(
+                    f"input {name!r} has shape {list(value.shape)}, expected {_text(shape, batched)} with batch {size}"
+                )
     if size is None:
         return [inputs]
 
@@ -51,7 +55,7 @@ def _is_one_example(graph: CapturedGraph, shapes: list[Any]) -> bool:
     output = next(node for node in graph.module.graph.nodes if node.op == "output")
     outputs = [node.meta.get("val") for node in output.all_input_nodes]
     shapes = shapes + [value.shape for value in outputs if isinstance(value, Tensor)]
-    return all(shape[0] == 1 for shape in shapes if len(shape))
+    return all(shape[:1] == (1,) for shape in shapes)
 
 
 def _text(shape: Any, batched: bool) -> str:
