@@ -65,7 +65,8 @@ class TracedModel:
             progress: show a progress bar.
 
         Raises:
-            UnsupportedOpError: an operation of the model has no rule for edges.
+            UnsupportedOpError: a registered rule does not say which edges its operation makes.
+            ValueError: a parameter is on the meta device.
 
         Cost: 28 bytes per edge, twice that while it is built, and no loops over nodes. A CIFAR ResNet-20 has 41 million
         edges; ``benchmarks/unroll.py`` prints time and memory.

@@ -89,13 +89,17 @@ class UnrolledGraph:
         device: torch.device | str | None,
         progress: bool,
     ) -> None:
+        without_values = [name for name, parameter in parameters.items() if parameter.is_meta]
+        if without_values:
+            raise ValueError(f"the parameter {without_values[0]!r} is on the meta device: it has no values to unroll")
         calls = len(graph.module.graph.nodes)
         with tqdm(total=calls, desc="unrolling", unit="call", disable=not progress, leave=False) as bar:
             flow = EdgeFlow(graph, parameters, rule, cut, kept, bar.update)
             try:
                 flow.run_graph()
             except NotImplementedError as error:
-                raise UnsupportedOpError(f"{describe(flow.node)} cannot be unrolled: {error}") from error
+                reason = str(error).splitlines()[0]
+                raise UnsupportedOpError(f"{describe(flow.node)} cannot be unrolled: {reason}") from error
         assembled = flow.blocks.assembled()
         self._runs: list[Run] = flow.blocks.runs
         self._weights = assembled.adjacency.to(device)

@@ -199,6 +199,9 @@ FUNCTIONS = {
     "sum": lambda m, x: relu(m.a(x)).view(-1, 2, 2).sum((1, 2))[:, None].expand(-1, 4),
     "largest": lambda m, x: m.a(x).view(-1, 2, 2).amax(1).repeat(1, 2),
     "smallest": lambda m, x: m.a(x).view(-1, 2, 2).min(2, keepdim=True)[0].expand(-1, 2, 2).flatten(1),
+    "where over rows": lambda m, x: torch.where(m.mask[0] > 0, relu(m.a(x)), m.gain),
+    "selected by a constant": lambda m, x: torch.where(m.mask > 0, m.a(x)[:, None], 0.1 * m.b(x)[:, None]).sum(1),
+    "indices of a maximum": lambda m, x: (lambda y: m.b(x) * y[1] + y[1])(m.a(x).max(1, keepdim=True)),
     "maximum": lambda m, x: torch.maximum(m.a(x), m.b(x)),
     "minimum": lambda m, x: torch.minimum(m.a(x), torch.zeros(())),
     "where": lambda m, x: torch.where(m.a(x) > 0, m.b(x), 0.0),
@@ -384,6 +387,13 @@ def test_masses_need_p_of_at_least_one(p):
     for quantity in (graph.path_norm, graph.forward_mass, graph.backward_mass):
         with pytest.raises(ValueError, match=r"p must be a finite"):
             quantity(p)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"'weight' is on the meta device"):
+        dagpath.trace(model, torch.zeros(1, 1, device="meta")).unroll()
 
 
 @pytest.mark.parametrize("node", [-1, 3])

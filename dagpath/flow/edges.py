@@ -181,12 +181,13 @@ class EdgeFlow(fx.Interpreter):
         self.sources.append(Source(numbers.flatten(), read))
         return Nodes(numbers)
 
-    def number(self, value: Any, name: str) -> Operand:
-        """A Python number as a constant; one that depends on the input (the argument ``name``) is a new input."""
+    def number(self, value: Any, name: str) -> Nodes | EdgeWeights:
+        """A Python number as a constant; what is only known with the input (the argument ``name``) is a new input."""
         if plain(value) is not None:
-            return EdgeWeights.constant(torch.tensor(value))
-        call = Call(self.node.target, (), {}, self.node)  # type: ignore[arg-type]
-        return self.source((), lambda values: torch.as_tensor(call.on(values)[name]), name)
+            return EdgeWeights.constant(torch.tensor(value, dtype=torch.float64))
+        node = Call(self.node.target, self.node.args, dict(self.node.kwargs), self.node)[name]  # type: ignore[arg-type]
+        shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
+        return replace(self.source(shape, lambda values: torch.as_tensor(values[node]), name), node=node)
 
     def operand(self, call: Call, name: str) -> Any:
         """An argument that is a tensor or a number."""

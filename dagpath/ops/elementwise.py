@@ -180,18 +180,18 @@ class Choice(Operation):
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         shape = call.output.shape
         a, b = flow.operand(call, "input"), flow.operand(call, "other")
-        slots = flow.slots((2, *shape), lambda values: self._chosen(call.on(values)).expand(2, *shape))
+        slots = flow.slots((2, *shape), lambda values: self._chosen(call.on(values), shape))
         dst = flow.new(shape)
         flow.add(dst, a, slots=slots[0])
         flow.add(dst, b, slots=slots[1])
         return Nodes(dst, a.params or b.params)
 
     @staticmethod
-    def _chosen(real: Call) -> Tensor:
+    def _chosen(real: Call, shape: torch.Size) -> Tensor:
         """Which operand stands in each entry."""
         condition = real.get("condition")
         first = condition if condition is not None else real.run(lambda leaf: leaf) == real["input"]
-        return torch.stack([first, ~first])
+        return torch.stack([first, ~first]).view(2, *[1] * (len(shape) - first.ndim), *first.shape).expand(2, *shape)
 
 
 class Comparison(Operation):

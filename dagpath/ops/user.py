@@ -63,7 +63,8 @@ def register_op(op: Any, rule: str | Operation) -> None:
             - ``"choice"``: ``input`` or ``other`` in each entry, like a maximum; the same;
             - ``"fixed"``: not homogeneous; what it touches keeps its scale;
 
-            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``.
+            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``, and
+            ``edges`` for :meth:`TracedModel.unroll`.
 
     Raises:
         ValueError: ``rule`` is another string.
