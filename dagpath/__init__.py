@@ -16,9 +16,11 @@ from dagpath.lifting import (
     path_norm,
 )
 from dagpath.ops import register_op
+from dagpath.paths import PathLifting
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
+from dagpath.unroll import UnrolledGraph
 
 __version__ = "0.1.0"
 
@@ -30,9 +32,11 @@ __all__ = [
     "GramOperator",
     "NeuronGraph",
     "PathConditioning",
+    "PathLifting",
     "RangeEqualization",
     "Rescaling",
     "TracedModel",
+    "UnrolledGraph",
     "UnsupportedOpError",
     "VerificationError",
     "balance",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -41,16 +41,26 @@ class Weight:
     elements: Tensor | None = None
 
 
+class Operand:
+    """What stands for a tensor in a pass over paths: a mass, nodes, or the weights of edges.
+
+    Attributes:
+        data: does it depend on the input of the network or on a barrier (then it is an activation)?
+        params: does it depend on a parameter?
+    """
+
+    data: bool
+    params: bool
+
+
 @dataclass(frozen=True)
-class Mass:
+class Mass(Operand):
     """A tensor of path masses ``values * 2**exponent``, one mass per entry.
 
     Attributes:
         values: float64 (or float32) tensor, non-negative.
         exponent: the power of two beside it, so that no mass leaves the floating-point range.
         zero: are all values zero? Then other masses need not be aligned with this one.
-        data: does it depend on the input of the network or on a barrier (then it is an activation)?
-        params: does it depend on a parameter?
         node: the node of the graph that made it.
     """
 
@@ -98,6 +108,11 @@ class Call:
     def get(self, name: str, default: Any = None) -> Any:
         return self.arguments.get(name, default)
 
+    def on(self, values: Mapping[fx.Node, Any]) -> Call:
+        """The same call, on the values of its arguments' nodes."""
+        args, kwargs = fx.node.map_arg((self.node.args, dict(self.node.kwargs)), values.__getitem__)
+        return Call(self.target, args, kwargs, self.node)
+
     @property
     def output(self) -> Any:
         """What the operation returns, as fake tensors: shapes and types without values."""
@@ -142,7 +157,7 @@ _ANY_STRIDES: dict[Any, Callable[..., Any]] = {
 
 
 def _is_value(value: Any) -> bool:
-    return isinstance(value, (Weight, Mass, Tensor))
+    return isinstance(value, (Weight, Operand, Tensor))
 
 
 def _leaves(tree: Any) -> list[Any]:

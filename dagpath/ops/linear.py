@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow, Values, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, compact
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 from dagpath.ops.elementwise import sum_of_weights
+from dagpath.ops.windows import Windows
 
 _WEIGHTS = "weights that they share"
 _PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
@@ -82,6 +85,36 @@ class Convolution(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return bilinear_mass(flow, call, call["input"], call["weight"], call.get("bias"))
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, weight, bias = call["input"], call["weight"], call.get("bias")
+        groups, kernel = call.get("groups", 1), weight.shape[2:]
+        dims, batch, dst = len(kernel), x.shape[: -1 - len(kernel)], flow.new(call.output.shape)
+        transposed = call.get("transposed", self.transposed)
+        centers, windows = (x.shape, dst.shape) if transposed else (dst.shape, x.shape)
+        window = Windows.of(call, windows[-dims:], centers[-dims:], kernel)
+
+        def as_centers(numbers: Tensor) -> Tensor:  # batch, group, center's channel, center, window's channel, kernel
+            return numbers.reshape(*batch, groups, -1, *centers[-dims:], *[1] * (1 + dims))
+
+        def as_windows(numbers: Tensor) -> Tensor:
+            seen = window.gathered(numbers.reshape(*batch, groups, 1, -1, *windows[-dims:]))
+            return seen.movedim(-1 - 2 * dims, -1 - dims)
+
+        def as_weight(numbers: Tensor) -> Tensor:
+            return numbers.reshape(groups, len(numbers) // groups, *[1] * dims, *numbers.shape[1:])
+
+        place_dst, place_src = (as_windows, as_centers) if transposed else (as_centers, as_windows)
+        flow.multiply(place_dst(dst), x, place_src, weight, as_weight)
+        if bias is not None:
+            flow.add(dst, bias_along(bias, dims))
+        return Nodes(dst, any(part is not None and part.params for part in (x, weight, bias)))
+
+
+def bias_along(bias: Any, dims: int) -> Any:
+    """A bias of channels, made to broadcast with positions."""
+    places = all_places(bias.shape).view(-1, *[1] * dims)
+    return bias.taken(places) if isinstance(bias, EdgeWeights) else Nodes(bias.numbers.view(places.shape), bias.params)
 
 
 @dataclass(frozen=True)
@@ -183,6 +216,28 @@ class Contraction(Operation):
         if self.labels(call) is None:
             return flow.barrier(call)
         return bilinear_mass(flow, call, *self.operands(call))
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        labels, (a, b, bias) = self.labels(call), self.operands(call)
+        if labels is None:
+            return flow.barrier(call)
+        summed = "".join(sorted(set(labels.a + labels.b) - set(labels.out)))
+
+        def place_a(numbers: Tensor) -> Tensor:
+            return _arranged(numbers, labels.a, labels.out + summed)
+
+        def place_b(numbers: Tensor) -> Tensor:
+            return _arranged(numbers, labels.b, labels.out + summed)
+
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            parts = (part.taken(place(all_places(part.shape))) for part, place in ((a, place_a), (b, place_b)))
+            product = EdgeWeights.times(*parts).summed(len(summed))
+            return product if bias is None else product.plus(bias)
+        dst = flow.new(call.output.shape)
+        flow.multiply(_arranged(dst, labels.out, labels.out + summed), a, place_a, b, place_b)
+        if bias is not None:
+            flow.add(dst, bias)
+        return Nodes(dst, any(part is not None and part.params for part in (a, b, bias)))
 
 
 def _differ(numbers: Tensor, labels: str, wanted: str) -> bool:
@@ -303,6 +358,23 @@ class Embedding(Operation):
         values = weight.values.sum(0).expand(call.output.shape)
         return flow.result([weight, indices], values, weight.exponent, layer=weight.params)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        weight, indices = call["weight"], call["indices"]
+        rows, node = weight.shape[0], indices.node
+
+        def one_hot(values: Values) -> Tensor:
+            return torch.nn.functional.one_hot(values[node].long(), rows)
+
+        shape = (*indices.shape, rows)
+        if isinstance(weight, EdgeWeights):
+            src = flow.source(shape, one_hot, "row").numbers
+            dst = flow.new(call.output.shape)
+            flow.connect(dst[..., None], src[..., None, :], weight.taken(all_places(weight.shape).t()))
+        else:
+            dst = flow.new(call.output.shape)
+            flow.connect(dst[..., None], weight.numbers.t(), slots=flow.slots(shape, one_hot)[..., None, :])
+        return Nodes(dst, weight.params)
+
 
 class Attention(Operation):
     """``softmax(q kᵀ) v``: queries and keys are fixed, the values go through to the output."""
@@ -328,6 +400,28 @@ class Attention(Operation):
         repeats = call.output.shape[-3] // total.shape[-3] if total.ndim > 2 and call.get("enable_gqa") else 1
         total = total.repeat_interleave(repeats, -3) if repeats > 1 else total
         return flow.result([value], total.expand(call.output.shape), value.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        for name in ("query", "key", "attn_mask"):
+            if isinstance(call.get(name), Operand):
+                flow.cut_paths(call[name])
+        x, shape = flow.nodes(call["value"]), call.output.shape
+        if call.get("enable_gqa"):
+            x = x.repeat_interleave(shape[-3] // x.shape[-3], -3)
+        slots = flow.slots((*shape[:-1], x.shape[-2]), lambda values: self._attention(call.on(values)))
+        dst = flow.new(shape)
+        flow.connect(dst[..., None], x.mT[..., None, :, :], slots=slots[..., None, :])
+        return Nodes(dst, call["value"].params)
+
+    @staticmethod
+    def _attention(real: Call) -> Tensor:
+        """How much each query sees of each value: the answer to values that are unit vectors."""
+        value = real["value"]
+        units = torch.eye(value.shape[-2], dtype=value.dtype, device=value.device).expand(*value.shape[:-1], -1)
+        options = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        settings = {name: real.get(name) for name in options if name in real.arguments}
+        seen: Tensor = real.target(real["query"], real["key"], units, **settings)
+        return seen
 
 
 register(Convolution(), "conv1d", "conv2d", "conv3d", "convolution")
