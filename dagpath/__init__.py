@@ -6,6 +6,8 @@ from dagpath.errors import BalanceError, CaptureError, DagpathError, Unsupported
 from dagpath.graph import NeuronGraph
 from dagpath.lifting import gram_diagonal, path_norm
 from dagpath.ops import register_op
+from dagpath.paths.conserved import conserved_quantities
+from dagpath.paths.top import Path, top_paths
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -18,6 +20,7 @@ __all__ = [
     "DagpathError",
     "EquiNorm",
     "NeuronGraph",
+    "Path",
     "PathConditioning",
     "RangeEqualization",
     "Rescaling",
@@ -25,10 +28,12 @@ __all__ = [
     "UnsupportedOpError",
     "VerificationError",
     "balance",
+    "conserved_quantities",
     "gram_diagonal",
     "path_norm",
     "random_rescaling",
     "register_op",
     "rescale_",
+    "top_paths",
     "trace",
 ]

@@ -18,12 +18,20 @@ class NotConstantError(Exception):
 
 
 class Constants:
-    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone."""
+    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone.
 
-    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor]) -> None:
+    Args:
+        graph: the graph.
+        parameters: the parameters' values by name.
+        known: values of nodes that are taken as given.
+    """
+
+    def __init__(
+        self, graph: CapturedGraph, parameters: Mapping[str, Tensor], known: Mapping[fx.Node, Any] | None = None
+    ) -> None:
         self._graph = graph
         self._parameters = parameters
-        self._known: dict[fx.Node, Any] = {}
+        self._known: dict[fx.Node, Any] = dict(known or {})
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node.

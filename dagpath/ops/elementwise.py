@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, is_scaleless, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _CONSTANT = "a constant is added to it"
@@ -46,12 +46,6 @@ class Clamp(Homogeneous):
         )
 
 
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """The numbers of two operands that were tied: those of ``a``, and of ``b`` where ``a`` is always zero."""
-    a, b = broadcast(compact(a), compact(b))
-    return torch.where(a == ZERO, b, a)
-
-
 def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> Weight:
     """A sum of parameters is a weight whose parts are parallel edges: they have its ends, entry by entry."""
 
@@ -80,8 +74,7 @@ class Sum(Operation):
         if not isinstance(b, (Tensor, Weight)):
             return a if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
-        flow.tie(a, b, "a sum")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a sum", plain(call.get("alpha", 1)) or 1.0).expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any, other: Any) -> Tensor:
@@ -89,14 +82,9 @@ class Sum(Operation):
         if not isinstance(value, Weight):
             neurons: Tensor = value
             return neurons
-        padded = (1,) * (other.ndim - len(value.shape)) + tuple(value.shape)
-        if len(padded) > other.ndim or (compact(other) == ZERO).any():
+        if len(value.shape) > other.ndim or (compact(other) == ZERO).any():
             return flow.as_neurons(value)
-        dims = [dim for dim, size in enumerate(padded) if size == 1 and other.shape[dim] > 1]
-        dst = flow.mix(other, dims, "a bias that they share")
-        extra = len(padded) - len(value.shape)
-        flow.use(value, dst.reshape(dst.shape[extra:]) if extra else dst, torch.tensor(FIXED))
-        return dst
+        return flow.bias(other, value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
@@ -115,8 +103,7 @@ class Choice(Operation):
         a, b = self._operand(flow, a), self._operand(flow, b)
         if isinstance(call.get("condition"), Tensor):
             flow.fix(call["condition"], "is the condition of a choice")
-        flow.tie(a, b, "a choice between them")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a choice between them").expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any) -> Tensor:
