@@ -5,19 +5,17 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.structure import CONSTANT, Structure
 from dagpath.lifting import path_norm
-from dagpath.ops import operation_of
+from dagpath.paths.alive import alive_elements, masses_with
 from dagpath.paths.search import Search, Step
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -159,30 +157,7 @@ def _that_fit(traced: TracedModel, structure: Structure) -> Iterator[list[Step]]
                 break
         else:
             return
-        alive = _alive(traced, structure)
-
-
-def _masses(traced: TracedModel, edges: Mapping[str, Tensor], dtype: torch.dtype, **options: Any) -> MassFlow:
-    """A pass of power 1 in which the parameters that are edges have other values."""
-    parameters = {**dict(traced.model.named_parameters()), **edges}
-    graph = traced.graph
-    return MassFlow(traced.captured.eval, parameters, operation_of, 1, dtype, graph.cut, graph.kept, **options)
-
-
-def _alive(traced: TracedModel, structure: Structure) -> dict[str, Tensor]:
-    """parameter name -> which of its elements lie on a path, whatever their values."""
-    parameters = dict(traced.model.named_parameters())
-    names = {edges.parameter for edges in structure.edges}
-    ones = {name: torch.ones_like(parameters[name], dtype=torch.float64) for name in names}
-    found = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in names}
-
-    def visit(name: str, gradient: Tensor) -> None:
-        found[name] = gradient.cpu() > 0
-
-    total = _masses(traced, ones, torch.float64, on_gradient=visit).total().values
-    if total.requires_grad:
-        torch.autograd.backward(total)
-    return {name: found[name] for name in names}
+        alive = alive_elements(traced, structure)
 
 
 def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
@@ -203,5 +178,5 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
             log_constant = 0.0 if step.src == CONSTANT else step.log_value - math.log(abs(element))
             expected += _MARK
         expected += log_constant / math.log(2)
-    total = _masses(traced, marked, torch.float32).total()
+    total = masses_with(traced, marked, torch.float32).total()
     return bool(total.values > 0) and math.log2(float(total.values)) + total.exponent > expected
