@@ -17,6 +17,8 @@ from dagpath.lifting import (
 )
 from dagpath.ops import register_op
 from dagpath.paths import PathLifting
+from dagpath.paths.conserved import conserved_quantities
+from dagpath.paths.top import Path, top_paths
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -31,6 +33,7 @@ __all__ = [
     "EquiNorm",
     "GramOperator",
     "NeuronGraph",
+    "Path",
     "PathConditioning",
     "PathLifting",
     "RangeEqualization",
@@ -40,6 +43,7 @@ __all__ = [
     "UnsupportedOpError",
     "VerificationError",
     "balance",
+    "conserved_quantities",
     "expected_gram_diagonal",
     "gram",
     "gram_diagonal",
@@ -51,5 +55,6 @@ __all__ = [
     "random_rescaling",
     "register_op",
     "rescale_",
+    "top_paths",
     "trace",
 ]

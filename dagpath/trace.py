@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.structure import Structure, StructureFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
@@ -132,6 +134,11 @@ class TracedModel:
         raise ValueError(f"format must be 'text' or 'dict', got {format!r}")
 
 
+@plain_computation()
+def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
+    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
+
+
 def require_traced(traced: object) -> None:
     """Raise TypeError for anything but a :class:`TracedModel`."""
     if not isinstance(traced, TracedModel):
@@ -196,5 +203,5 @@ def trace(
         for graph in (captured.eval, captured.train):
             if graph is not None:
                 flow.run_graph(graph)
-        neurons = NeuronGraph(flow)
+        neurons = NeuronGraph(flow, functools.partial(_structure, model, captured))
     return TracedModel(model, captured, neurons, time.perf_counter() - start)

@@ -11,7 +11,7 @@ from dagpath.flow.edge_values import EdgeWeights, Nodes
 from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, broadcast, compact, is_scaleless, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _CONSTANT = "a constant is added to it"
@@ -88,12 +88,6 @@ class NanToNum(Homogeneous):
         return all(number is None or is_scaleless(plain(number)) for number in numbers)
 
 
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """The numbers of two operands that were tied: those of ``a``, and of ``b`` where ``a`` is always zero."""
-    a, b = broadcast(compact(a), compact(b))
-    return torch.where(a == ZERO, b, a)
-
-
 def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> Weight:
     """A sum of parameters is a weight whose parts are parallel edges: they have its ends, entry by entry."""
 
@@ -125,8 +119,7 @@ class Sum(Operation):
         if not isinstance(b, (Tensor, Weight)):
             return a if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
-        flow.tie(a, b, "a sum")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a sum", plain(call.get("alpha", 1)) or 1.0).expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any, other: Any) -> Tensor:
@@ -134,14 +127,9 @@ class Sum(Operation):
         if not isinstance(value, Weight):
             neurons: Tensor = value
             return neurons
-        padded = (1,) * (other.ndim - len(value.shape)) + tuple(value.shape)
-        if len(padded) > other.ndim or (compact(other) == ZERO).any():
+        if len(value.shape) > other.ndim or (compact(other) == ZERO).any():
             return flow.as_neurons(value)
-        dims = [dim for dim, size in enumerate(padded) if size == 1 and other.shape[dim] > 1]
-        dst = flow.mix(other, dims, "a bias that they share")
-        extra = len(padded) - len(value.shape)
-        flow.use(value, dst.reshape(dst.shape[extra:]) if extra else dst, torch.tensor(FIXED))
-        return dst
+        return flow.bias(other, value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
@@ -171,8 +159,7 @@ class Choice(Operation):
         a, b = self._operand(flow, a), self._operand(flow, b)
         if isinstance(call.get("condition"), Tensor):
             flow.fix(call["condition"], "is the condition of a choice")
-        flow.tie(a, b, "a choice between them")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a choice between them").expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any) -> Tensor:

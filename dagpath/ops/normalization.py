@@ -42,7 +42,7 @@ class Normalization(Operation):
         numbers = torch.tensor(FIXED)
         if isinstance(weight, Weight):
             numbers = flow.fresh(weight.shape.numel(), weight).view(weight.shape)
-            flow.use(weight, numbers, torch.tensor(FIXED))
+            flow.use(weight, numbers, torch.tensor(FIXED), reads=call["input"])
         if isinstance(bias, Weight):
             flow.use(bias, numbers, torch.tensor(FIXED))
         elif bias is not None:
