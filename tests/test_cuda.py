@@ -56,3 +56,14 @@ def test_a_sparse_problem():
     here = solve_newton(Problem.from_incidence(traced.graph.incidence(), masses))
     there = solve_newton(Problem.from_incidence(traced.graph.incidence("cuda"), masses.cuda()))
     torch.testing.assert_close(there.z, here.z, rtol=0, atol=1e-7)
+
+
+def test_the_structure_of_a_network_is_the_same():
+    here = nn.Sequential(*network(), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    there = copy.deepcopy(here).cuda()
+    x = torch.randn(2, 3, 12, 12)
+    expected, found = dagpath.trace(here, x), dagpath.trace(there, x.cuda())
+    torch.testing.assert_close(found.graph.adjacency().to_dense(), expected.graph.adjacency().to_dense())
+    assert found.graph.adjacency(device="cuda").device.type == "cuda"
+    assert list(map(str, dagpath.top_paths(found, 3))) == list(map(str, dagpath.top_paths(expected, 3)))
+    torch.testing.assert_close(dagpath.conserved_quantities(found), dagpath.conserved_quantities(expected))

@@ -473,7 +473,7 @@ class StructureFlow(NeuronFlow):
         computed = self._computed[name]
         if node is None or node is computed.node:
             return
-        ones = torch.ones(self._shapes[name])
+        ones = torch.ones(self._shapes[name], device=next(iter(self.parameters.values())).device)
         factor = Constants(self._captured.eval, self.parameters, known={computed.node: ones})(node)
         if not bool((factor == 1).all()):
             raise UnsupportedOpError(

@@ -45,7 +45,7 @@ class Path:
             of a barrier, or ``"(1)"`` for the constant neuron) to the last neuron.
         elements: the parameter elements on the way, one before each neuron but the source.
         end: the output or the barrier in which it ends.
-        value: |Φ|, the product of the magnitudes of the elements and of the constants between them.
+        value: ``|Φ|``, the product of the magnitudes of the elements and of the constants between them.
         log_value: its natural logarithm.
         share: ``Φ² / Σ Φ²``, its share of the squared path-norm, for one position.
     """
