@@ -76,7 +76,7 @@ class TracedModel:
             UnsupportedOpError: a registered rule does not say which edges its operation makes.
             ValueError: a parameter is on the meta device.
 
-        Cost: 28 bytes per edge, twice that while it is built, and no loops over nodes. A CIFAR ResNet-20 has 41 million
+        Cost: 28 bytes per edge, twice that while it is built, and no loops over nodes. A CIFAR ResNet-20 has 38 million
         edges; ``benchmarks/unroll.py`` prints time and memory.
 
         Example:

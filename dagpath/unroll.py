@@ -171,7 +171,7 @@ class UnrolledGraph:
         if layer.node is None:
             return f"1{suffix}"
         site, index = self.site(node), self.index(node)
-        what = layer.node.name if layer.node.op == "placeholder" else f"{site.module} {site.operation}".strip()
+        what = str(layer.node.target) if layer.node.op == "placeholder" else f"{site.module} {site.operation}".strip()
         role = f" {layer.role}" if layer.role else ""
         return f"{what}{role}{_brackets(index[1:] if layer.shape[:1] == (1,) else index)}{suffix}"
 

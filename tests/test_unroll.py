@@ -390,6 +390,13 @@ def test_masses_need_p_of_at_least_one(p):
             quantity(p)
 
 
+def test_a_number_of_a_tensor_is_a_gate():
+    model = net(lambda m, x: relu(m.a(x)) * x.amax().item())
+    x = torch.randn(1, 4).double()
+    assert_agrees(model, x)
+    assert_realizes(model, x)
+
+
 def test_a_model_without_values():
     with torch.device("meta"):
         model = nn.Linear(1, 1)

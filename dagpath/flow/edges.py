@@ -303,7 +303,7 @@ class EdgeFlow(fx.Interpreter):
         self.cut_paths(value)
         node = value.node
         assert node is not None
-        return self.slots(value.shape, lambda values: change(values[node]))
+        return self.slots(value.shape, lambda values: change(torch.as_tensor(values[node])))
 
     def barrier(self, call: Call) -> Any:
         """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.real import RealFlow, widened
+from dagpath.lifting import path_count
+from dagpath.paths.basis import BasisPaths, basis_paths
 from dagpath.paths.inputs import examples
 from dagpath.sparse import csr_tensor
 from dagpath.state import plain_computation
@@ -92,13 +94,14 @@ class PathLifting:
 
     def __init__(self, traced: TracedModel, limit: int = 100_000) -> None:
         require_traced(traced)
-        self.graph: UnrolledGraph = traced.unroll()
-        count = self.graph.path_count()
+        count = path_count(traced)
         if count > limit:
             raise ValueError(
                 f"{type(traced.model).__name__} has {count} paths, more than limit={limit}; path_norm, gram_diagonal "
                 "and top_paths do not enumerate them"
             )
+        self.traced = traced
+        self.graph: UnrolledGraph = traced.unroll()
         captured = traced.captured.eval
         self._captured = captured
         parameters = dict(traced.model.named_parameters())
@@ -171,6 +174,10 @@ class PathLifting:
         return kernel.to_dense() if dense else kernel
 
     # -- on an input -----------------------------------------------------------------------------------------------
+
+    def basis(self) -> BasisPaths:
+        """The basis paths of the network: see :func:`dagpath.paths.basis.basis_paths`."""
+        return basis_paths(self.traced)
 
     def activations(self, x: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """The path activations a_p(θ, x): float64 [batch, paths].
