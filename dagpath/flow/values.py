@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +132,11 @@ class Call:
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
         """The arguments of the given type, those inside lists too, in their order."""
         return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, kind)]
+
+    def apart(self) -> Call:
+        """The same call with a copy of every mass: one that is given twice can be told apart."""
+        args, kwargs = pytree.tree_map_only(Mass, replace, (self.args, self.kwargs))
+        return Call(self.target, args, kwargs, self.node)
 
     def run(self, convert: Callable[[Any], Any]) -> Any:
         """Execute the operation itself on converted arguments."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,21 @@ _WEIGHTS = "weights that they share"
 _PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
 
 
-def bilinear_mass(flow: MassFlow, call: Call, a: Mass, b: Mass, bias: Mass | None) -> Any:
-    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them."""
+def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[Mass, Mass, Mass | None]]) -> Any:
+    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them.
+
+    ``operands`` finds the two and the bias (or None) among the arguments of a call.
+    """
+    call = call.apart()
+    a, b, bias = operands(call)
     through_a, through_b = flow.factors(a, b)
     product = exponent = through_a.exponent + through_b.exponent
     if bias is not None and not bias.zero:
         exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-    aligned = {id(a): [flow.shifted(through_a.values, product - exponent)]}
-    aligned.setdefault(id(b), []).append(through_b.values)  # both may be one tensor
+    aligned = {id(a): flow.shifted(through_a.values, product - exponent), id(b): through_b.values}
     if bias is not None:
-        aligned.setdefault(id(bias), []).append(flow.shifted(bias.values, bias.exponent - exponent))
-    values = call.run(lambda leaf: aligned[id(leaf)].pop(0) if id(leaf) in aligned else leaf)
+        aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
+    values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
     layer = any(part.params and not part.data for part in (a, b))
     return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
@@ -84,7 +89,7 @@ class Convolution(Operation):
         return dst.view(count, *[1] * (-1 - axis)).expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return bilinear_mass(flow, call, call["input"], call["weight"], call.get("bias"))
+        return bilinear_mass(flow, call, lambda one: (one["input"], one["weight"], one.get("bias")))
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         x, weight, bias = call["input"], call["weight"], call.get("bias")
@@ -215,7 +220,7 @@ class Contraction(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         if self.labels(call) is None:
             return flow.barrier(call)
-        return bilinear_mass(flow, call, *self.operands(call))
+        return bilinear_mass(flow, call, self.operands)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         labels, (a, b, bias) = self.labels(call), self.operands(call)
@@ -276,12 +281,11 @@ class MatrixProduct(Contraction):
     """A matrix product: with a parameter, new neurons; with a fixed tensor, the entries that it sums are tied."""
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
-        a, b = (call.get(name) for name in ("mat1", "mat2"))
-        if a is None:
-            a, b = (call.get(name) for name in ("batch1", "batch2"))
-        if a is None:
-            a, b = call["input"], call.get("mat2", call.get("other"))
-        return a, b, call["input"] if a is not call["input"] else None
+        for names in (("mat1", "mat2", "input"), ("batch1", "batch2", "input")):
+            if names[0] in call.arguments:
+                a, b, bias = (call[name] for name in names)
+                return a, b, bias
+        return call["input"], call.get("mat2", call.get("other")), None
 
     def labels(self, call: Call) -> Labels | None:
         if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1:
