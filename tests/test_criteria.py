@@ -114,6 +114,7 @@ def test_the_separable_model_agrees_where_it_was_made_and_its_hessian_is_inverte
     for dst, src in ((a, np.zeros(3, int)), (b, a), (c, b), (np.zeros(2, int), c)):
         masses = torch.from_numpy(np.exp(rng.normal(0, 2, (len(dst), len(src)))))
         aggregator.add(masses, torch.from_numpy(dst[:, None]), torch.from_numpy(src[None, :]))
+    aggregator.add(torch.from_numpy(np.exp(rng.normal(0, 2, 4))), torch.from_numpy(a), torch.from_numpy(a))
     point = Problem.path_conditioning(aggregator).at(rng.normal(0, 1, 12))
     model = point.separable()
     again = model.problem.at(point.z)

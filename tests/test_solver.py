@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagpath.solver import LogOuter, MassAggregator, Problem, SumOuter, solve_coordinate, solve_newton
-from dagpath.solver.newton import NewtonSystem
-from dagpath.solver.preconditioner import SeparableHessian
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -61,36 +59,6 @@ def test_newton_and_coordinate_descent_reach_scipys_minimum(seed):
     assert newton.objective[1] <= found.fun + 1e-9 * abs(found.fun)
     assert newton.objective[1] <= coordinate.objective[1] + 1e-9 * abs(coordinate.objective[1])
     assert coordinate.objective[1] == pytest.approx(newton.objective[1], rel=1e-7, abs=1e-7)
-
-
-@settings(max_examples=50)
-@given(seeds, st.sampled_from([("log", -2.0), ("sum", 2.0), ("sum", 1.0)]))
-def test_gradient_and_hessian_are_those_of_autograd(seed, kind):
-    num_groups, masses, dst, src = random_elements(seed)
-    aggregator = MassAggregator(num_groups)
-    aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
-    outer = LogOuter(7.0) if kind[0] == "log" else SumOuter()
-    linear = torch.randn(num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    problem = Problem(aggregator.matrix(), outer, kind[1], linear, 1.0)
-
-    def objective(z):
-        padded = torch.cat([z.new_zeros(1), z])
-        total = (torch.from_numpy(masses) * torch.exp(kind[1] * (padded[dst] - padded[src]))).sum()
-        return (7.0 * total.log() if kind[0] == "log" else total) + linear @ z
-
-    z, v = torch.randn(2, num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    point = problem.at(z)
-    hessian = torch.autograd.functional.hessian(objective, z)
-    assert point.value == pytest.approx(float(objective(z)))
-    torch.testing.assert_close(
-        torch.from_numpy(point.gradient), torch.autograd.functional.jacobian(objective, z), rtol=1e-9, atol=1e-9
-    )
-    # a Newton step toward a right-hand side of our choice solves the system with autograd's Hessian
-    wanted, model = hessian @ v, SeparableHessian(point)
-    hessian = hessian + torch.diag(torch.from_numpy(model.damping[1:])) * kind[1] ** 2 * outer.slope(point.total)
-    step, _ = NewtonSystem(point, torch.float64).solve(model, wanted.numpy(), forcing=1e-6)
-    error = (hessian @ torch.from_numpy(step) - wanted).abs() / hessian.diagonal().abs().sqrt()
-    assert float(error.max()) <= 1e-4 * float((wanted.abs() / hessian.diagonal().abs().sqrt()).max())
 
 
 @pytest.mark.parametrize(
