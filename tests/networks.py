@@ -18,6 +18,12 @@ from torch import Tensor, nn
 CONSTANT = -1
 
 
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLUs between them."""
+    layers = [module for sizes in itertools.pairwise(widths) for module in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
 @dataclass
 class Step:
     """One instruction: apply an operation to earlier values; the result is the next value."""

@@ -1,14 +1,45 @@
-"""Random balancing problems, and their objective written out from one dense matrix of masses."""
+"""Random balancing problems, as numbers: elements of any graph, and problems of overlapping blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dagpath.solver import Block, GroupMatrix, LogOuter, Outer, Problem
+from dagpath.solver import Block, GroupMatrix, LogOuter, MassAggregator, Outer, Problem
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Masses of elements with the groups that they enter and leave, which broadcast to their shape; several such."""
+
+    num_groups: int
+    parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+    def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masses, groups entered and groups left, one element after the other."""
+        parts = [np.broadcast_arrays(*part) for part in self.parts]
+        masses, dst, src = (np.concatenate([array.ravel() for array in arrays]) for arrays in zip(*parts, strict=True))
+        return masses, dst, src
+
+    def collected(self, largest: bool = False) -> MassAggregator:
+        aggregator = MassAggregator(self.num_groups, largest=largest)
+        for part in self.parts:
+            aggregator.add(*(torch.from_numpy(np.asarray(array)) for array in part))
+        return aggregator
+
+    def path_conditioning(self, **options: float) -> Problem:
+        return Problem.path_conditioning(self.collected(), **options)
+
+
+def in_and_out(rng: np.random.Generator, groups: int, extra: int, decades: float) -> Elements:
+    """An element into every group and one out of it, and some anywhere; masses ``10**uniform(-decades, decades)``."""
+    every, fixed, anywhere = np.arange(1, groups + 1), np.zeros(groups, int), rng.integers(0, groups + 1, (2, extra))
+    dst, src = np.concatenate([every, fixed, anywhere[0]]), np.concatenate([fixed, every, anywhere[1]])
+    return Elements(groups, [(10.0 ** rng.uniform(-decades, decades, len(dst)), dst, src)])
 
 
 @dataclass(frozen=True)

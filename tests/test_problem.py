@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.functional import hessian, jacobian
 
-from dagpath.solver import LogOuter, Problem, SumOuter, solve_newton
+from dagpath.solver import GroupMatrix, LogOuter, Problem, SumOuter, solve_coordinate, solve_newton
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
 
-from problems import HandBuilt, hand_built
+from problems import Elements, HandBuilt, hand_built
 
 seeds = st.integers(0, 2**31 - 1)
 outers = st.sampled_from([LogOuter(1.0), LogOuter(7.0), SumOuter()])
@@ -104,6 +104,39 @@ def test_single_entries_and_blocks_give_the_same_minimum(seed, outer, kappa):
     here, there = solve_newton(problem, tol=1e-11), solve_newton(entries, tol=1e-11)
     torch.testing.assert_close(here.z, there.z, rtol=0, atol=1e-7)
     assert here.objective == pytest.approx(there.objective, rel=1e-12)
+
+
+@settings(max_examples=60)
+@given(seeds, st.sampled_from([0.3, 1.0, 5.0]), st.sampled_from([0.4, 3.0, 13.8]))
+def test_coordinate_descent_reaches_the_same_minimum(seed, p, bound):
+    problem = hand_built(seed, LogOuter(p), -2.0, bound).problem
+    newton, coordinate = solve_newton(problem), solve_coordinate(problem)
+    assert coordinate.converged
+    assert coordinate.objective == pytest.approx(newton.objective, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("solve", [solve_newton, solve_coordinate])
+@pytest.mark.parametrize("pull", [-9.0, -4.0, -1.0, 0.0, 1.0, 4.0, 9.0])
+def test_one_group_is_where_a_grid_has_its_minimum_whatever_sides_it_has(solve, pull):
+    ends = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+    grid = np.linspace(-1.5, 1.5, 301)
+    for present in itertools.product([False, True], repeat=4):
+        (dst, src), masses = ends[list(present)].T, torch.tensor([2.0, 3.0, 0.7, 0.5])[list(present)]
+        matrix, linear = GroupMatrix.of(2, [], dst, src, masses), torch.tensor([pull])
+        problem = Problem(matrix, LogOuter(2.0), -2.0, linear, 1.0, bound=1.5)
+        solution, values = solve(problem), [problem.at(np.array([z])).value for z in grid]
+        assert solution.converged
+        assert solution.objective[1] <= min(values) + 1e-9
+
+
+def test_what_no_mass_holds_goes_to_the_bound_however_far_apart_the_other_masses_are():
+    rng = np.random.default_rng(0)
+    dst, src = np.append(np.arange(1, 11), 0), np.arange(11)
+    aggregator = Elements(12, [(10.0 ** rng.uniform(-40, 40, 11), dst, src)]).collected()
+    linear = torch.tensor([0.0] * 10 + [1.0, -2.0])
+    solution = solve_newton(Problem(aggregator.matrix(), LogOuter(11.0), -2.0, linear, 1.0, bound=100.0))
+    assert solution.converged
+    assert solution.z[10:].tolist() == [-100.0, 100.0]
 
 
 def test_the_drawn_problems_have_what_they_are_drawn_for():
