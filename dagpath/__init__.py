@@ -4,7 +4,17 @@ from dagpath.balance import balance, random_rescaling
 from dagpath.criteria import EquiNorm, PathConditioning, RangeEqualization
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
 from dagpath.graph import NeuronGraph
-from dagpath.lifting import gram_diagonal, path_norm
+from dagpath.lifting import (
+    GramOperator,
+    expected_gram_diagonal,
+    gram,
+    gram_diagonal,
+    path_count,
+    path_length_profile,
+    path_mass,
+    path_metric,
+    path_norm,
+)
 from dagpath.ops import register_op
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
@@ -17,6 +27,7 @@ __all__ = [
     "CaptureError",
     "DagpathError",
     "EquiNorm",
+    "GramOperator",
     "NeuronGraph",
     "PathConditioning",
     "RangeEqualization",
@@ -25,7 +36,13 @@ __all__ = [
     "UnsupportedOpError",
     "VerificationError",
     "balance",
+    "expected_gram_diagonal",
+    "gram",
     "gram_diagonal",
+    "path_count",
+    "path_length_profile",
+    "path_mass",
+    "path_metric",
     "path_norm",
     "random_rescaling",
     "register_op",

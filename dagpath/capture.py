@@ -7,7 +7,9 @@ graph; the train graph may read scaled neurons where the eval graph does not (an
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dagpath.containers import opened
@@ -76,12 +79,16 @@ def user_line(error: BaseException) -> str:
     return found
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_compound: Callable[[Any], bool]
+) -> Capture:
     """Capture both modes of ``model``.
 
     Dimension 0 of the example inputs is the batch. A path belongs to one example, so the eval graph is that of the
     first one; the train graph is that of two, since a batch norm may not train on one. Inputs that the model does not
-    take in these numbers (they have no batch dimension, or a fixed one) are used as given.
+    take in these numbers (they have no batch dimension, or a fixed one), or does not treat alike, are used as given.
+
+    Operations for which ``is_compound`` holds are replaced by those that PyTorch makes them of.
 
     Raises:
         CaptureError: the model's forward raised, or depends on the values of its input.
@@ -91,15 +98,20 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             f"{type(model).__name__} is a TorchScript module, which holds no Python code to capture; trace the "
             "torch.nn.Module that it was made from"
         )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise CaptureError(f"the parameter {lazy[0]!r} has no shape yet: run the model once before tracing it")
     given = (args, dict(kwargs))
-    evaluated, failure = _first_capture(model, given, 1, training=False)
+    first = with_batch(given, 1)
+    sizes = (1, 2) if first is given or batches_agree(model, first, given) else (None, None)
+    evaluated, failure = _first_capture(model, given, sizes[0], False, is_compound)
     if evaluated is None:
         assert failure is not None
         run(model, given, training=False)
         raise _capture_error(model, failure) from failure
-    if modes_agree(model, with_batch(given, 2)):
+    if modes_agree(model, with_batch(given, sizes[1])):
         return Capture(evaluated, None, "")
-    trained, failure = _first_capture(model, given, 2, training=True)
+    trained, failure = _first_capture(model, given, sizes[1], True, is_compound)
     reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
     return Capture(evaluated, trained, reason)
 
@@ -150,18 +162,16 @@ def with_batch(given: Any, size: int | None) -> Any:
 
 
 def _first_capture(
-    model: nn.Module, given: Any, size: int, training: bool
+    model: nn.Module, given: Any, size: int | None, training: bool, is_compound: Callable[[Any], bool]
 ) -> tuple[CapturedGraph | None, Exception | None]:
     """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
     failure: Exception | None = None
     resized = with_batch(given, size)
-    if resized is not given and not training and not batches_agree(model, resized, given):
-        resized = given
     for batch, inputs in ((size, resized), (None, given)):
         if batch is not None and inputs is given:
             continue
         try:
-            graph = _export(model, inputs, batch, training)
+            graph = _export(model, inputs, batch, training, is_compound)
         except Exception as error:  # export raises many types; the caller reports the last
             failure = error
             continue
@@ -176,7 +186,9 @@ def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
     return all(value.shape[0] == size for value in values if isinstance(value, Tensor) and value.ndim)
 
 
-def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) -> CapturedGraph:
+def _export(
+    model: nn.Module, inputs: Any, batch: int | None, training: bool, is_compound: Callable[[Any], bool]
+) -> CapturedGraph:
     args, kwargs = inputs
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
@@ -186,8 +198,11 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         module = inlined(program.graph_module)
-        if not make_functional(module):
-            module = inlined(program.run_decompositions({}).graph_module)
+        parts = _decompositions(module, is_compound)
+        functional = None if parts else without_writes(module)
+        module = functional or inlined(program.run_decompositions(parts).graph_module)
+        module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
+        module.recompile()
     _check_shapes_are_known(module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -207,6 +222,14 @@ def _export(model: nn.Module, inputs: Any, batch: int | None, training: bool) ->
     return CapturedGraph(module, parameters, tensors, batch)
 
 
+def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:
+    """How PyTorch makes compound operations of others; empty where the graph has none."""
+    if not any(node.op == "call_function" and is_compound(node.target) for node in module.graph.nodes):
+        return {}
+    known = torch.export.default_decompositions()
+    return {target: known[target] for target in known if is_compound(target)}
+
+
 def _check_shapes_are_known(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
@@ -218,56 +241,73 @@ def _check_shapes_are_known(module: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own log of what goes wrong: the error says it."""
+    """Without the exporter's own log of what goes wrong, and the unfinished graph that it prints: the error says it."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
+    held, graph = io.StringIO(), None
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
-        yield
+        with contextlib.redirect_stderr(held):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        sys.stderr.write(held.getvalue() if graph is None else held.getvalue().replace(f"{graph}\n", ""))
 
 
-def make_functional(module: fx.GraphModule) -> bool:
-    """Replace in-place operations by their results, in place; False where views make that unsafe.
+def without_writes(module: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy of the graph with in-place operations replaced by their results; None where views make that unsafe.
 
     After ``y = relu_(x)``, a later use of ``x`` means the new value: it is redirected to ``y``. Another view of the
     same storage that is used later has no node to be redirected to, and needs a full functionalization. A result
     written into a parameter, buffer or input outlives the call: its node is marked ``meta["escapes"]``.
     """
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    by_storage: dict[int, list[fx.Node]] = {}
-    for node in list(module.graph.nodes):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            by_storage.setdefault(value.untyped_storage()._cdata, []).append(node)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    by_storage: dict[int | None, list[fx.Node]] = {}
+    for node in order:
+        by_storage.setdefault(_storage_of(node), []).append(node)
     for node in order:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
+        functional = _functional(node.target)
+        if functional is None:
+            return None
         if any(info.alias_info is not None and info.alias_info.is_write for info in schema.arguments[len(node.args) :]):
-            return False  # an ``out=`` argument
+            return None  # an ``out=`` argument
         for argument, info in zip(node.args, schema.arguments, strict=False):
             if info.alias_info is None or not info.alias_info.is_write:
                 continue
-            if not isinstance(argument, fx.Node):
-                return False
-            value = argument.meta["val"]
-            for alias in by_storage.get(value.untyped_storage()._cdata, []):
+            storage = _storage_of(argument) if isinstance(argument, fx.Node) else None
+            if storage is None:
+                return None
+            for alias in by_storage[storage]:
                 if order[alias] >= order[node]:
                     continue
                 later = [user for user in alias.users if order[user] > order[node]]
                 if later and not _same_view(alias.meta["val"], node.meta["val"]):
-                    return False
+                    return None
                 for user in later:
                     user.replace_input_with(alias, node)
                 if alias.op == "placeholder":
                     node.meta["escapes"] = True
-        node.target = _functional(node.target)
-    module.recompile()
-    return True
+        node.target = functional
+    return fx.GraphModule(module, graph)
+
+
+def _storage_of(node: fx.Node) -> int | None:
+    """What tells apart the memory of the tensors in a graph; None for what is no tensor, or one without a storage."""
+    value = node.meta.get("val")
+    try:
+        return int(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None
+    except NotImplementedError:  # a sparse tensor, or one inside of a vmap
+        return None
 
 
 def _same_view(a: Tensor, b: Any) -> bool:
@@ -276,12 +316,19 @@ def _same_view(a: Tensor, b: Any) -> bool:
     return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
 
 
-def _functional(target: Any) -> Callable[..., Any]:
-    """The out-of-place overload of an in-place ATen operation; the operation itself where there is none."""
-    name = target.overloadpacket.__name__
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    functional: Callable[..., Any] = getattr(packet, target._overloadname, target)
-    return functional
+def _functional(target: Any) -> Callable[..., Any] | None:
+    """The out-of-place form of an in-place ATen operation, which takes the same arguments; None if there is none."""
+    packet = target.overloadpacket
+    if target.namespace != "aten" or not packet.__name__.endswith("_"):
+        return None
+    others = getattr(torch.ops.aten, packet.__name__[:-1], None)
+    names = others.overloads() if others is not None else []
+    overloads = [getattr(others, name) for name in sorted(names, key=lambda name: name != target._overloadname)]
+    return next((overload for overload in overloads if _types(overload) == _types(target)), None)
+
+
+def _types(target: Any) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments]
 
 
 def _at(error: BaseException) -> str:

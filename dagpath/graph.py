@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csgraph, csr_array
 from torch import Tensor, fx
 
-from dagpath.flow.neurons import Ends, NeuronFlow, Tie
+from dagpath.flow.neurons import Ends, NeuronFlow
+from dagpath.flow.ties import Links
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Site:
     """A place in the model: one call of an operation.
 
     Attributes:
-        operation: name of the ATen operation, for example ``conv2d``.
+        operation: name of the ATen operation, for example ``conv2d``; others with their namespace, ``mylib::cut``.
         module: path of the module that made the call, for example ``layer1.0.conv1``.
         source: the line of source code, as ``file:line (code)``.
     """
@@ -32,10 +33,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why neurons are fixed: the call that fixed them, or tied them to something fixed, and the reason in words."""
+    """Why neurons are fixed.
+
+    Attributes:
+        site: the call that fixed them, or tied them to something fixed.
+        reason: the reason in words.
+        tied_to: if they are tied to something fixed, what: the modules of fixed neurons (their own causes say why),
+            ``the model's input``, ``a constant``, ``what softmax in head returns``.
+    """
 
     site: Site
     reason: str
+    tied_to: tuple[str, ...] = ()
 
 
 class NeuronGraph:
@@ -59,6 +68,11 @@ class NeuronGraph:
         causes: the calls that fixed neurons, each a :class:`Cause`.
         without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
+        places: nodes that make neurons -> which neuron stands in each entry of their output (-1: none that they made),
+            broadcastable to its shape.
+        fed: parameter name -> which neuron each element leads into (-1: one that has a place), broadcastable to its
+            shape, for the parameters that lead into neurons without a place.
+        kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
     """
 
@@ -68,25 +82,32 @@ class NeuronGraph:
         self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
         self.without_rule = [site_of(node) for node in flow.without_rule]
         self.cut = frozenset(flow.cut)
-        self.num_neurons = flow.num_neurons
+        self.kept = dict(flow.kept)
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
 
-        left, right, tie_of = _pairs(flow.ties)
-        links = csr_array((np.ones(len(left), np.int8), (left, right)), shape=(self.num_neurons + 1,) * 2)
-        _, component = csgraph.connected_components(links, directed=False)
-        group_of = torch.from_numpy(_number_groups(component))
-        self.group_of: Tensor = group_of[1:]
+        links = Links(flow.ties, flow.num_numbers + 1)
+        group_of = torch.from_numpy(links.groups())
         self.num_groups = int(group_of.max())
         self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
 
-        counts = torch.tensor([count for _, count in flow.makers], dtype=torch.long)
-        self.sites = [site_of(node) for node, _ in flow.makers]
-        self.maker_of: Tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        tie_index = _fixing_ties(links, left, right, tie_of)[1:]
-        used, cause_of = np.unique(tie_index[tie_index >= 0], return_inverse=True)
-        self.causes = [_cause(flow.ties[tie]) for tie in used]
-        self.cause_of: Tensor = torch.full((self.num_neurons,), -1)
-        self.cause_of[torch.from_numpy(tie_index >= 0)] = torch.from_numpy(cause_of)
+        self.sites = [site_of(node) for node, _ in flow.makers if node is not None]
+        index = itertools.count()
+        made = [-1, *(-1 if node is None else next(index) for node, _ in flow.makers)]
+        site_of_number = torch.repeat_interleave(torch.tensor(made), torch.tensor([1, *(n for _, n in flow.makers)]))
+        is_neuron = site_of_number >= 0
+        self.group_of: Tensor = group_of[is_neuron]
+        self.num_neurons = len(self.group_of)
+        self.maker_of: Tensor = site_of_number[is_neuron]
+        neuron_of = torch.where(is_neuron, is_neuron.cumsum(0) - 1, -1)
+        self.places = {
+            node: torch.where(torch.isin(numbers, own), neuron_of[numbers.clamp(min=0)], -1)
+            for node, (numbers, own) in flow.places.items()
+        }
+        placed = torch.cat([torch.tensor([0]), *(own for _, own in flow.places.values())])
+        unplaced = neuron_of.index_fill(0, placed, -1)
+        self.fed = {name: unplaced[end.dst] for name, end in ends.items() if bool((unplaced[end.dst] >= 0).any())}
+        self.causes, cause_of = _find_causes(flow, self.sites, site_of_number.numpy(), links)
+        self.cause_of: Tensor = torch.from_numpy(cause_of)
 
     def __repr__(self) -> str:
         return (
@@ -139,16 +160,60 @@ class NeuronGraph:
             return entries.coalesce().to_sparse_csr()
 
 
-def _cause(tie: Tie) -> Cause:
-    reason = tie.reason if tie.right is None else f"tied by {tie.reason} to something fixed"
-    return Cause(site_of(tie.node), reason)
+def _find_causes(
+    flow: NeuronFlow, sites: Sequence[Site], site_of_number: np.ndarray, links: Links
+) -> tuple[list[Cause], np.ndarray]:
+    """What fixed neurons, and which of these causes fixed each neuron; -1 where it is free."""
+    tie_of, partner_of = links.ways_to_zero()
+    while (unmade := (partner_of > 0) & (site_of_number[partner_of] < 0)).any():
+        partner_of = np.where(unmade, partner_of[partner_of], partner_of)
+    is_neuron = site_of_number >= 0
+    tie_of, partner_of = tie_of[is_neuron], partner_of[is_neuron]
+    fixed = tie_of >= 0
+    used, cause_of_fixed = np.unique(tie_of[fixed], return_inverse=True)
+    cause_of = np.full(len(tie_of), -1)
+    cause_of[fixed] = cause_of_fixed
+    partners: list[list[int]] = [[] for _ in used]
+    for cause, site in np.unique(np.stack([cause_of_fixed, site_of_number[partner_of[fixed]]], 1), axis=0).tolist():
+        partners[cause].append(site)
+    fixing = {tie.node for tie in flow.ties if tie.right is None}
+    causes = []
+    for tie, together in zip((flow.ties[index] for index in used), partners, strict=True):
+        if tie.right is None:
+            causes.append(Cause(site_of(tie.node), tie.reason))
+            continue
+        modules = dict.fromkeys(sites[site].module for site in together if site >= 0)
+        others = _origins(tie.fixed, flow.inputs, fixing) if -1 in together else []
+        causes.append(Cause(site_of(tie.node), f"tied by {tie.reason}", (*modules, *others)))
+    return causes, cause_of
+
+
+def _origins(nodes: Iterable[fx.Node], inputs: Collection[fx.Node], sources: Collection[fx.Node]) -> list[str]:
+    """Where fixed tensors come from: inputs of the model, constants, or the calls among ``sources`` that made them."""
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inputs:
+            found["the model's input"] = None
+        elif node in sources:
+            site = site_of(node)
+            found[f"what {site.operation}{site.module and f' in {site.module}'} returns"] = None
+        else:
+            waiting += node.all_input_nodes
+    return sorted(found) or ["a constant" if seen else "something fixed"]
 
 
 def site_of(node: fx.Node) -> Site:
     """Where in the model's source the call of a node stands."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     packet = getattr(node.target, "overloadpacket", node.target)
-    operation = getattr(packet, "__name__", str(packet)) if node.op == "call_function" else node.op
+    name = getattr(packet, "_qualified_op_name", getattr(packet, "__name__", str(packet)))
+    operation = name.removeprefix("aten::") if node.op == "call_function" else node.op
     return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))
 
 
@@ -163,37 +228,5 @@ def _source_line(stack_trace: str) -> str:
     return found
 
 
-def _pairs(ties: list[Tie]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ties as pairs of neuron numbers, and the index of the tie that each pair came from."""
-    if not ties:
-        nothing = np.zeros(0, np.int64)
-        return nothing, nothing, nothing
-    left = np.concatenate([tie.left.numpy() for tie in ties])
-    right = np.concatenate([(torch.zeros_like(t.left) if t.right is None else t.right).numpy() for t in ties])
-    return left, right, np.repeat(np.arange(len(ties)), [len(tie.left) for tie in ties])
-
-
-def _number_groups(component: np.ndarray) -> np.ndarray:
-    """Component labels renumbered: 0 for the component of neuron number 0, the others in the order they appear."""
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
-
-
 def _lookup(group_of: Tensor, ends: Ends) -> Ends:
     return Ends(group_of[ends.dst], group_of[ends.src])
-
-
-def _fixing_ties(links: csr_array, left: np.ndarray, right: np.ndarray, tie_of: np.ndarray) -> np.ndarray:
-    """For each neuron number the tie on its shortest way to 0; -1 for free neurons and for 0 itself."""
-    size = links.shape[0]
-    order, parent = csgraph.breadth_first_order(links, 0, directed=False, return_predecessors=True)
-    result = np.full(size, -1)
-    reached = order[1:]
-    if len(reached):
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        keys, first = np.unique(low * size + high, return_index=True)
-        wanted = np.minimum(reached, parent[reached]) * size + np.maximum(reached, parent[reached])
-        result[reached] = tie_of[first[np.searchsorted(keys, wanted)]]
-    return result

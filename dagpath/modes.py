@@ -9,7 +9,8 @@ cannot see through (values, unknown tensors, random decisions) counts as a diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,16 +53,73 @@ def modes_agree(model: nn.Module, inputs: Any) -> bool:
 
 
 def batches_agree(model: nn.Module, inputs: Any, others: Any) -> bool:
-    """Do two batch sizes make the same sequence of calls in eval mode, whatever the shapes?"""
+    """Does eval mode make the same calls for two numbers of examples, on tensors that grow with them or not at all?
+
+    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, and what is written into one
+    example overwrites a part of several.
+    """
     try:
         records = [_record(model, chosen, training=False) for chosen in (inputs, others)]
     except Exception:
         return False
-    first, second = ([name for name, _ in record] for record in records)
-    return first == second
+    sizes = [
+        next(t.shape[0] for t in pytree.tree_leaves(i) if isinstance(t, Tensor) and t.ndim) for i in (inputs, others)
+    ]
+    first, second = records
+    return len(first) == len(second) and all(
+        _grows(one, other, sizes) for one, other in zip(first, second, strict=True)
+    )
 
 
-def _record(model: nn.Module, inputs: Any, training: bool) -> list[tuple[str, Any]]:
+def _grows(call: _Call, other: _Call, sizes: Sequence[int]) -> bool:
+    """Are two calls the same but for the number of examples in their tensors?"""
+    if (call.name, call.structure) != (other.name, other.structure):
+        return False
+    for leaf, grown in zip(call.leaves, other.leaves, strict=True):
+        if not isinstance(leaf, _Place) or not isinstance(grown, _Place):
+            if isinstance(leaf, _Place) or isinstance(grown, _Place):
+                return False
+            continue
+        if leaf.origin != grown.origin or len(leaf.shape) != len(grown.shape):
+            return False
+        if any(a != b and a * sizes[1] != b * sizes[0] for a, b in zip(leaf.shape, grown.shape, strict=True)):
+            return False
+    if not (call.leaves and isinstance(call.leaves[0], _Place) and _writes(call.name)):
+        return True
+    part, grown = call.leaves[0], other.leaves[0]
+    return bool(part.shape != grown.shape or part.memory == grown.memory)
+
+
+def _writes(name: str) -> bool:
+    name = name.rpartition(".")[2]
+    return (
+        name == "__setitem__"
+        or (name.startswith("__i") and name.endswith("__"))
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor among the arguments of a call: the parameter, buffer, input or call that it is, its shape, and the bytes
+    of the memory that it is a view of.
+    """
+
+    origin: object
+    shape: tuple[int, ...]
+    memory: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a function. Its arguments as a flat list, tensors replaced by their places."""
+
+    name: str
+    leaves: list[Any]
+    structure: Any
+
+
+def _record(model: nn.Module, inputs: Any, training: bool) -> list[_Call]:
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     state = {name: torch.empty_like(t, device="meta") for name, t in {**parameters, **buffers}.items()}
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
@@ -75,7 +133,8 @@ def _record(model: nn.Module, inputs: Any, training: bool) -> list[tuple[str, An
             outputs = torch.func.functional_call(model, state, args, kwargs)
         if random_states() != before:
             raise _UnclearError("random numbers were drawn in Python")
-    return [*recorder.calls, ("output", recorder.describe(opened(outputs)))]
+    recorder.note("output", opened(outputs))
+    return recorder.calls
 
 
 class _Recorder(TorchFunctionMode):
@@ -83,7 +142,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[_Call] = []
         self._kept: list[Any] = []
         self._known: dict[int, object] = {}
         self._buffers = {id(buffer) for buffer in buffers.values()}
@@ -94,35 +153,37 @@ class _Recorder(TorchFunctionMode):
         self._kept.append(tensor)  # an id is only known while its tensor lives
         self._known[id(tensor)] = origin
 
-    def describe(self, value: Any) -> Any:
-        """The value itself, with tensors replaced by where they come from."""
-        leaves, structure = pytree.tree_flatten(value)
-        return [self._leaf(leaf) for leaf in leaves], structure
+    def note(self, name: str, arguments: Any) -> None:
+        leaves, structure = pytree.tree_flatten(arguments)
+        self.calls.append(_Call(name, [self._leaf(leaf) for leaf in leaves], structure))
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             if id(leaf) not in self._known:
                 raise _UnclearError("a tensor of unknown origin")
-            return self._known[id(leaf)], tuple(leaf.shape)
+            return _Place(self._known[id(leaf)], tuple(leaf.shape), leaf.untyped_storage().nbytes())
         if not isinstance(leaf, _PLAIN):
             raise _UnclearError(f"an argument of type {type(leaf).__name__}")
         return repr(leaf) if isinstance(leaf, slice) else leaf
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__qualname__", str(func))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if tensors and all(id(tensor) in self._buffers for tensor in tensors):
             result = func(*args, **kwargs)
             if id(result) in self._buffers:  # a counter that train mode increases constrains nothing
                 return result
-            described = self.describe((args, kwargs))
+            self.note(name, (args, kwargs))
         elif func in _MODE_DEPENDENT and args:
-            described = self.describe((args[: _MODE_DEPENDENT[func]], kwargs.get("weight"), kwargs.get("bias")))
+            self.note(name, (args[: _MODE_DEPENDENT[func]], kwargs.get("weight"), kwargs.get("bias")))
             result = torch.empty_like(args[0])
         else:
-            described = self.describe((args, kwargs))
+            self.note(name, (args, kwargs))
+            if func is Tensor.__setitem__:  # what is written to is a part of the tensor
+                part = self.calls[-1].leaves
+                part[0] = replace(part[0], shape=tuple(args[0][args[1]].shape))
             result = func(*args, **kwargs)
-        self.calls.append((getattr(func, "__qualname__", str(func)), described))
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
                 if not leaf.is_meta:

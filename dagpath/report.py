@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch
 
 from dagpath.graph import NeuronGraph, Site
 
+_ITSELF = "(the model itself)"
 _MOST_MODULES = 24
-_MOST_REASONS = 12
-_MOST_NAMES = 2
+_MOST_REASONS = 8
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: numbers to the right, words to the left."""
     widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(headings))]
+    numeric = [column > 0 and all(_is_number(row[column]) for row in rows) for column in range(len(headings))]
 
     def line(row: Sequence[str]) -> str:
         cells = (
@@ -38,8 +39,8 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
     facts = explanation(title, graph, train_failure)
     lines = [
         f"{title}: {graph.num_neurons:,} neurons, {facts['free']:,} free in {graph.num_groups:,} groups, "
-        f"{facts['fixed']:,} fixed",
-        f"{graph.num_parameters:,} parameters",
+        f"{facts['fixed']:,} fixed; {graph.num_parameters:,} parameters",
+        "Free neurons may be rescaled, tied ones only together, by one factor a group; fixed ones keep their scale.",
     ]
     if train_failure:
         lines.append(f"train mode could not be captured, so only eval mode is accounted for: {train_failure}")
@@ -47,7 +48,7 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
     if modules:
         rows = [
             (
-                module or "(the model itself)",
+                module or _ITSELF,
                 *(f"{counts[kind]:,}" for kind in ("neurons", "free", "tied", "fixed")),
                 _some(counts["tied_with"]),
             )
@@ -57,20 +58,23 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
         lines += ["", table(headings, rows[:_MOST_MODULES])]
         if len(rows) > _MOST_MODULES:
             lines.append(f"... and {len(rows) - _MOST_MODULES} more modules; explain(format='dict') has them all")
-    reasons = _reasons(facts["causes"])
-    if reasons:
-        lines += ["", "Why neurons are fixed", table(("neurons", "reason", "where"), reasons[:_MOST_REASONS])]
-        if len(reasons) > _MOST_REASONS:
-            lines.append(f"... and {len(reasons) - _MOST_REASONS} more reasons; explain(format='dict') has them all")
-    if facts["without_rule"]:
-        without = [(entry["operation"], _place(entry["module"], entry["source"])) for entry in facts["without_rule"]]
-        lines += ["", "Operations without a rule (what they touch is fixed)"]
-        lines.append(table(("operation", "where"), without[:_MOST_REASONS]))
-        if len(without) > _MOST_REASONS:
-            lines.append(f"... and {len(without) - _MOST_REASONS} more; explain(format='dict') has them all")
+    lines += _section("Why neurons are fixed", _reasons(facts["causes"]), "reasons")
+    operations = dict.fromkeys(entry["operation"] for entry in facts["without_rule"])
+    calls = [_call(name, [e for e in facts["without_rule"] if e["operation"] == name]) for name in operations]
+    lines += _section(
+        "Operations without a rule: what they touch is fixed (dagpath.register_op gives one)", calls, "operations"
+    )
     if facts["not_edges"]:
-        lines += ["", f"Parameters that are never multiplied: {_some(facts['not_edges'])}"]
+        lines += ["", f"Parameters that no rescaling multiplies: {_some(facts['not_edges'])}"]
     return "\n".join(lines)
+
+
+def _section(title: str, entries: Sequence[str], name: str) -> list[str]:
+    if not entries:
+        return []
+    more = len(entries) - _MOST_REASONS
+    rest = [f"... and {more} more {name}; explain(format='dict') has them all"] if more > 0 else []
+    return ["", title, *entries[:_MOST_REASONS], *rest]
 
 
 def explanation(title: str, graph: NeuronGraph, train_failure: str) -> dict[str, Any]:
@@ -78,8 +82,8 @@ def explanation(title: str, graph: NeuronGraph, train_failure: str) -> dict[str,
     fixed = int((graph.group_of == 0).sum())
     counts = torch.bincount(graph.cause_of[graph.cause_of >= 0], minlength=len(graph.causes)).tolist()
     causes = [
-        {"neurons": count, "reason": cause.reason, **_site(cause.site)}
-        for cause, count in zip(graph.causes, counts, strict=True)
+        {"neurons": count, "reason": cause.reason, "tied_to": list(cause.tied_to), "of": of, **_site(cause.site)}
+        for cause, count, of in zip(graph.causes, counts, _modules_of_causes(graph), strict=True)
     ]
     return {
         "model": title,
@@ -89,11 +93,20 @@ def explanation(title: str, graph: NeuronGraph, train_failure: str) -> dict[str,
         "free": graph.num_neurons - fixed,
         "fixed": fixed,
         "modules": module_summary(graph, None),
-        "causes": sorted(causes, key=lambda cause: -int(cause["neurons"])),
+        "causes": causes,
         "without_rule": [_site(site) for site in graph.without_rule],
         "not_edges": list(graph.not_edges),
         "train_failure": train_failure,
     }
+
+
+def _modules_of_causes(graph: NeuronGraph) -> list[list[str]]:
+    """For each cause the modules of the neurons that it fixed."""
+    found: list[dict[str, None]] = [{} for _ in graph.causes]
+    fixed = graph.cause_of >= 0
+    for cause, site in torch.unique(torch.stack([graph.cause_of[fixed], graph.maker_of[fixed]], 1), dim=0).tolist():
+        found[cause][graph.sites[site].module] = None
+    return [list(modules) for modules in found]
 
 
 def _site(site: Site) -> dict[str, str]:
@@ -147,28 +160,39 @@ def fixed_summary(graph: NeuronGraph) -> list[tuple[int, str]]:
 def _summed(causes: Iterable[dict[str, Any]]) -> list[tuple[int, str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for cause in causes:
-        operation = "" if cause["operation"] == "output" else f" ({cause['operation']})"
+        operation = "" if cause["operation"] in ("output", "placeholder") else f" ({cause['operation']})"
         found.setdefault(cause["reason"] + operation, []).append(cause)
     summed = [(sum(cause["neurons"] for cause in group), reason, group) for reason, group in found.items()]
     return sorted(summed, key=lambda row: -row[0])
 
 
-def _reasons(causes: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    rows = []
-    for count, reason, group in _summed(causes):
-        first = min(group, key=lambda cause: str(cause["module"]))
-        place = _place(first["module"], first["source"])
-        rows.append((f"{count:,}", reason, f"{place} and {len(group) - 1} more" if place and group[1:] else place))
-    return rows
+def _reasons(causes: Iterable[dict[str, Any]]) -> list[str]:
+    """Two lines for each reason: the neurons and what fixed them, and where."""
+    summed = _summed(causes)
+    width = max((len(f"{count:,}") for count, *_ in summed), default=0)
+    return [f"{count:>{width},}  {_call(reason, group, width + 2)}" for count, reason, group in summed]
+
+
+def _call(what: str, entries: Sequence[dict[str, Any]], indent: int = 2) -> str:
+    partners = dict.fromkeys(name for entry in entries for name in entry.get("tied_to", []))
+    places = dict.fromkeys(_place(entry["module"], entry["source"]) for entry in entries)
+    places.pop("", None)
+    to = f" to {_some([*partners])}" if partners else ""
+    at = f"\n{' ' * indent}at {_some([*places], 1)}" if places else ""
+    return what + to + at
 
 
 def _place(module: str, source: str) -> str:
     """The module path and the end of the source line's path."""
     line = source.partition(" (")[0]
-    short = "/".join(line.replace("\\", "/").rsplit("site-packages/", maxsplit=1)[-1].split("/")[-3:])
+    short = "/".join(line.replace("\\", "/").split("/")[-2:])
     return ", ".join(part for part in (module, short) if part)
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(name or "(the model itself)" for name in names[:_MOST_NAMES])
-    return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown
+def _some(names: Sequence[str], width: int = 48) -> str:
+    """The first name, and as many more as fit."""
+    words = [name or _ITSELF for name in names]
+    ends = itertools.accumulate(len(word) + 2 for word in words)
+    shown = max(1, sum(end <= width for end in ends))
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return ", ".join(words[:shown]) + more

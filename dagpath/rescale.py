@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of outputs, by the narrowest type among parameters, activations and outputs."""
+_BALANCE_OPTIONS = [name for name in inspect.signature(balance).parameters if name not in ("traced", "criterion")]
 
 
 def rescale_(
@@ -48,6 +50,7 @@ def rescale_(
         The :class:`Rescaling` that was applied; ``inverse().apply_()`` takes it back, up to rounding.
 
     Raises:
+        TypeError: an option that does not exist.
         CaptureError: the model cannot be captured, or its forward raises on the example inputs.
         BalanceError: a weight is not finite.
         VerificationError: the outputs differ by more than rounding explains; the message has the difference.
@@ -64,6 +67,12 @@ def rescale_(
         >>> torch.allclose(net(x), before, atol=1e-5)
         True
     """
+    unknown = [option for option in balance_options if option not in _BALANCE_OPTIONS]
+    if unknown:
+        raise TypeError(
+            f"rescale_() got an unexpected option {unknown[0]!r}; there are criterion, verify, kwargs, "
+            f"{', '.join(_BALANCE_OPTIONS)}"
+        )
     start = time.perf_counter()
     traced = trace(model, example_inputs, kwargs)
     rescaling = balance(traced, criterion, **balance_options)

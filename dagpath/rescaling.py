@@ -30,6 +30,7 @@ _FOUND = (
     "rounding_loss",
 )
 """What is saved beside the factors."""
+_SMALLER = "rescale by less (a smaller bound of balance or rescale_, a smaller sigma of random_rescaling)"
 _CHUNK = 1 << 18
 """Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
 
@@ -288,13 +289,13 @@ def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor, exact: 
         if exact and not torch.equal(part.double(), product):
             raise BalanceError(
                 f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
-                f"{float(dst.max() / src.min()):.3g}, values leave the range in which {parameter.dtype} is exact; use "
-                "a smaller bound, power_of_two=False, or a wider type"
+                f"{float(dst.max() / src.min()):.3g}, values leave the range in which {parameter.dtype} is exact; "
+                f"{_SMALLER}, with power_of_two=False, or in a wider type"
             )
         if not bool(torch.isfinite(part).all()):
             raise BalanceError(
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
-                f"{parameter.dtype}; balance with a smaller bound, or convert the model to a wider type first"
+                f"{parameter.dtype}; {_SMALLER}, or convert the model to a wider type first"
             )
 
 

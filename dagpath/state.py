@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -49,15 +50,16 @@ def random_states() -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put ``model`` in train or eval mode; afterwards every attribute, buffer and random state is what it was."""
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    registered = [
-        (registry, dict(registry))
-        for module in model.modules()
-        for registry in (module._buffers, module._parameters, module._modules)
+    """Put ``model`` in train or eval mode; afterwards every attribute, tensor and random state is what it was."""
+    modules = list(model.modules())
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    contents = [
+        _content(value) for _, saved in attributes for value in saved.values() if isinstance(value, _CONTAINERS)
     ]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    own_train = [module for module in modules if type(module).train is not nn.Module.train]  # it may merge weights
+    parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
+    values = [(tensor, tensor.detach().clone()) for tensor in (*parameters.values(), *model.buffers())]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), python_random_state():
         try:
@@ -65,15 +67,31 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
                 model.train(training)
             yield
         finally:
-            for current, saved in (*attributes, *registered):
+            for current, saved in attributes:
                 current.clear()
                 current.update(saved)
+            for put_back in contents:
+                put_back()
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
             with torch.no_grad():
-                for buffer, values in buffers:
-                    if not buffer.is_meta and not torch.equal(buffer, values):
-                        buffer.copy_(values)
+                for tensor, before in values:
+                    if not tensor.is_meta and not torch.equal(tensor, before):
+                        tensor.copy_(before)
+
+
+_CONTAINERS = (dict, list, set)
+
+
+def _content(container: Any) -> Callable[[], None]:
+    """Remembers what a dictionary, list or set contains; call the result to put it back."""
+    saved = copy.copy(container)
+
+    def put_back() -> None:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(saved)
+
+    return put_back
 
 
 @contextlib.contextmanager

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import Unknown, operation_of
+from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
 from dagpath.state import plain_computation, unwrap
+
+Flow = TypeVar("Flow", bound=MassFlow)
 
 
 class TracedModel:
@@ -45,19 +46,31 @@ class TracedModel:
     def __repr__(self) -> str:
         return f"TracedModel({type(self.model).__name__}, {self.graph!r})"
 
-    def masses(self, power: float, dtype: torch.dtype = torch.float64, **options: Any) -> MassFlow:
-        """A pass over the eval graph that sums ``|Φ|^power`` over paths, at the parameters' current values."""
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        return MassFlow(self.captured.eval, parameters, operation_of, power, dtype, cut=self.graph.cut, **options)
+    def masses(self, kind: type[Flow], **options: Any) -> Flow:
+        """A pass over the eval graph that sums masses over paths.
+
+        Args:
+            kind: the class of the pass, which says what the mass of a path is.
+            **options: its own options, and ``parameters`` in place of the model's own at their current values.
+        """
+        parameters = options.pop("parameters", None) or {name: p.detach() for name, p in self.model.named_parameters()}
+        return kind(self.captured.eval, parameters, operation_of, self.graph.cut, self.graph.kept, **options)
 
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.
 
         Args:
-            format: ``"text"`` for one screen of text; ``"dict"`` for programs, with nothing left out: ``neurons``,
-                ``groups``, ``parameters``, ``free``, ``fixed``, ``modules`` (path -> counts and ``tied_with``),
-                ``causes`` (``neurons``, ``reason``, ``operation``, ``module``, ``source``), ``without_rule``,
-                ``not_edges`` and ``train_failure``.
+            format: ``"text"`` for one screen of text; ``"dict"`` for programs, with nothing left out:
+
+                - ``neurons``, ``free``, ``fixed``, ``groups`` (free ones), ``parameters``: numbers;
+                - ``modules``: path -> numbers of ``neurons``, ``free``, ``tied`` (free, in a group with others) and
+                  ``fixed``, and the modules that they are ``tied_with``;
+                - ``causes``, what fixed neurons, in the model's order: how many ``neurons`` ``of`` which modules, the
+                  ``reason``, what they are ``tied_to`` (as in :class:`dagpath.graph.Cause`; empty where they are
+                  fixed for their own sake), and where: ``operation``, ``module``, ``source``;
+                - ``without_rule``: ``operation``, ``module`` and ``source`` of operations that dagpath does not know;
+                - ``not_edges``: parameters that no rescaling multiplies;
+                - ``train_failure``: why train mode could not be captured, or empty.
 
         Returns:
             The text, or the dictionary. The source line is that of the innermost ``forward`` method outside of
@@ -70,7 +83,7 @@ class TracedModel:
             >>> import torch, dagpath
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
             >>> print(dagpath.trace(net, torch.zeros(1, 4)).explain())  # doctest: +ELLIPSIS
-            Sequential: 10 neurons, 8 free in 8 groups, 2 fixed
+            Sequential: 10 neurons, 8 free in 8 groups, 2 fixed; 58 parameters
             ...
         """
 
@@ -104,7 +117,8 @@ def trace(
             ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and
             :meth:`TracedModel.explain` names them.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``. Dimension 0 of tensors is
-            the batch; its size does not matter.
+            the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
+            models do whose dimension 0 is a sequence): give it as many then as it is used with.
         kwargs: keyword arguments of ``model.forward``.
 
     Raises:
@@ -133,7 +147,7 @@ def trace(
             f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
             f"{type(example_inputs).__name__}"
         )
-    captured = capture(model, args, kwargs or {})
+    captured = capture(model, args, kwargs or {}, is_compound)
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "

@@ -24,7 +24,7 @@ def _write_operations(app: object) -> None:
 
     rules: dict[str, list[str]] = {}
     for name, rule in registered().items():
-        if isinstance(rule, Unknown):
+        if isinstance(rule, Unknown) and rule.known:
             text = f"Fixed: {rule.reason}."
         else:
             text = (type(rule).__doc__ or "").strip().splitlines()[0]

@@ -74,6 +74,19 @@ def half_then_slice(m, x):
     return m.head(y)
 
 
+def last_example_overwritten(m, x):
+    y = m.a(x).clone()
+    y[-1] = 1.0
+    return m.head(F.relu(y))
+
+
+def last_example_from_another_layer(m, x):
+    y = m.a(x).clone()
+    y[-1].zero_()
+    y[-1] += m.b(x)[-1]
+    return m.head(F.relu(y))
+
+
 def indices(m, x):
     y = m.a(x)
     return m.head(y * y.max(1, keepdim=True).indices)
@@ -85,6 +98,9 @@ FUNCTIONS = {
     "maximum of two": lambda m, x: m.head(torch.max(m.a(x), m.b(x)) + m.a(x)),
     "minimum of two": lambda m, x: m.head(torch.min(m.a(x), m.b(x))),
     "cast and back": lambda m, x: m.head(m.a(x).int().float()),
+    "float16 and back": lambda m, x: m.head((1e-3 * m.a(x)).half().float()),
+    "weight in float16": lambda m, x: m.head(F.relu(m.b(x)) + F.linear(x, (1e-4 * m.a.weight).half().float())),
+    "copy into float16": lambda m, x: m.head(torch.zeros(len(x), 6, dtype=torch.float16).copy_(1e-3 * m.a(x)).float()),
     "type_as": lambda m, x: m.head(m.a(x).type_as(torch.zeros(1, dtype=torch.int64)).type_as(x)),
     "integer sum": lambda m, x: m.head(m.a(x).unsqueeze(1).detach().sum(1, dtype=torch.int64).float()),
     "integer slices": integer_slices,
@@ -108,6 +124,12 @@ FUNCTIONS = {
     "sum over another axis": lambda m, x: m.head(m.a(x) + m.b(x).sum(1, keepdim=True)),
     "broadcast of a row": lambda m, x: m.head(m.a(x) + m.b(x)[:1]),
     "mean over the batch": lambda m, x: m.head(m.a(x) - m.a(x).mean(0)),
+    "first and other examples": lambda m, x: m.head(F.relu(torch.cat([m.a(x)[:1], m.b(x)[1:]]))),
+    "three examples and the others": lambda m, x: m.head(F.relu(torch.cat([m.a(x[:3]), m.b(x[3:])]))),
+    "split examples": lambda m, x: m.head(torch.cat([m.a(x.split([1, 3])[0]), m.b(x.split([1, 3])[1])])),
+    "layer by the number of examples": lambda m, x: m.head(m.a(x) if len(x) == 1 else m.b(x)),
+    "last example overwritten": last_example_overwritten,
+    "last example from another layer": last_example_from_another_layer,
     "max pool over channels": lambda m, x: m.head(F.max_pool1d(m.a(x).unsqueeze(1), 3, 1, 1).squeeze(1)),
     "unbound constants": lambda m, x: m.head(m.a(x) * torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5, 1.0])),
     "dropout always on": lambda m, x: m.head(F.dropout(m.a(x), 0.5)),
@@ -247,6 +269,12 @@ def test_a_model_that_builds_itself_is_left_as_it_was():
     assert type(net.layer.weight) is nn.Parameter
 
 
+def test_a_model_without_shapes_is_refused():
+    net = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(dagpath.CaptureError, match=r"'0\.weight' has no shape yet: run the model once"):
+        dagpath.trace(net, torch.randn(4, 5))
+
+
 def test_a_shape_that_depends_on_values_is_refused():
     net = Net(lambda m, x: m.head(m.a(x).repeat_interleave(torch.tensor([2] * 3 + [0] * 3), 1)))
     with pytest.raises(dagpath.CaptureError, match="depends on the values of the input"):
@@ -260,3 +288,115 @@ def test_a_frozen_part_without_gradients_is_followed():
         return m.head(y + F.relu(m.b(x)))
 
     assert_exact(Net(forward), torch.randn(4, 5))
+
+
+class MergesInEval(nn.Linear):
+    """A low-rank update that eval mode adds to the stored weight, and train mode takes out of it again."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.randn(sizes[1], 2))
+        self.merged = False
+
+    def train(self, mode: bool = True):
+        if self.merged == mode:
+            self.weight.data += (self.up @ self.down) * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.up @ self.down, self.bias)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_whose_mode_changes_its_weights_is_left_as_it_was(training):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), MergesInEval(6, 7), nn.ReLU(), nn.Linear(7, 2)).train(training)
+    x = torch.randn(4, 5)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    traced = dagpath.trace(net, x)
+    assert traced.graph.num_groups == 6 + 7 + 2
+    for parameter, values in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter, values)
+    assert net[2].merged is not training
+    assert_exact(net, x)
+
+
+def test_what_a_forward_collects_is_forgotten():
+    def forward(m, x):
+        y = m.a(x)
+        m.seen.append(y)
+        m.last["y"] = y
+        return m.head(y)
+
+    net = Net(forward)
+    net.seen, net.last = [], {"old": 1}
+    dagpath.trace(net, torch.randn(4, 5))
+    assert (net.seen, net.last) == ([], {"old": 1})
+
+
+def test_a_buffer_that_is_written_fixes_what_it_reads_however_the_graph_is_made_functional():
+    def forward(m, x):
+        y = F.relu(m.a(x))
+        m.average.add_(y.mean(0).detach())
+        z = m.b(x)
+        z[:, 3:].mul_(2.0)  # a write through a view
+        return m.head(y) + m.tail(F.relu(z))
+
+    net = Net(forward, tail=nn.Linear(6, 2))
+    net.register_buffer("average", torch.zeros(6))
+    assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 6
+
+
+def test_an_in_place_operation_without_an_equal_is_followed():
+    net = Net(
+        lambda m, x: m.head(F.relu(m.a(x)) * m.mask.abs().pow_(2) + F.linear(m.b(x), m.eye.clone().fill_diagonal_(2)))
+    )
+    net.register_buffer("mask", torch.randn(6))
+    net.register_buffer("eye", torch.zeros(6, 6))
+    traced = assert_exact(net, torch.randn(4, 5))
+    assert traced.graph.num_groups == 1
+
+
+@pytest.mark.parametrize(("options", "groups"), [({}, 6), ({"nan": 1.0}, 0), ({"posinf": 3.0}, 0)])
+def test_what_stands_in_for_nan_has_no_scale_but_zero(options, groups):
+    net, x = Net(lambda m, x: m.head(torch.nan_to_num(m.a(x), **options))), torch.randn(4, 5)
+    x[0, 0], x[1, 1] = float("nan"), float("inf") if options else 0.0
+    traced, before = dagpath.trace(net, x), net(x)
+    assert traced.graph.num_groups == groups
+    dagpath.random_rescaling(traced, power_of_two=True).apply_()
+    assert torch.equal(net(x), before)
+
+
+def test_what_is_not_used_constrains_nothing():
+    def forward(m, x):
+        y = F.relu(m.a(x))
+        m.b(y.softmax(1)).sum()
+        return m.head(y)
+
+    traced = assert_exact(Net(forward, b=nn.Linear(6, 6)), torch.randn(4, 5))
+    assert traced.graph.num_groups == 6
+    assert not traced.graph.causes[0].reason.startswith("enters")
+
+
+@pytest.mark.parametrize(
+    ("function", "groups"),
+    [
+        (lambda m, x: m.head(F.relu(m.a(x)) @ torch.eye(6).to_sparse()), 1),
+        (lambda m, x: m.head(m.a(x).to_sparse().to_dense()), 0),
+        (lambda m, x: m.head(torch.vmap(lambda z: F.relu(m.a(z)))(x)), 0),
+        (lambda m, x: torch.vmap(lambda z: m.head(m.a(z).relu_()))(x), 6),
+    ],
+)
+def test_sparse_tensors_and_vmap_are_captured(function, groups):
+    assert assert_exact(Net(function), torch.randn(4, 5)).graph.num_groups == groups
+
+
+def test_a_constant_made_in_the_shape_of_an_activation_is_a_constant():
+    def forward(m, x):
+        return m.head(F.relu(m.a(x))) + m.head(m.b(torch.ones_like(x)))
+
+    traced = dagpath.trace(Net(forward).double(), torch.randn(4, 5, dtype=torch.float64))
+    norm = dagpath.path_norm(traced)
+    dagpath.random_rescaling(traced, 3.0).apply_()
+    assert dagpath.path_norm(traced) == pytest.approx(norm, rel=1e-9)

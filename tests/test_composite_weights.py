@@ -200,7 +200,6 @@ def test_a_computed_weight_that_is_read_elsewhere_pins_its_parts(reader):
         lambda m: m.w + F.normalize(m.b @ m.a),
         lambda m: (m.w + m.b @ m.a).tanh(),
         lambda m: F.normalize(m.w + m.b @ m.a, dim=1),
-        lambda m: m.w @ torch.eye(4),
     ],
 )
 def test_a_weight_made_with_a_constant_ties_its_inputs_to_its_outputs(weight):

@@ -1,9 +1,7 @@
 """Path quantities do not change under a rescaling, and balancing works, where values are infinite, random or cut."""
 
-import copy
 import itertools
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,41 +9,7 @@ from torch import Tensor, nn
 import dagpath
 from dagpath.ops import base
 
-
-class Net(nn.Module):
-    """A function of the module and its input, with some parts."""
-
-    def __init__(self, function, **parts) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-def assert_invariant(net: nn.Module, x: Tensor) -> dagpath.TracedModel:
-    """Bitwise the same function, the same path norm, and the same minimum of ``F`` from a rescaled copy."""
-    net = net.double().eval()
-    x = x.double()
-    traced = dagpath.trace(net, x)
-    expected, norm, gram = (
-        dagpath.balance(traced).objective[1],
-        dagpath.path_norm(traced),
-        dagpath.gram_diagonal(traced),
-    )
-    with torch.no_grad():
-        before = net(x)
-        rescaling = dagpath.random_rescaling(traced, 2.0, power_of_two=True, generator=torch.Generator().manual_seed(0))
-        rescaling.apply_()
-        assert torch.equal(net(x), before)
-    assert dagpath.path_norm(traced) == pytest.approx(norm, rel=1e-10)
-    multipliers = rescaling.multipliers()
-    moved = sum(float(multipliers[name].log().expand(g.shape)[g > 0].sum()) for name, g in gram.items())
-    assert dagpath.balance(traced).objective[1] == pytest.approx(expected - 2 * moved, rel=1e-9, abs=1e-6)
-    assert dagpath.rescale_(copy.deepcopy(net), x).converged
-    return traced
+from invariance import Net, assert_invariant
 
 
 def test_padding_with_minus_infinity_is_right_under_any_scale():
@@ -120,22 +84,22 @@ def test_a_movement_without_a_derivative_can_be_balanced(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-@torch.library.custom_op("dagpath_tests::larger", mutates_args=())
-def larger(first: Tensor, second: Tensor) -> Tensor:
-    return torch.maximum(first, second)
+@torch.library.custom_op("dagpath_tests::largest", mutates_args=())
+def largest(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    return torch.maximum(torch.maximum(first, second), third)
 
 
-@larger.register_fake
-def _(first, second):
+@largest.register_fake
+def _(first, second, third):
     return torch.empty_like(first)
 
 
 def test_a_rule_that_does_not_fit_cuts_the_paths_as_it_fixes_the_neurons(monkeypatch):
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    dagpath.register_op("dagpath_tests::larger", "choice")  # whose arguments have other names
+    dagpath.register_op("dagpath_tests::largest", "choice")  # which is one of two tensors, not of three
     torch.manual_seed(0)
     net = Net(
-        lambda m, x: m.c(torch.relu(m.head(larger(m.a(x), m.b(x))))),
+        lambda m, x: m.c(torch.relu(m.head(largest(m.a(x), m.b(x), m.a(x))))),
         **{name: nn.Linear(*sizes) for name, sizes in zip("abc", itertools.repeat((4, 6)), strict=False)},
         head=nn.Linear(6, 4),
     )

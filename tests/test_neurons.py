@@ -227,11 +227,6 @@ def test_a_gate_is_fixed_and_what_it_multiplies_stays_free():
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
 
-def test_a_product_of_two_free_tensors_is_fixed():
-    net = Fn(lambda m, x: m.head(m.a(x) * m.b(x)), a=nn.Linear(4, 6), b=nn.Linear(4, 6), head=nn.Linear(6, 2))
-    assert groups(net, 1, 4) == 0
-
-
 def test_a_weight_in_two_places_has_the_same_ends_in_both():
     net = Fn(lambda m, x: m.head(F.relu(m.a(F.relu(m.a(x))))), a=nn.Linear(4, 4), head=nn.Linear(4, 2))
     assert groups(net, 1, 4) == 0  # its first source is the input, which is fixed

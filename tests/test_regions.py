@@ -64,6 +64,12 @@ def slice_written_in_autocast(m, x):
     return m.head(y.float())
 
 
+def float16_beside_a_compound(m, x):
+    with torch.autocast("cpu", torch.float16):
+        y = F.relu(m.a(1e-3 * x))
+    return m.head(torch.addcmul(y.float(), F.relu(m.b(x)), torch.ones(6)))  # is taken apart, and regions with it
+
+
 def with_constants(m, x):
     with torch.autocast("cpu", torch.bfloat16):
         weight = F.linear(torch.ones(6, 5), torch.full((6, 5), 0.3))  # bfloat16 only because of the region
@@ -78,6 +84,7 @@ FREE = {
     "autocast that is disabled": (in_autocast("cpu", enabled=False), 6),
     "autocast of another device": (in_autocast("cuda", enabled=False), 6),
     "autocast to float16": (in_autocast("cpu", torch.float16), 0),
+    "autocast to float16 beside a compound operation": (float16_beside_a_compound, 0),
     "no_grad inside autocast": (no_grad_inside_autocast, 6),
     "autocast inside autocast": (autocast_inside_autocast, 6),
     "written in place": (written_in_place, 0),

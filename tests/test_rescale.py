@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -278,6 +279,23 @@ def test_a_model_that_cannot_be_captured_is_an_error_that_names_the_line(model, 
     assert unchanged(model, before)
 
 
+class BranchesInTraining(Branches):
+    def forward(self, x):
+        print("computing", file=sys.stderr)
+        return super().forward(x) if self.training else self.layer(x)
+
+
+def test_only_the_model_itself_prints_where_a_graph_cannot_be_captured(capfd):
+    with pytest.raises(dagpath.CaptureError):
+        dagpath.trace(Branches(), torch.ones(2, 3))
+    assert capfd.readouterr() == ("", "")
+    with pytest.warns(UserWarning, match=r"cannot be captured in train mode .*if x\.sum\(\) > 0:"):
+        dagpath.trace(BranchesInTraining(), torch.ones(2, 3))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert set(printed.err.splitlines()) == {"computing"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -294,6 +312,12 @@ def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dagpath.rescale_(net, torch.zeros(1, 3), **options)
     assert unchanged(net, before)
+
+
+def test_an_option_that_does_not_exist_is_refused_before_anything_is_traced():
+    expected = r"rescale_\(\) got an unexpected option 'tolerance'; .*verify, kwargs, solver, tol, .*device"
+    with pytest.raises(TypeError, match=expected):
+        dagpath.rescale_(Raises(), torch.zeros(1, 3), tolerance=1)
 
 
 def test_a_wrong_rule_is_caught_and_everything_restored(monkeypatch):
@@ -355,7 +379,7 @@ def test_an_overflow_of_a_half_type_is_refused():
     found = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 2).half()))
     found.log_scales.fill_(3.0)
     before = snapshot(net)
-    with pytest.raises(dagpath.BalanceError, match=r"0.weight.*float16"):
+    with pytest.raises(dagpath.BalanceError, match=r"0.weight.*float16; rescale by less .* smaller sigma"):
         found.apply_()
     assert unchanged(net, before)
 
@@ -520,7 +544,7 @@ def test_powers_of_two_that_a_half_type_cannot_hold_are_refused():
     traced = dagpath.trace(net, torch.zeros(1, 2).half())
     before = snapshot(net)
     scales = torch.full((2,), -math.log(2), dtype=torch.float64)
-    with pytest.raises(dagpath.BalanceError, match="exact"):
+    with pytest.raises(dagpath.BalanceError, match=r"float16 is exact; rescale by less \(a smaller bound"):
         dagpath.Rescaling(traced, scales, power_of_two=True).apply_()
     assert unchanged(net, before)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OperatorBase
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.values import Call
@@ -18,9 +19,16 @@ class NotConstantError(Exception):
 
 
 class Constants:
-    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone."""
+    """Evaluates nodes of a captured graph that depend on buffers, constants and the given parameters alone.
 
-    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor]) -> None:
+    Args:
+        graph: the graph.
+        parameters: the parameters' values by name.
+        records: can the values be differentiated with respect to the parameters'?
+    """
+
+    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor], records: bool = False) -> None:
+        self._records = records
         self._graph = graph
         self._parameters = parameters
         self._known: dict[fx.Node, Any] = {}
@@ -41,14 +49,38 @@ class Constants:
             found = self._graph.tensors.get(node.name) if name is None else self._parameters.get(name)
             if found is None or found.is_meta:
                 raise NotConstantError(node.name)
-            return found.detach()
+            return found if self._records else found.detach()
         if node.op == "get_attr":
             return getattr(self._graph.module, str(node.target))
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or not _is_function(node.target) or _is_random(node):
             raise NotConstantError(node.name)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self)
-        with torch.no_grad(), node.meta.get("context", contextlib.nullcontext)():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        known = self._shape if node.target in _OF_A_SHAPE else self
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
+        with torch.set_grad_enabled(self._records), node.meta.get("context", contextlib.nullcontext)():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return value.zero_() if node.target in _EMPTY else value
+
+    def _shape(self, node: fx.Node) -> Any:
+        """Any tensor of the node's shape, type and device; the value of a number."""
+        fake = node.meta["val"]
+        if not isinstance(fake, Tensor):
+            return self(node)
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
+_ATEN = torch.ops.aten
+_EMPTY = {_ATEN.empty.memory_format, _ATEN.empty_like.default, _ATEN.new_empty.default}
+"""Memory that nothing was written to: taken for zeros, so that two runs see the same."""
+_OF_A_SHAPE = {
+    *(_ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.empty_like.default),
+    *(_ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_full.default, _ATEN.new_empty.default),
+}
+"""What these make of a tensor that depends on the input is constant nevertheless."""
+
+
+def _is_function(target: Any) -> bool:
+    """Operations are, and arithmetic on numbers; other Python functions may do anything, such as enter a ``vmap``."""
+    return isinstance(target, OperatorBase) or getattr(target, "__module__", "") in ("_operator", "math")
 
 
 def _is_random(node: fx.Node) -> bool:

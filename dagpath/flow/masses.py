@@ -1,8 +1,9 @@
 """Sums over paths: the graph of operations run on path masses in place of activations.
 
-With ``|θ|^q`` for every parameter, ``|c|^q`` for every constant, a maximum replaced by a sum and a mean by a sum of
-edges of weight ``(1/k)^q``, feeding ones gives ``Σ |Φ|^q`` over all paths that end in an output; its derivative with
-respect to ``|θ|^q`` gives the mass through each parameter. One forward and one backward pass.
+Every edge has a mass, its weight's absolute value to some power, say; a path's mass is the product of its edges'. With
+a maximum replaced by a sum and a mean by a sum of edges of weight ``1/k``, feeding ones gives the mass of all paths to
+an output; its derivative with respect to the mass of an edge is the mass of all paths through it, without that edge.
+One forward and one backward pass. What the mass of an edge is, a subclass of :class:`MassFlow` says.
 
 Masses leave the floating-point range in deep networks, so each tensor carries a power of two beside its values.
 """
@@ -10,7 +11,7 @@ Masses leave the floating-point range in deep networks, so each tensor carries a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,8 +27,12 @@ _HEADROOM = {torch.float64: 128, torch.float32: 16}
 """Values between 2**-h and 2**h are left alone: one operation moves them far less than the type's range over h."""
 
 
-_FAST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
+FAST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Memory formats by number of dimensions: float64 convolutions are a quarter faster in these on a CPU."""
+
+
+Coefficient = Callable[[Callable[[Mass], Tensor]], Tensor]
+"""Computes a tensor from constants, given what reads the true values of a mass that depends on no input."""
 
 
 class MassRule(Protocol):
@@ -41,15 +46,19 @@ class MassRule(Protocol):
 class MassFlow(fx.Interpreter):
     """Runs a captured graph on masses.
 
+    Attributes:
+        records: do passes record what a backward pass needs?
+        outputs: the masses at the model's outputs, once the graph was run.
+        sinks: the masses at all ends of paths: those, and what enters operations that cut paths.
+        layers: the calls that are parametrized linear layers.
+
     Args:
         graph: the eval graph of a model.
         parameters: the parameters' values by name.
         rule: finds the rule of a call's target.
-        power: the exponent q.
-        dtype: float64, or float32 for speed.
-        on_gradient: if given, ``total().backward()`` calls it with the name of each parameter and the derivative of
-            the total mass with respect to ``|θ|^q``, as soon as it is complete, and then frees it.
         cut: calls through which no path goes, because their rule did not fit them.
+        kept: which factor paths go through, for calls that multiply two activations.
+        dtype: float64, or float32 for speed.
     """
 
     def __init__(
@@ -57,30 +66,61 @@ class MassFlow(fx.Interpreter):
         graph: CapturedGraph,
         parameters: Mapping[str, Tensor],
         rule: Callable[[Any], MassRule],
-        power: float,
-        dtype: torch.dtype = torch.float64,
-        on_gradient: Callable[[str, Tensor], None] | None = None,
         cut: Container[fx.Node] = (),
+        kept: Mapping[fx.Node, int] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__(graph.module)
         self.graph_inputs = graph
-        self.exponent_q = power
         self.dtype = dtype
-        self._parameters = parameters
+        self.parameters = parameters
         self._rule = rule
-        self._on_gradient = on_gradient
         self._cut = cut
+        self._kept = kept or {}
+        self.records = False
         self.real_node = Constants(graph, parameters)
+        self.layers: set[fx.Node] = set()
         self.sinks: list[Mass] = []
+        self.outputs: list[Mass] = []
         self.device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
+
+    # -- what the mass of an edge is: for subclasses -----------------------------------------------------------------
+
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        """The masses of a parameter's elements: values, and the power of two beside them."""
+        raise NotImplementedError
+
+    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+        """The masses of edges of constant weights: values, and the power of two beside them."""
+        raise NotImplementedError
+
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+        """The masses of edges of weight ``Σ coefficient · parameter``; one part may have no parameter."""
+        raise NotImplementedError
+
+    def layer(self, values: Tensor) -> Tensor:
+        """The masses of paths once they have crossed a parametrized linear layer."""
+        return values
+
+    def settled(self, values: Tensor) -> tuple[Tensor, int | None]:
+        """Computed values, brought back near one where they drift away, and by how much; None if all are zero."""
+        top = self.exponent_of(values)
+        if top == NOTHING:
+            return values, None
+        return (self.shifted(values, -top), top) if abs(top) > _HEADROOM[self.dtype] else (values, 0)
 
     # -- running a graph -------------------------------------------------------------------------------------------
 
-    def total(self) -> Mass:
-        """Σ |Φ|^q over all paths, as a mass of one entry."""
+    def run_graph(self) -> None:
+        """Run the whole graph."""
         placeholders = sum(node.op == "placeholder" for node in self.graph_inputs.module.graph.nodes)
-        with torch.set_grad_enabled(self._on_gradient is not None):
+        with torch.set_grad_enabled(self.records):
             self.run(*[None] * placeholders, enable_io_processing=False)
+
+    def total(self) -> Mass:
+        """The sum over all paths, as a mass of one entry."""
+        self.run_graph()
+        with torch.set_grad_enabled(self.records):
             exponent = max((sink.magnitude for sink in self.sinks), default=NOTHING)
             if exponent == NOTHING:
                 return Mass(torch.zeros((), dtype=self.dtype, device=self.device), zero=True)
@@ -95,14 +135,12 @@ class MassFlow(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
-        if name is not None and self._parameters[name].is_floating_point():
-            return self._parameter(name)
-        if name is not None:
-            return self.constant(self._parameters[name])
-        tensor = self.graph_inputs.tensors.get(str(target))
-        if tensor is not None:
-            return self.constant(tensor)
-        return self._inputs(self.node.meta.get("val"))
+        if name is not None and self.parameters[name].is_floating_point():
+            values, exponent = self.parameter(name)
+            return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING, params=True)
+        if name is not None or str(target) in self.graph_inputs.tensors:
+            return self.evaluated()
+        return self.inputs(self.node.meta.get("val"))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         call = Call(target, args, dict(kwargs), self.node)
@@ -111,34 +149,30 @@ class MassFlow(fx.Interpreter):
         if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
             return self.barrier(call) if self.node in self._cut else rule.mass(self, call)
         try:
-            return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
+            return self.evaluated()
         except NotConstantError:
-            return self._inputs(call.output)
+            return self.inputs(call.output)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return self.constant(value) if isinstance(value, Tensor) else value
+        return self.evaluated()
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.sinks += [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Mass)]
+        self.outputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Mass)]
+        self.sinks += self.outputs
 
-    def _parameter(self, name: str) -> Mass:
-        values = self.power(self._parameters[name].detach())
-        visit = self._on_gradient
-        if visit is not None:
-            values.requires_grad_(True)
+    def evaluated(self) -> Any:
+        """The masses of a node that depends on no input: constant edges.
 
-            def hand_over(leaf: Tensor) -> None:  # must not refer to the flow: autograd's cycles are never collected
-                gradient, leaf.grad = leaf.grad, None
-                assert gradient is not None
-                visit(name, gradient)
+        Raises:
+            NotConstantError: it has no fixed value.
+        """
+        return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
 
-            values.register_post_accumulate_grad_hook(hand_over)
-        return Mass(values, zero=self.exponent_of(values) == NOTHING, params=True)
+    def inputs(self, output: Any) -> Any:
+        """Inputs of the network in the shape of ``output`` (the fake tensors of a node): masses of one."""
 
-    def _inputs(self, output: Any) -> Any:
         def one(fake: Tensor) -> Mass:
-            layout = _FAST_LAYOUT.get(fake.ndim, torch.contiguous_format)
+            layout = FAST_LAYOUT.get(fake.ndim, torch.contiguous_format)
             ones = torch.ones(fake.shape, dtype=self.dtype, device=self.device)
             return Mass(ones.contiguous(memory_format=layout), data=True)
 
@@ -146,21 +180,13 @@ class MassFlow(fx.Interpreter):
 
     # -- what operations call --------------------------------------------------------------------------------------
 
-    def power(self, value: Any) -> Any:
-        """``|value|^q``, of a number or a tensor (in the dtype of the masses)."""
-        if not isinstance(value, Tensor):
-            return abs(value) ** self.exponent_q
-        value = value.abs() if value.is_complex() else value
-        layout = _FAST_LAYOUT.get(value.ndim, torch.preserve_format)
-        copy = value.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
-        return copy.square_() if self.exponent_q == 2 else copy.abs_().pow_(self.exponent_q)
-
     def constant(self, tensor: Tensor) -> Mass:
         """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
-        values = self.power(tensor)
-        if bool(values.isinf().any()):
-            values = values.masked_fill(values.isinf(), 0.0)
-        return Mass(values, zero=self.exponent_of(values) == NOTHING)
+        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        tensor = tensor.abs() if tensor.is_complex() else tensor
+        infinite = tensor.isinf()
+        values, exponent = self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
+        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
 
     def number(self, value: Any) -> Mass:
         """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
@@ -173,13 +199,27 @@ class MassFlow(fx.Interpreter):
         value: Tensor = self.real_node(mass.node)
         return value.detach().to(self.device, torch.float64)
 
-    def result(self, parents: list[Mass], values: Tensor, exponent: int) -> Mass:
-        """A computed mass; its values are brought back near one where they drift away."""
-        top = self.exponent_of(values)
-        if top != NOTHING and abs(top) > _HEADROOM[self.dtype]:
-            values, exponent = self.shifted(values, -top), exponent + top
+    def result(self, parents: list[Mass], values: Tensor, exponent: int, layer: bool = False) -> Mass:
+        """A computed mass; its values are brought back near one where they drift away.
+
+        Args:
+            parents: what it was computed from.
+            values: its values.
+            exponent: the power of two beside them.
+            layer: did the paths cross a parametrized linear layer?
+        """
+        if layer:
+            self.layers.add(self.node)
+            values = self.layer(values)
+        values, shift = self.settled(values)
         data, params = any(parent.data for parent in parents), any(parent.params for parent in parents)
-        return Mass(values, exponent, top == NOTHING, data, params)
+        return Mass(values, exponent + (shift or 0), shift is None, data, params)
+
+    def scaled(self, mass: Mass, values: Tensor, weight: Mass | None) -> Mass:
+        """``values``, computed from ``mass`` at its exponent, times the mass of a constant weight."""
+        if weight is None:
+            return self.result([mass], values, mass.exponent)
+        return self.result([mass], values * weight.values, mass.exponent + weight.exponent)
 
     def linear(self, call: Call) -> Any:
         """Run an operation that is linear in all its operands together, on masses brought to one exponent."""
@@ -195,7 +235,7 @@ class MassFlow(fx.Interpreter):
         """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""
         for mass in call.leaves(Mass):
             self.barrier_input(mass)
-        return self._inputs(call.output)
+        return self.inputs(call.output)
 
     def barrier_input(self, mass: Mass) -> Mass:
         """Cut the paths into one tensor; returns the new inputs that replace it."""
@@ -203,17 +243,20 @@ class MassFlow(fx.Interpreter):
             self.sinks.append(mass)
         return Mass(torch.ones_like(mass.values), data=True)
 
-    def gradient_only(self, weight: Mass, factor: Tensor) -> Tensor:
-        """Zero in value; its derivative with respect to the weight's mass is ``factor``.
-
-        For a constant edge whose value mixes parameters: each parameter sees its own derivative of it.
-        """
-        return (weight.values - weight.values.detach()) * factor.to(weight.values)
+    def factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
+        """Both factors of a product; where paths come through both, those through the gate end there."""
+        if not all(mass.data and mass.params for mass in (a, b)):
+            return a, b
+        through_b = self._kept.get(self.node, 0)
+        return (self.barrier_input(a), b) if through_b else (a, self.barrier_input(b))
 
     @staticmethod
     def exponent_of(values: Tensor) -> int:
-        """The power of two just above the largest value."""
-        top = float(values.detach().amax()) if values.numel() else 0.0
+        """The power of two just above the largest absolute value."""
+        if not values.numel():
+            return NOTHING
+        low, high = values.detach().aminmax()
+        top = max(float(high), -float(low))
         return math.frexp(top)[1] if top else NOTHING
 
     @staticmethod

@@ -9,7 +9,7 @@ a channel's positions share a number, so a number is stored once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +19,12 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
+from dagpath.flow.products import Product, settle
+from dagpath.flow.ties import Links, Tie
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
 
 _UNUSED = -2
+_PINNED = "a parameter that is used in a way that no rescaling can follow"
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,6 @@ class Ends:
 
     dst: Tensor
     src: Tensor
-
-
-@dataclass(frozen=True)
-class Tie:
-    """Neurons that must share a scale: ``left[i]`` and ``right[i]``; where ``right`` is None, ``left`` is fixed.
-
-    ``reason`` completes the sentence "tied by ..." or, where ``right`` is None, "fixed: ...".
-    """
-
-    left: Tensor
-    right: Tensor | None
-    node: fx.Node
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -89,43 +79,53 @@ class NeuronFlow(fx.Interpreter):
         self._starts = torch.tensor([0, *sizes]).cumsum(0)
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._computed: dict[str, Computed] = {}
-        self.num_neurons = 0
-        self.makers: list[tuple[fx.Node, int]] = []
+        self.num_numbers = 0
+        self.makers: list[tuple[fx.Node | None, int]] = []
         self.ties: list[Tie] = []
+        self.kept: dict[fx.Node, int] = {}
+        self.places: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._standing: list[Tensor] = []
+        self._products: list[Product] = []
         self.without_rule: list[fx.Node] = []
         self.cut: set[fx.Node] = set()
+        self.inputs: set[fx.Node] = set()
         self._ends: dict[str, Ends] = {}
-        self._pins: list[tuple[Weight, fx.Node]] = []
+        self._pins: list[tuple[Weight, fx.Node, str]] = []
         self._made: dict[tuple[str, int], tuple[int, int]] = {}
         self._calls: dict[str, int] = {}
-        self._names: Mapping[str, str] = {}
         self.node: fx.Node
+        self.graph_inputs: CapturedGraph
         self.real_node: Constants
 
     # -- running a graph -----------------------------------------------------------------------------------------
 
     def run_graph(self, graph: CapturedGraph) -> None:
         super().__init__(graph.module)
-        self._names = graph.parameters
+        self.graph_inputs = graph
         self._calls = {}
         self.real_node = Constants(graph, {})
         placeholders = sum(node.op == "placeholder" for node in graph.module.graph.nodes)
         self.run(*[None] * placeholders, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        self.node = n
+        self.node, self._standing = n, []
         result = super().run_node(n)
+        if self._standing:
+            first = pytree.tree_leaves(result)[0]
+            self.places[n] = (compact(first), torch.cat(self._standing))
         if n.meta.get("escapes"):
             self._fix_all(result, "is written into a buffer or an input")
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
-        name = self._names.get(str(target))
+        name = self.graph_inputs.parameters.get(str(target))
+        if name is None and str(target) not in self.graph_inputs.tensors:
+            self.inputs.add(self.node)
         if name is not None and self.parameters[name].is_floating_point():
             weight = Weight(self.parameters[name].shape, name=name)
             if name in self._shared:
-                self.pin(weight)
+                self.pin(weight, f"the memory that {name} shares with other tensors")
             return weight
         return self.constant(self.node.meta.get("val"))
 
@@ -133,7 +133,7 @@ class NeuronFlow(fx.Interpreter):
         call = Call(target, args, dict(kwargs), self.node)
         try:
             numbers = self._rule(target).neurons(self, call)
-            exact = self._carries(numbers, call.output)
+            exact = self._carries(numbers, call)
         except Exception as error:  # an unforeseen form of an operation must not cost more than what it touches
             return self._cut(call, f"enters an unforeseen form of an operation: {error}")
         return numbers if exact else self._cut(call, "is rounded, compared or counted")
@@ -143,25 +143,27 @@ class NeuronFlow(fx.Interpreter):
         return self._unknown(reason).neurons(self, call)
 
     @staticmethod
-    def _carries(numbers: Any, output: Any) -> bool:
-        """Are all free neurons in entries that can carry a scale, not in integers or booleans?
+    def _carries(numbers: Any, call: Call) -> bool:
+        """Are all free neurons in entries that can carry a scale, not in integers, booleans or a narrower type?
 
         Raises:
             ValueError: the numbers have other shapes than the output.
         """
         leaves = pytree.tree_leaves(numbers, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor)))
         values = [leaf for leaf in leaves if isinstance(leaf, (Weight, Tensor))]
-        fakes = [fake for fake in pytree.tree_leaves(output) if isinstance(fake, Tensor)]
+        fakes = [fake for fake in pytree.tree_leaves(call.output) if isinstance(fake, Tensor)]
         if [value.shape for value in values] != [fake.shape for fake in fakes]:
             raise ValueError(f"its rule gives {[tuple(v.shape) for v in values]}, it {[tuple(f.shape) for f in fakes]}")
-        whole = [v for v, f in zip(values, fakes, strict=True) if not (f.is_floating_point() or f.is_complex())]
-        return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in whole)
+        rounded = [value for value, fake in zip(values, fakes, strict=True) if not call.keeps_range(fake)]
+        return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in rounded)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.constant(self.node.meta.get("val"))
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self._fix_all(args, "is an output of the model")
+        for node in self.node.all_input_nodes:
+            self.node = node  # the call that returns it stands in the source, this one does not
+            self._fix_all(self.env[node], "is an output of the model")
 
     def _fix_all(self, values: Any, reason: str) -> None:
         for value in pytree.tree_leaves(values, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor))):
@@ -176,11 +178,17 @@ class NeuronFlow(fx.Interpreter):
         """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
         return pytree.tree_map_only(Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape), output)
 
-    def fresh(self, count: int, weight: Weight | None) -> Tensor:
+    def fresh(self, count: int, weight: Weight | None, standing: bool = True) -> Tensor:
         """Numbers of ``count`` new neurons, fed through ``weight``.
 
         A later graph of the same model meets the neurons of an earlier one again: the same call of a parameter makes
         the same neurons.
+
+        Args:
+            count: how many.
+            weight: the parameter that feeds them; None where it is known later.
+            standing: do they stand in the call's output, so that all paths through them pass there? Else parameters
+                alone lead into them.
         """
         key = None
         if weight is not None and weight.name is not None:
@@ -189,33 +197,69 @@ class NeuronFlow(fx.Interpreter):
             start, made = self._made.get(key, (0, -1))
             if made == count:
                 return torch.arange(start, start + count)
-        start = self.num_neurons + 1
-        self.num_neurons += count
-        self.makers.append((self.node, count))
+        numbers = self._new_numbers(count, self.node)
         if key is not None:
-            self._made[key] = (start, count)
-        return torch.arange(start, start + count)
+            self._made[key] = (self.num_numbers - count + 1, count)
+        if standing:
+            self._standing.append(numbers)
+        return numbers
+
+    def _new_numbers(self, count: int, maker: fx.Node | None) -> Tensor:
+        self.makers.append((maker, count))
+        self.num_numbers += count
+        return torch.arange(self.num_numbers - count + 1, self.num_numbers + 1)
+
+    def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
+        """The numbers of a product of two tensors of neurons: one factor is fixed, the scale of the other goes on.
+
+        If both could be free, that is decided once all ties are known; until then new numbers stand for the result,
+        which belong to no neuron. ``kept`` tells the other passes which factor was not fixed.
+
+        Args:
+            factors: the numbers of both factors.
+            results: the numbers of the result if the scale of the first, or of the second, goes on.
+        """
+        may_be_free = [bool((compact(factor) > FIXED).any()) for factor in factors]
+        if not all(may_be_free):
+            self.kept[self.node] = int(may_be_free[1])
+            return results[self.kept[self.node]]
+        first, second = broadcast(*(compact(result) for result in results))
+        numbers = self._new_numbers(first.numel(), None).view(first.shape)
+        result = torch.where((first == ZERO) | (second == ZERO), ZERO, numbers)
+        self._products.append(Product(self.node, factors, (first, second), result))
+        return result.expand(torch.broadcast_shapes(*(result.shape for result in results)))  # type: ignore[no-untyped-call]
+
+    def _keep(self, product: Product, index: int) -> None:
+        self.node = product.node
+        self.kept[product.node] = index
+        self.tie(product.result, product.results[index], "a product")
+        self.fix(product.factors[1 - index], "is a factor of a product of two tensors that could both be rescaled")
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Declare the neurons of two broadcastable tensors to be one, entry by entry."""
         a, b = broadcast(compact(a), compact(b))
         differ = (a != b) & (a > ZERO) & (b > ZERO)
         if differ.any():
-            size = self.num_neurons + 1
+            size = self.num_numbers + 1
             pairs = torch.unique(a[differ] * size + b[differ])
-            self.ties.append(Tie(pairs // size, pairs % size, self.node, reason))
+            fixed = tuple(node for node in self.node.all_input_nodes if self._is_fixed(self.env.get(node)))
+            self.ties.append(Tie(pairs // size, pairs % size, self.node, reason, fixed))
+
+    @staticmethod
+    def _is_fixed(value: Any) -> bool:
+        return isinstance(value, Tensor) and not bool((compact(value) > FIXED).any())
 
     def fix(self, numbers: Tensor, reason: str) -> None:
         """Declare that these neurons keep their scale."""
-        met = torch.zeros(self.num_neurons + 1, dtype=torch.bool)
+        met = torch.zeros(self.num_numbers + 1, dtype=torch.bool)
         met[compact(numbers).clamp(min=FIXED)] = True
         met[FIXED] = False
         if met.any():
             self.ties.append(Tie(torch.nonzero(met)[:, 0], None, self.node, reason))
 
-    def pin(self, weight: Weight) -> None:
+    def pin(self, weight: Weight, reason: str = _PINNED) -> None:
         """Declare that these elements are not rescaled: wherever they are edges, both ends share a scale."""
-        self._pins.append((weight, self.node))
+        self._pins.append((weight, self.node, reason))
 
     def mix(self, numbers: Tensor, dims: Iterable[int], reason: str) -> Tensor:
         """Declare the entries along ``dims`` to be one neuron; return the numbers with those dimensions of size 1."""
@@ -304,7 +348,7 @@ class NeuronFlow(fx.Interpreter):
         elements = self.elements(weight)
         small = compact(elements)
         unique, inverse = torch.unique(small, return_inverse=True)
-        numbers = self.fresh(len(unique), weight)[inverse]
+        numbers = self.fresh(len(unique), weight, standing=False)[inverse]
         self.use(Weight(small.shape, elements=small), numbers, torch.tensor(FIXED))
         return numbers.expand(elements.shape)
 
@@ -328,21 +372,22 @@ class NeuronFlow(fx.Interpreter):
                 self.node = computed.node
                 ends, shape = self._ends[name], self._shapes[name]
                 computed.spread(ends.dst.expand(shape), ends.src.expand(shape))
-        for weight, node in self._pins:
+        for weight, node, reason in self._pins:
             self.node = node
             if weight.name is not None:
                 if weight.name in self._computed:  # what is computed keeps its scale if its parts do
-                    self._pins += [(part, node) for part in self._computed[weight.name].parts]
+                    self._pins += [(part, node, reason) for part in self._computed[weight.name].parts]
                 elif weight.name in self._ends:
                     ends = self._ends[weight.name]
-                    self._tie_ends(ends.dst, ends.src)
+                    self._tie_ends(ends.dst, ends.src, reason)
                 continue
             for name, _, local in self._by_parameter(self.elements(weight)):
                 if name in self._computed:
-                    self._pins += [(part, node) for part in self._computed[name].parts]
+                    self._pins += [(part, node, reason) for part in self._computed[name].parts]
                 elif name in self._ends:
                     ends = self._full_ends(name)
-                    self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local])
+                    self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local], reason)
+        settle(self._products, lambda: Links(self.ties, self.num_numbers + 1).groups(), self._keep)
         unused = torch.tensor(FIXED)
         return {
             name: Ends(ends.dst.clamp(min=FIXED), ends.src.clamp(min=FIXED))
@@ -350,10 +395,10 @@ class NeuronFlow(fx.Interpreter):
             for ends in [self._ends.get(name, Ends(unused, unused))]
         }
 
-    def _tie_ends(self, dst: Tensor, src: Tensor) -> None:
+    def _tie_ends(self, dst: Tensor, src: Tensor, reason: str) -> None:
         dst, src = broadcast(dst, src)
         used = dst != _UNUSED
-        self.tie(dst[used], src[used], "a parameter that is used elsewhere in a way that no rescaling can follow")
+        self.tie(dst[used], src[used], reason)
 
     def _merge(self, known: Tensor, new: Tensor) -> Tensor:
         known, new = broadcast(known, new)

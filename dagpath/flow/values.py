@@ -103,6 +103,17 @@ class Call:
         """What the operation returns, as fake tensors: shapes and types without values."""
         return self.node.meta.get("val")
 
+    def keeps_range(self, result: Tensor) -> bool:
+        """Do products with powers of two pass to this result unchanged, as far as its type goes?
+
+        They leave the range of integers at once, and that of float16 easily, where the arguments have a wider one.
+        """
+        if _range(result) is None:
+            return False
+        given = [node.meta.get("val") for node in self.node.all_input_nodes]
+        ranges = [_range(value) or 0.0 for value in given if isinstance(value, Tensor) and value.ndim]
+        return _range(result) == _WIDE or _WIDE not in ranges
+
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
         """The arguments of the given type, those inside lists too, in their order."""
         return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, kind)]
@@ -111,6 +122,16 @@ class Call:
         """Execute the operation itself on converted arguments."""
         args, kwargs = pytree.tree_map(convert, (self.args, self.kwargs), is_leaf=_is_value)
         return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
+
+
+_WIDE = torch.finfo(torch.float32).tiny
+
+
+def _range(tensor: Tensor) -> float | None:
+    """The smallest normal number of a tensor's type, or the one of float32 if that is larger; None for integers."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    return max(torch.finfo(tensor.dtype).tiny, _WIDE)
 
 
 _ANY_STRIDES: dict[Any, Callable[..., Any]] = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dagpath.flow.powers import PowerFlow
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -22,11 +24,30 @@ def visit_gram_diagonal(
     Returns:
         The exponent.
     """
-    flow = traced.masses(2, dtype, on_gradient=visit)
+    return _backward(traced.masses(PowerFlow, exponent=2, dtype=dtype, on_gradient=visit))
+
+
+def _backward(flow: PowerFlow) -> int:
     total = flow.total()
     if total.values.requires_grad:
         torch.autograd.backward(total.values)
     return total.exponent
+
+
+def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], **options: Any) -> dict[str, Tensor]:
+    """The derivatives of a sum over paths with respect to each parameter's masses, or their natural logarithms."""
+    found: dict[str, Tensor] = {}
+    exponent = _backward(traced.masses(kind, on_gradient=found.__setitem__, **options))
+    result = {}
+    for name, parameter in traced.model.named_parameters():
+        values = found.pop(name, None)
+        if values is None:
+            values = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        if log:
+            result[name] = values.log_().add_(exponent * math.log(2))
+        else:
+            result[name] = torch.ldexp(values, torch.tensor(exponent, device=values.device))
+    return result
 
 
 @plain_computation()
@@ -61,15 +82,4 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
         {'0.weight': [[9.0, 9.0]], '2.weight': [[18.0]], '2.bias': [1.0]}
     """
     require_traced(traced)
-    found: dict[str, Tensor] = {}
-    exponent = visit_gram_diagonal(traced, found.__setitem__)
-    result = {}
-    for name, parameter in traced.model.named_parameters():
-        values = found.pop(name, None)
-        if values is None:
-            values = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
-        if log:
-            result[name] = values.log_().add_(exponent * math.log(2))
-        else:
-            result[name] = torch.ldexp(values, torch.tensor(exponent, device=values.device))
-    return result
+    return collected_gradients(traced, log, PowerFlow, exponent=2)

@@ -1,13 +1,29 @@
-"""The operations dagpath knows, one file per family; importing this package registers them all."""
+"""The operations dagpath knows, one file per family; importing this package registers them all.
 
-from dagpath.ops import elementwise, linear, movement, normalization, pooling, resample
+What a rule of one's own needs stands here too: the base class, and the types of what it is given.
+"""
+
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight
+from dagpath.ops import compound, elementwise, linear, movement, normalization, pooling, resample
 from dagpath.ops.base import Operation, Unknown, operation_of, register, registered
+from dagpath.ops.compound import is_compound
 from dagpath.ops.user import register_op
 
 __all__ = [
+    "FIXED",
+    "ZERO",
+    "Call",
+    "Mass",
+    "MassFlow",
+    "NeuronFlow",
     "Operation",
     "Unknown",
+    "Weight",
+    "compound",
     "elementwise",
+    "is_compound",
     "linear",
     "movement",
     "normalization",

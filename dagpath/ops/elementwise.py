@@ -12,7 +12,6 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
-_PRODUCT = "is a factor of a product of two tensors that could both be rescaled"
 _CONSTANT = "a constant is added to it"
 
 
@@ -32,15 +31,27 @@ class Homogeneous(Operation):
         return flow.activation(value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.args[0] if self.applies(call) else flow.barrier(call)
+        return call.leaves(Mass)[0] if self.applies(call) else flow.barrier(call)
 
 
 class Clamp(Homogeneous):
-    """Bounds that are zero or absent: a positively homogeneous function. Other bounds fix the input."""
+    """Bounds that are zero, infinite or absent: a positively homogeneous function. Other bounds fix the input."""
 
     def applies(self, call: Call) -> bool:
         bounds = [call.get(name) for name in ("min", "max", "min_val", "max_val")]
-        return not any(isinstance(bound, (Tensor, Weight, Mass)) or bound for bound in bounds)
+        return not any(
+            isinstance(bound, (Tensor, Weight, Mass)) or not is_scaleless(plain(bound))
+            for bound in bounds
+            if bound is not None
+        )
+
+
+class NanToNum(Homogeneous):
+    """Zeros in place of NaN, and the largest numbers in place of infinite ones. Other numbers fix the input."""
+
+    def applies(self, call: Call) -> bool:
+        numbers = (call.get(name) for name in ("nan", "posinf", "neginf"))
+        return all(number is None or is_scaleless(plain(number)) for number in numbers)
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
@@ -99,9 +110,11 @@ class Sum(Operation):
         a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
         if not isinstance(b, Mass):
             b = flow.number(b)
+        if abs(alpha) != 1:
+            b = flow.scaled(b, b.values, flow.number(alpha))
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
-        return flow.result([a, b], values_a + values_b * flow.power(alpha), exponent)
+        return flow.result([a, b], values_a + values_b, exponent)
 
 
 class Choice(Operation):
@@ -127,6 +140,26 @@ class Choice(Operation):
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
+
+
+class Comparison(Operation):
+    """A comparison with zero, or between tensors of one scale: right under any scale. No path crosses it.
+
+    A sign is a comparison with zero too.
+    """
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        a, b = call["input"], call.get("other", 0)
+        if isinstance(b, (Tensor, Weight)):
+            if isinstance(a, Weight) or isinstance(b, Weight):
+                return Unknown("is compared with a tensor").neurons(flow, call)
+            flow.tie(a, b, "a comparison")
+        elif not is_scaleless(plain(b)):
+            return Unknown("is compared with a constant").neurons(flow, call)
+        return flow.constant(call.output)
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.inputs(call.output)
 
 
 class MaskedFill(Operation):
@@ -158,7 +191,7 @@ class Product(Operation):
         if isinstance(a, Weight) and isinstance(b, Weight):
             return self._weights(flow, call, a, b)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return self._tensors(flow, call, a, b)
+            return flow.product((a, b), (a.expand(call.output.shape), b.expand(call.output.shape)))
         if isinstance(b, Weight):
             a, b = b, a
         return self._weighted(flow, a, b, call.output.shape)
@@ -172,14 +205,6 @@ class Product(Operation):
             return Unknown("enters an outer product of parameters").neurons(flow, call)
         flow.pin(gain)
         return whole
-
-    @staticmethod
-    def _tensors(flow: NeuronFlow, call: Call, a: Tensor, b: Tensor) -> Any:
-        if not (compact(b) > FIXED).any():
-            return a.expand(call.output.shape)
-        if not (compact(a) > FIXED).any():
-            return b.expand(call.output.shape)
-        return Unknown(_PRODUCT).neurons(flow, call)
 
     @staticmethod
     def _weighted(flow: NeuronFlow, weight: Weight, x: Tensor, shape: torch.Size) -> Any:
@@ -201,14 +226,16 @@ class Product(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
         if not isinstance(b, Mass):
-            return flow.result([a], a.values * flow.number(b).values, a.exponent)
-        if a.data and b.data and a.params and b.params:
-            return flow.barrier(call)
+            return flow.scaled(a, a.values, flow.number(b))
+        a, b = flow.factors(a, b)
         return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
 
 
 class Quotient(Product):
     """A quotient: the divisor is fixed, the dividend keeps its neurons."""
+
+    def keeps_weights(self, call: Call) -> bool:
+        return not (isinstance(call["other"], Mass) and call["other"].params)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -216,16 +243,22 @@ class Quotient(Product):
             return Unknown("is rounded").neurons(flow, call)
         if not isinstance(b, (Tensor, Weight)):
             return a
-        if isinstance(b, Weight) or (compact(b) > FIXED).any() or not isinstance(a, Tensor):
-            return Unknown("divides, or is divided by a tensor that could be rescaled").neurons(flow, call)
+        if isinstance(a, Weight):
+            return Unknown("is divided by a tensor").neurons(flow, call)
+        if isinstance(b, Weight):
+            flow.pin(b)
+        else:
+            flow.fix(b, "is a divisor")
         return a.expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
-        if call.get("rounding_mode") is not None or (isinstance(b, Mass) and b.data):
-            return flow.barrier(call)
         divisor = b if isinstance(b, Mass) else flow.number(b)
-        return flow.result([a], a.values / divisor.values, a.exponent - divisor.exponent)
+        if call.get("rounding_mode") is not None or (divisor.data and not a.data):
+            return flow.barrier(call)
+        if divisor.data:
+            divisor = flow.barrier_input(divisor)
+        return flow.result([a], a.values / divisor.values.detach(), a.exponent - divisor.exponent)
 
 
 register(
@@ -233,10 +266,16 @@ register(
     *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
     *("neg", "abs"),
 )
+register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add", "sub")
 register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")
 register(MaskedFill(), "masked_fill")
+register(
+    Comparison(),
+    *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal", "isnan"),
+    *("isinf", "isfinite", "sign", "sgn", "signbit"),
+)
 register(Product(), "mul", "multiply")
 register(Quotient(), "div", "divide", "true_divide")
 register(
@@ -244,6 +283,6 @@ register(
     *("sigmoid", "tanh", "softmax", "log_softmax", "_softmax", "_log_softmax", "gelu", "silu", "mish", "elu", "selu"),
     *("celu", "relu6", "hardsigmoid", "hardswish", "softplus", "softsign", "tanhshrink", "log_sigmoid", "exp", "log"),
     *("log1p", "expm1", "sqrt", "rsqrt", "pow", "square", "reciprocal", "erf", "sin", "cos", "logit", "logsumexp"),
-    *("norm", "linalg_vector_norm", "glu", "hardshrink", "softshrink", "rsub", "alpha_dropout", "threshold"),
+    *("norm", "linalg_vector_norm", "hardshrink", "softshrink", "rsub", "alpha_dropout"),
     *("feature_alpha_dropout",),
 )

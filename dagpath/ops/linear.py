@@ -21,17 +21,18 @@ _PRODUCT = Unknown("is a factor of a product of two tensors that could both be r
 
 
 def bilinear_mass(flow: MassFlow, call: Call, a: Mass, b: Mass, bias: Mass | None) -> Any:
-    """Masses of an operation that is linear in each of two operands, plus a bias; a barrier where both carry paths."""
-    if a.data and a.params and b.data and b.params:
-        return flow.barrier(call)
-    product = exponent = a.exponent + b.exponent
+    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them."""
+    through_a, through_b = flow.factors(a, b)
+    product = exponent = through_a.exponent + through_b.exponent
     if bias is not None and not bias.zero:
         exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-    aligned = {id(a): flow.shifted(a.values, product - exponent), id(b): b.values}
+    aligned = {id(a): [flow.shifted(through_a.values, product - exponent)]}
+    aligned.setdefault(id(b), []).append(through_b.values)  # both may be one tensor
     if bias is not None:
-        aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
-    values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
-    return flow.result(call.leaves(Mass), values, exponent)
+        aligned.setdefault(id(bias), []).append(flow.shifted(bias.values, bias.exponent - exponent))
+    values = call.run(lambda leaf: aligned[id(leaf)].pop(0) if id(leaf) in aligned else leaf)
+    layer = any(part.params and not part.data for part in (a, b))
+    return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
 
 def add_bias(flow: NeuronFlow, bias: Any, dst: Tensor) -> None:
@@ -122,12 +123,9 @@ class Contraction(Operation):
             a, b, labels = b, a, Labels(labels.b, labels.a, labels.out)
         if isinstance(b, Weight):
             dst = self._weighted(flow, a, b, labels)
-        elif not (compact(b) > FIXED).any():
-            dst = self._mixed(flow, a, labels)
-        elif not (compact(a) > FIXED).any():
-            dst = self._mixed(flow, b, Labels(labels.b, labels.a, labels.out))
         else:
-            return _PRODUCT.neurons(flow, call)
+            swapped = Labels(labels.b, labels.a, labels.out)
+            dst = flow.product((a, b), (self._mixed(flow, a, labels), self._mixed(flow, b, swapped)))
         if bias is not None:
             dst = dst.clamp(min=FIXED)  # zeros are none once a bias is added
         numbers = dst.expand(call.output.shape)
@@ -153,7 +151,7 @@ class Contraction(Operation):
             last, outer, first, inner = min(
                 ways, key=lambda way: _differ(dst, labels.out, way[1]) + _differ(src, labels.out, way[3])
             )
-            numbers = flow.fresh(math.prod(sizes[label] for label in shared), None)
+            numbers = flow.fresh(math.prod(sizes[label] for label in shared), None, standing=False)
             units = numbers.view([sizes[label] for label in shared])
             flow.use(last, end(dst, outer), _arranged(units, shared, outer))
             flow.use(first, _arranged(units, shared, inner), end(src, inner))
@@ -234,13 +232,17 @@ class MatrixProduct(Contraction):
         if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1:
             return None
         a, b, _ = (_shape(operand) for operand in self.operands(call))
-        batch_a, batch_b = a[:-2], b[:-2]
-        letters = string.ascii_uppercase[: max(len(batch_a), len(batch_b))]
-        if min(len(batch_a), len(batch_b)) and batch_a[-len(batch_b) :] != batch_b[-len(batch_a) :]:
-            return None  # broadcast batches of size 1
-        left = letters[len(letters) - len(batch_a) :] + ("ni" if len(a) > 1 else "i")
-        right = letters[len(letters) - len(batch_b) :] + ("im" if len(b) > 1 else "i")
+        batch = torch.broadcast_shapes(a[:-2], b[:-2])  # type: ignore[no-untyped-call]
+        letters = string.ascii_uppercase[: len(batch)]
+        left = _batch_labels(a[:-2], batch, letters, "abcdefgh") + ("ni" if len(a) > 1 else "i")
+        right = _batch_labels(b[:-2], batch, letters, "pqrstuvw") + ("im" if len(b) > 1 else "i")
         return Labels(left, right, letters + ("n" if len(a) > 1 else "") + ("m" if len(b) > 1 else ""))
+
+
+def _batch_labels(sizes: tuple[int, ...], batch: torch.Size, shared: str, own: str) -> str:
+    """The letters of an operand's batch dimensions; those of size 1 that are broadcast have letters of its own."""
+    places = range(len(batch) - len(sizes), len(batch))
+    return "".join(shared[at] if size == batch[at] else own[at] for size, at in zip(sizes, places, strict=True))
 
 
 class Einsum(Contraction):
@@ -253,7 +255,8 @@ class Einsum(Contraction):
     def labels(self, call: Call) -> Labels | None:
         if len(call["tensors"]) != 2:
             return None
-        inputs, arrow, out = call["equation"].replace(" ", "").partition("->")
+        shapes = [_shape(operand) for operand in call["tensors"]]
+        inputs, arrow, out = _spelled_out(call["equation"].replace(" ", ""), *shapes).partition("->")
         a, _, b = inputs.partition(",")
         if not arrow:
             letters = a + b
@@ -261,6 +264,20 @@ class Einsum(Contraction):
         plain = all(term.isalpha() or not term for term in (a, b, out))
         repeated = any(len(set(term)) < len(term) for term in (a, b))
         return Labels(a, b, out) if plain and not repeated else None
+
+
+def _spelled_out(equation: str, *shapes: tuple[int, ...]) -> str:
+    """An equation with letters of their own in place of ``...``; unchanged where those do not simply agree."""
+    inputs, arrow, _ = equation.partition("->")
+    hidden = []
+    for term, shape in zip(inputs.split(","), shapes, strict=True):
+        before, dots, after = term.partition("...")
+        if dots:
+            hidden.append(shape[len(before) : len(shape) - len(after)])
+    if not hidden or not arrow or any(sizes != hidden[0] for sizes in hidden):
+        return equation
+    letters = [letter for letter in string.ascii_letters if letter not in equation][: len(hidden[0])]
+    return equation.replace("...", "".join(letters))
 
 
 def _shape(operand: Any) -> tuple[int, ...]:
@@ -284,7 +301,7 @@ class Embedding(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         weight, indices = call["weight"], call["indices"]
         values = weight.values.sum(0).expand(call.output.shape)
-        return flow.result([weight, indices], values, weight.exponent)
+        return flow.result([weight, indices], values, weight.exponent, layer=weight.params)
 
 
 class Attention(Operation):

@@ -107,9 +107,10 @@ class ConstantPad(Movement):
         if call.get("mode", "constant") != "constant" or value == 0:
             return flow.linear(call)
         mass = call["input"]
-        exponent = max(mass.exponent, 0)
+        filled = flow.number(value)
+        exponent = flow.common([mass, filled])
         values = flow.shifted(mass.values, mass.exponent - exponent)
-        fill = float(flow.shifted(flow.number(value).values, -exponent))
+        fill = float(flow.shifted(filled.values, filled.exponent - exponent))
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
 
@@ -132,19 +133,19 @@ class Index(Movement):
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         try:
-            known = _with_indices(call, flow.real_node)
+            known = with_indices(call, flow.real_node)
         except NotConstantError:
             return Unknown("is indexed by values that depend on the input").neurons(flow, call)
         return super().neurons(flow, known)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         try:
-            return super().mass(flow, _with_indices(call, flow.real_node))
+            return super().mass(flow, with_indices(call, flow.real_node))
         except NotConstantError:
             return flow.barrier(call)
 
 
-def _with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
+def with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
     """The call with its integer and boolean tensors replaced by their values, out of sight of the flow."""
 
     def known(argument: Any) -> Any:
@@ -153,14 +154,18 @@ def _with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
             return _Known(real_node(argument))
         return argument
 
-    nodes = fx.node.map_arg(call.node.args, known)
-    args = pytree.tree_map(
+    def target(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(_Known, lambda leaf: leaf.value, (args, kwargs))
+        return call.target(*args, **kwargs)
+
+    nodes, named = fx.node.map_arg((call.node.args, call.node.kwargs), known)
+    args, kwargs = pytree.tree_map(
         lambda node, value: node if isinstance(node, _Known) else value,
-        list(nodes),
-        list(call.args),
+        (list(nodes), dict(named)),
+        (list(call.args), call.kwargs),
         is_leaf=lambda leaf: isinstance(leaf, (_Known, fx.Node, Weight, Mass, Tensor)) or leaf is None,
     )
-    return Call(lambda *a, **k: call.target(*_opened(a), **k), tuple(args), call.kwargs, call.node)
+    return Call(target, tuple(args), kwargs, call.node)
 
 
 class _Known:
@@ -168,11 +173,6 @@ class _Known:
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
-
-
-def _opened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    opened: tuple[Any, ...] = pytree.tree_map(lambda leaf: leaf.value if isinstance(leaf, _Known) else leaf, args)
-    return opened
 
 
 class Inspection(Operation):
@@ -210,7 +210,7 @@ class Filled(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         fill = flow.number(self._fill(call))
-        return flow.result([fill], fill.values.expand(call.output.shape).clone(), 0)
+        return flow.result([fill], fill.values.expand(call.output.shape).clone(), fill.exponent)
 
 
 register(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.masses import MassFlow
+from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, Call, Mass, Weight
 from dagpath.ops.base import Operation, Unknown, register
@@ -57,27 +58,27 @@ class Normalization(Operation):
         if any(isinstance(part, Mass) and part.data for part in call.leaves(Mass)[1:]):
             return flow.barrier(call)
         uses_input = call.get("training", False) or call.get("use_input_stats", False)
-        mean, inverse_std = torch.zeros(()), torch.ones(())
-        if call.get("running_mean") is not None and not uses_input:
-            mean = flow.real(call["running_mean"])
-            inverse_std = (flow.real(call["running_var"]) + call["eps"]).rsqrt()
-        else:
+        stored = call.get("running_mean") is not None and not uses_input
+        if not stored:
             mass = flow.barrier_input(mass)
-        gamma = flow.real(weight) if weight is not None else torch.ones_like(inverse_std)
-        beta = flow.real(bias) if bias is not None else torch.zeros_like(inverse_std)
-        constant = flow.power(beta - mean * inverse_std * gamma)
-        scale = flow.power(inverse_std)
-        if weight is not None:
-            constant = constant + flow.gradient_only(weight, flow.power(mean * inverse_std))
-            scale = scale * weight.values
-        if bias is not None:
-            constant = constant + flow.gradient_only(bias, torch.ones(()))
-        scale, constant = (self._placed(value, mass.values.ndim) for value in (scale, constant))
+
+        def inverse_std(real: Callable[[Mass], Tensor]) -> Tensor:
+            return (real(call["running_var"]) + call["eps"]).rsqrt() if stored else torch.ones(())
+
+        def offset(real: Callable[[Mass], Tensor]) -> Tensor:
+            return -real(call["running_mean"]) * inverse_std(real)
+
+        parts: list[tuple[Coefficient, Mass | None]] = [(offset, weight)] if stored else []
+        parts += [(lambda _: torch.ones(()), bias)] if bias is not None else []
+        scale = flow.edge([(inverse_std, weight)])
+        constant = flow.edge(parts) if parts else flow.number(0.0)
+        through = Mass(mass.values, mass.exponent + scale.exponent, mass.zero or scale.zero)
+        exponent = flow.common([through, constant])
+        factor, added = (self._placed(part.values, mass.values.ndim) for part in (scale, constant))
+        factor = flow.shifted(factor, through.exponent - exponent)
+        added = flow.shifted(added, constant.exponent - exponent)
         used = [mass, *(part for part in (weight, bias) if part is not None)]
-        exponent = flow.common([mass, Mass(constant, zero=not bool(constant.any()))])
-        scale = flow.shifted(scale, mass.exponent - exponent)
-        constant = flow.shifted(constant, -exponent)
-        result = flow.result(used, torch.addcmul(constant, mass.values, scale), exponent)
+        result = flow.result(used, torch.addcmul(added, mass.values, factor), exponent)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 
@@ -94,10 +95,14 @@ class WeightNorm(Operation):
         return Weight(v.shape, elements=flow.elements(g).expand(v.shape))
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        v, g = flow.real(call["v"]), call["g"]
-        rows = [dim for dim in range(v.ndim) if dim != call["dim"]]
-        direction = v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
-        return flow.result([g], g.values * flow.power(direction), g.exponent)
+        def direction(real: Callable[[Mass], Tensor]) -> Tensor:
+            v = real(call["v"])
+            rows = [dim for dim in range(v.ndim) if dim != call["dim"]]
+            length: Tensor = torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+            return v / length
+
+        edges = flow.edge([(direction, call["g"])])
+        return flow.result([call["g"]], edges.values, edges.exponent)
 
 
 register(WeightNorm(), "_weight_norm")

@@ -48,15 +48,15 @@ class Pool(Operation):
             pooled = call.run(lambda leaf: leaf.values if isinstance(leaf, Mass) else leaf)
             if not self.average:  # run as a mean: the windows are the same
                 pooled = _ADAPTIVE_MEAN[self.spatial](x, call["output_size"])
-            pooled = pooled * (count * flow.power(1 / count) if self.average else count)
+            pooled = pooled * count
+            weight = flow.constant(1 / count) if self.average else None
         else:
-            pooled = _window_sum(x, call, self.spatial, shape)
+            pooled, weight = _window_sum(x, call, self.spatial, shape), None
             if self.average:
                 ones = torch.ones_like(x[:1, :1] if x.ndim == self.spatial + 2 else x[:1])
                 mean = call.run(lambda leaf: ones if isinstance(leaf, Mass) else leaf)
-                weight = mean / _window_sum(ones, call, self.spatial, shape)
-                pooled = pooled * flow.power(weight)
-        result = flow.result([mass], pooled, mass.exponent)
+                weight = flow.constant(mean / _window_sum(ones, call, self.spatial, shape))
+        result = flow.scaled(mass, pooled, weight)
         return result if isinstance(call.output, Tensor) else (result, None)
 
 
@@ -123,10 +123,8 @@ class Reduce(Operation):
         mass = call["input"]
         dims = self._dims(call, mass.values.ndim)
         total = mass.values.sum(dims, keepdim=bool(call.get("keepdim"))) if dims else mass.values
-        if self.average:
-            count = math.prod(mass.values.shape[dim] for dim in dims)
-            total = total * flow.power(1 / count)
-        result = flow.result([mass], total, mass.exponent)
+        count = math.prod(mass.values.shape[dim] for dim in dims)
+        result = flow.scaled(mass, total, flow.number(1 / count) if self.average else None)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
 

@@ -25,12 +25,14 @@ class Interpolation(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass = call["input"]
-        values = mass.values
+        values, exponent = mass.values, mass.exponent
         for axis in range(-self.spatial, 0):
-            values = (values.movedim(axis, -1) @ self._weights(flow, call, values, axis).t()).movedim(-1, axis)
-        return flow.result([mass], values, mass.exponent)
+            weights = self._weights(flow, call, values, axis)
+            values = (values.movedim(axis, -1) @ weights.values.t()).movedim(-1, axis)
+            exponent += weights.exponent
+        return flow.result([mass], values, exponent)
 
-    def _weights(self, flow: MassFlow, call: Call, like: Tensor, axis: int) -> Tensor:
+    def _weights(self, flow: MassFlow, call: Call, like: Tensor, axis: int) -> Mass:
         """``|w|^q`` of the map along one axis, read off the operation's answers to unit vectors along it."""
         shape = list(call["input"].values.shape[-self.spatial :])
         size = shape[axis]
@@ -40,8 +42,7 @@ class Interpolation(Operation):
         answers = call.run(lambda leaf: probes if isinstance(leaf, Mass) else leaf)[:, 0].movedim(axis, -1)
         while answers.ndim > 2:
             answers = answers.select(1, 0)
-        weights: Tensor = flow.power(answers.t())
-        return weights
+        return flow.constant(answers.t())
 
 
 register(Interpolation(1), "upsample_linear1d")

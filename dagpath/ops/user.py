@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
+from dagpath.flow.constants import NotConstantError
 from dagpath.flow.masses import MassFlow
-from dagpath.flow.values import Call, Mass
-from dagpath.ops.base import Operation, Unknown, operation_name, register
+from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.values import Call, Mass, Weight
+from dagpath.ops.base import Operation, Unknown, operation_name, register, registered
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
-from dagpath.ops.movement import Movement, move
+from dagpath.ops.movement import Index, move, with_indices
 
 
-class Rearrangement(Movement):
+class Rearrangement(Index):
     """Data movement by an operation of a user's own, which may have no derivative: masses follow the numbers."""
 
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return super().neurons(flow, _on_contiguous(call))
+
     def mass(self, flow: MassFlow, call: Call) -> Any:
+        try:
+            call = with_indices(_on_contiguous(call), flow.real_node)
+        except NotConstantError:
+            return flow.barrier(call)
         masses = call.leaves(Mass)
         exponent, starts, end = flow.common(masses), {}, 0
         for mass in masses:
@@ -37,11 +49,43 @@ class Rearrangement(Movement):
         )
 
 
+def _on_contiguous(call: Call) -> Call:
+    """The call with contiguous tensors: what a user wrote for activations need not take any other layout."""
+
+    def target(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+        return call.target(*args, **kwargs)
+
+    return Call(target, call.args, call.kwargs, call.node)
+
+
+class OfTwoTensors(Operation):
+    """What an ATen operation does to two tensors, whatever the operation and its arguments are called."""
+
+    def __init__(self, rule: Operation, target: OpOverload) -> None:
+        self._rule, self._target = rule, target
+
+    def _renamed(self, call: Call) -> Call:
+        operands = call.leaves((Tensor, Weight, Mass))
+        if len(operands) != 2:
+            raise ValueError(f"it was registered as an operation of two tensors, and is called with {len(operands)}")
+        return Call(self._target, tuple(operands), {}, call.node)
+
+    def keeps_weights(self, call: Call) -> bool:
+        return len(call.leaves(Mass)) == 2 and self._rule.keeps_weights(self._renamed(call))
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return self._rule.neurons(flow, self._renamed(call))
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        return self._rule.mass(flow, self._renamed(call))
+
+
 _RULES: dict[str, Operation] = {
     "homogeneous": Homogeneous(),
     "movement": Rearrangement(),
-    "sum": Sum(),
-    "choice": Choice(),
+    "sum": OfTwoTensors(Sum(), torch.ops.aten.add.Tensor),
+    "choice": OfTwoTensors(Choice(), torch.ops.aten.maximum.default),
     "fixed": Unknown("enters an operation that was registered as fixed"),
 }
 
@@ -50,23 +94,31 @@ def register_op(op: Any, rule: str | Operation) -> None:
     """Tell dagpath how an operation treats neurons and path masses.
 
     For an ATen operation that has no rule yet, or one of your own made with :mod:`torch.library`. A rule that is
-    already there is replaced. Models traced before keep what they were traced with.
+    already there is replaced. Models that were traced before have to be traced again. :doc:`own_operations` has a
+    whole example.
 
     Args:
-        op: ``torch.ops.namespace.name``, one of its overloads, or the string ``"namespace::name"``.
+        op: what :func:`torch.library.custom_op` returned, or ``torch.ops.namespace.name`` (all its overloads), or one
+            of its overloads, or a string: ``"namespace::name"``, ``"namespace::name.overload"``. A name without
+            a namespace is one of ATen.
         rule: one of
 
-            - ``"homogeneous"``: ``f(λx) = λ f(x)`` for λ > 0, entry by entry, like a leaky ReLU;
-            - ``"movement"``: every entry of the output is an entry of an input, like a permutation. The operation is
-              run on integer tensors, or on float64 ones if it takes no integers;
-            - ``"sum"``: ``input + other``, entry by entry; the operation's arguments must have these names;
-            - ``"choice"``: ``input`` or ``other`` in each entry, like a maximum; the same;
+            - ``"homogeneous"``: ``f(λx) = λ f(x)`` for λ > 0, entry by entry, like a leaky ReLU, where x is its first
+              tensor. Other tensors, such as slopes, keep their scale, and so does x where those could be rescaled;
+            - ``"movement"``: every entry of the output is an entry of an input, like a permutation, and which one
+              does not depend on the values. The operation itself is run, on contiguous int64 tensors that number the
+              entries of the inputs, in place of floating-point tensors (on float64 ones if it raises
+              ``RuntimeError`` or ``NotImplementedError`` for integers), and once more when path masses are
+              computed. Tensors of integers or booleans are taken for indices and masks: they are given as they are,
+              and if they depend on the model's input, the others are fixed;
+            - ``"sum"``: the sum of its two tensors, entry by entry, broadcast as usual;
+            - ``"choice"``: an entry of one of its two tensors in each place, like a maximum, broadcast as usual;
             - ``"fixed"``: not homogeneous; what it touches keeps its scale;
 
             or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``.
 
     Raises:
-        ValueError: ``rule`` is another string.
+        ValueError: ``rule`` is another string, or there is no operation ``op``; the message has names that are close.
         TypeError: ``op`` or ``rule`` is of another type.
 
     Example:
@@ -93,10 +145,30 @@ def register_op(op: Any, rule: str | Operation) -> None:
         rule = _RULES[rule]
     if not isinstance(rule, Operation):
         raise TypeError(f"a rule is a name or an instance of dagpath.ops.Operation, got {rule!r}")
-    if isinstance(op, str):
-        name = op.removeprefix("aten::")
-    elif hasattr(op, "overloadpacket") or hasattr(op, "overloads"):
-        name = operation_name(op)
+    if isinstance(op, CustomOpDef):
+        op = op._opoverload.overloadpacket
+    target = _resolved(op) if isinstance(op, str) else op
+    name = operation_name(target)
+    if isinstance(target, OpOverload):
+        register(rule, f"{name}.{target._overloadname}")
+    elif isinstance(target, OpOverloadPacket):
+        register(rule, name, *(known for known in registered() if known.startswith(f"{name}.")))
     else:
-        raise TypeError(f"op is torch.ops.namespace.name or the string 'namespace::name', got {op!r}")
-    register(rule, name)
+        raise TypeError(
+            "op is what torch.library.custom_op returned, torch.ops.namespace.name or the string 'namespace::name', "
+            f"got {op!r}"
+        )
+
+
+def _resolved(name: str) -> Any:
+    """``torch.ops.namespace.name`` or ``torch.ops.namespace.name.overload``, from its name."""
+    namespace, _, rest = name.rpartition("::")
+    base, dot, overload = rest.partition(".")
+    try:
+        packet = getattr(getattr(torch.ops, namespace or "aten"), base)
+        return getattr(packet, overload) if dot else packet
+    except AttributeError:
+        known = {full if dot else full.partition(".")[0] for full in torch._C._dispatch_get_all_op_names()}
+        close = difflib.get_close_matches(f"{namespace or 'aten'}::{rest}", known)
+        hint = f"close to it: {', '.join(close)}" if close else "import the module that defines it first"
+        raise ValueError(f"there is no operation {name!r} in torch.ops; {hint}") from None

@@ -1,0 +1,91 @@
+"""The path Gram matrix that an initialization leads one to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagpath.flow.masses import Coefficient
+from dagpath.flow.powers import PowerFlow
+from dagpath.flow.values import NOTHING, Mass
+from dagpath.lifting.gram import collected_gradients
+from dagpath.state import plain_computation
+from dagpath.trace import TracedModel, require_traced
+
+
+class MomentFlow(PowerFlow):
+    """``E Σ Φ²`` over all paths, for independent parameters of given second moments."""
+
+    def __init__(self, *graph: Any, moments: Mapping[str, Tensor], **options: Any) -> None:
+        super().__init__(*graph, exponent=2, **options)
+        self._moments = moments
+
+    def parameter(self, name: str) -> tuple[Tensor, int]:
+        return self._watched(name, self._moments[name].to(self.device, self.dtype, copy=True), 0), 0
+
+    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+        """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for coefficient, weight in parts:
+            square = self.shifted(*self.fixed(coefficient(self.real)))
+            total = total + (square if weight is None else square * self.shifted(weight.values, weight.exponent))
+        return Mass(total, zero=self.exponent_of(total) == NOTHING)
+
+
+@plain_computation()
+def expected_gram_diagonal(
+    traced: TracedModel, second_moments: Mapping[str, float | Tensor], log: bool = False
+) -> dict[str, Tensor]:
+    """``E[diag(G)]`` over independent random parameters, exactly and without sampling.
+
+    ``G_ee`` sums products of squares of distinct parameters, so the expectation passes inside: it is the pass of
+    :func:`gram_diagonal` with ``θ_e²`` replaced by ``E[θ_e²]``, the variance plus the squared mean. For a batch norm at
+    its initialization that is 1 for γ and 0 for β.
+
+    Args:
+        traced: the traced model.
+        second_moments: parameter name -> ``E[θ_e²]``, a number or a tensor of the parameter's shape.
+        log: return natural logarithms, which are finite where G itself leaves float64.
+
+    Returns:
+        As :func:`gram_diagonal`.
+
+    Where a path meets a parameter twice (shared weights), the parameters on a path are not distinct, and each meeting
+    counts as an element of its own. A batch norm's running mean, which is zero at initialization, adds
+    ``mean² γ² / σ²`` to its bias edge: exact for β of mean zero.
+
+    Raises:
+        ValueError: a parameter has no moment, one that is unknown has, or moments are negative, not finite or of
+            another shape.
+
+    Cost: one forward and one backward pass in float64 at batch 1.
+
+    Example:
+        >>> import torch, dagpath
+        >>> layers = torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False)
+        >>> traced = dagpath.trace(torch.nn.Sequential(*layers), torch.zeros(1, 4))
+        >>> expected = dagpath.expected_gram_diagonal(traced, {"0.weight": 1 / 4, "2.weight": 1 / 8})
+        >>> {name: float(values.mean()) for name, values in expected.items()}  # 2 outputs · 1/8, and 4 inputs · 1/4
+        {'0.weight': 0.25, '2.weight': 1.0}
+    """
+    require_traced(traced)
+    moments = {name: _checked(traced, second_moments, name) for name in traced.graph.shapes}
+    unknown = [name for name in second_moments if name not in moments]
+    if unknown:
+        raise ValueError(f"second_moments names {unknown[0]!r}, which is no parameter of the model")
+    return collected_gradients(traced, log, MomentFlow, moments=moments)
+
+
+def _checked(traced: TracedModel, second_moments: Mapping[str, float | Tensor], name: str) -> Tensor:
+    if name not in second_moments:
+        raise ValueError(f"second_moments has no entry for {name!r}")
+    moment = torch.as_tensor(second_moments[name], dtype=torch.float64)
+    shape = traced.graph.shapes[name]
+    if moment.ndim and moment.shape != shape:
+        raise ValueError(f"the moments of {name!r} have shape {tuple(moment.shape)}, the parameter {tuple(shape)}")
+    if not bool(((moment >= 0) & moment.isfinite()).all()):
+        raise ValueError(f"the moments of {name!r} must be finite and not negative, got {float(moment.min())}")
+    return moment.expand(shape)

@@ -1,0 +1,227 @@
+"""The path Gram matrix as a linear operator."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dagpath.flow.pairs import PairFlow
+from dagpath.lifting.gram import gram_diagonal
+from dagpath.state import plain_computation
+from dagpath.trace import TracedModel, require_traced
+
+_MOST_DENSE = 20_000
+_COLUMNS = 64
+
+
+class GramOperator(LinearOperator):  # type: ignore[misc]
+    """``G = ∂Φᵀ∂Φ`` as a :class:`scipy.sparse.linalg.LinearOperator`. Made by :func:`gram`.
+
+    ``operator @ v`` takes a NumPy array or a torch tensor of any device, [num_parameters] or [num_parameters, columns],
+    and returns the same kind, in float64. Rows and columns follow ``model.named_parameters()``, each flattened. It is G
+    at the parameters' current values. A batch norm's γ and β both enter the bias edge ``β − mean·a``, and a weight that
+    is shared may be met several times by one path: both are taken into account exactly.
+
+    Attributes:
+        shape: (num_parameters, num_parameters).
+        dtype: float64.
+    """
+
+    def __init__(self, traced: TracedModel, dtype: torch.dtype) -> None:
+        size = traced.graph.num_parameters
+        super().__init__(np.dtype(np.float64), (size, size))
+        self._traced = traced
+        self._dtype = dtype
+        self._device = next((p.device for p in traced.model.parameters()), torch.device("cpu"))
+
+    # -- products ------------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.dot(other)
+
+    def dot(self, x: Any) -> Any:
+        """``G @ x``."""
+        if not isinstance(x, Tensor):
+            return super().dot(x)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
+            raise ValueError(f"expected a vector or matrix of {self.shape[0]} rows, got shape {tuple(x.shape)}")
+        product = self._products(x.detach().to(self._device, torch.float64).reshape(len(x), -1))
+        return product.to(x.device).reshape(x.shape)
+
+    def matvec(self, x: Any) -> Any:
+        """``G @ x`` of one vector."""
+        return self.dot(x) if isinstance(x, Tensor) else super().matvec(x)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(x.reshape(-1, 1)).reshape(x.shape)
+
+    def _matmat(self, x: np.ndarray) -> np.ndarray:
+        columns = torch.from_numpy(np.array(x, dtype=np.float64)).to(self._device)
+        return self._products(columns).cpu().numpy()
+
+    def _adjoint(self) -> GramOperator:
+        return self
+
+    @plain_computation()
+    def _products(self, columns: Tensor, progress: bool = False) -> Tensor:
+        """``Σ_p ∂Φ_p(θ) · DΦ_p(θ)[v]`` for each column v: a mixed second derivative of ``Σ_p Φ_p(a) Φ_p(b)``."""
+        named = [(name, p) for name, p in self._traced.model.named_parameters() if p.is_floating_point()]
+        wide = [p.detach().to(torch.float64) for _, p in named]
+        first, second = ([p.clone().requires_grad_() for p in wide] for _ in range(2))
+        names = [name for name, _ in named]
+        flow = self._traced.masses(
+            PairFlow,
+            others=dict(zip(names, second, strict=True)),
+            dtype=self._dtype,
+            parameters=dict(zip(names, first, strict=True)),
+        )
+        total = flow.total()
+        result = torch.zeros_like(columns)
+        if not total.values.requires_grad:
+            return result
+        inner = torch.autograd.grad(total.values, second, create_graph=True, materialize_grads=True)
+        live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
+        chunks = list(_chunks(columns.shape[1]))
+        for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
+            parts = torch.split(columns[:, chunk].t(), [p.numel() for p in wide], dim=1)
+            seeds = [part.reshape(-1, *p.shape) for part, p in zip(parts, wide, strict=True)]
+            outer = self._outer([inner[i] for i in live], first, [seeds[i] for i in live])
+            result[:, chunk] = torch.cat([part.reshape(columns[:, chunk].shape[1], -1) for part in outer], 1).t()
+        return torch.ldexp(result, torch.tensor(total.exponent, device=result.device))
+
+    @staticmethod
+    def _outer(inner: list[Tensor], first: list[Tensor], seeds: list[Tensor]) -> list[Tensor]:
+        """Derivatives of ``Σ inner · seed`` by ``first``, for each of the seeds that are stacked along dimension 0."""
+        one = len(seeds[0]) == 1
+        given = [seed[0] for seed in seeds] if one else seeds
+        found = torch.autograd.grad(inner, first, given, retain_graph=True, allow_unused=True, is_grads_batched=not one)
+        nothing = (seeds[0].new_zeros(len(seeds[0]), *p.shape) for p in first)
+        return [zeros if part is None else part.view_as(zeros) for part, zeros in zip(found, nothing, strict=True)]
+
+    # -- what is known of the matrix -----------------------------------------------------------------------------------
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of G, float64 [num_parameters].
+
+        One forward and one backward pass; where a parameter is used by several calls, one product for every 64 of its
+        elements more, since one path may meet it twice.
+        """
+        values = gram_diagonal(self._traced)
+        shared = self._used_repeatedly()
+        start, parts = 0, []
+        for name, value in values.items():
+            if name in shared:
+                value = self._diagonal_of(range(start, start + value.numel()))
+            parts.append(value.reshape(-1))
+            start += value.numel()
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def _diagonal_of(self, elements: range) -> Tensor:
+        found = []
+        for chunk in _chunks(len(elements)):
+            rows = torch.tensor(elements[chunk], device=self._device)
+            units = torch.zeros(self.shape[0], len(rows), dtype=torch.float64, device=self._device)
+            units[rows, torch.arange(len(rows), device=self._device)] = 1.0
+            found.append(self._products(units)[rows].diagonal())
+        return torch.cat(found)
+
+    def _used_repeatedly(self) -> set[str]:
+        graph = self._traced.captured.eval
+        placeholders = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
+        return {name for key, name in graph.parameters.items() if len(placeholders[key].users) > 1}
+
+    def trace(self) -> float:
+        """The sum of the diagonal: the sum of all eigenvalues."""
+        return float(self.diagonal().sum())
+
+    def to_dense(self, progress: bool = True) -> Tensor:
+        """G as a float64 tensor [num_parameters, num_parameters], on the device of the parameters.
+
+        Raises:
+            ValueError: there are more than 20,000 parameters.
+        """
+        if self.shape[0] > _MOST_DENSE:
+            raise ValueError(
+                f"a dense Gram matrix of {self.shape[0]:,} parameters is not made (at most {_MOST_DENSE:,}): use "
+                "products, diagonal() and eigvalsh(k)"
+            )
+        return self._products(torch.eye(self.shape[0], dtype=torch.float64, device=self._device), progress)
+
+    def to_sparse(self, device: torch.device | str | None = None) -> Tensor:
+        """G as a float64 sparse CSR tensor on ``device``; for small models, as :meth:`to_dense`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            return self.to_dense().to(device).to_sparse_csr()
+
+    def eigvalsh(self, k: int | None = None, which: str = "LM", **options: Any) -> np.ndarray:
+        """Eigenvalues of G, ascending; they are those of the path kernel ``K = ∂Φ∂Φᵀ``, and zeros.
+
+        Args:
+            k: how many, by :func:`scipy.sparse.linalg.eigsh`; None for all, by :func:`torch.linalg.eigvalsh` on the
+                dense matrix.
+            which: which ones, as in ``eigsh``: ``"LM"`` the largest.
+            **options: passed on to ``eigsh``.
+
+        Raises:
+            ValueError: k is below 1 or not below the number of parameters, or the dense matrix would be too large.
+        """
+        if k is None:
+            dense: np.ndarray = torch.linalg.eigvalsh(self.to_dense()).cpu().numpy()
+            return dense
+        if not 1 <= k < self.shape[0]:
+            raise ValueError(f"k must be at least 1 and below the {self.shape[0]} parameters, got {k}")
+        start = np.random.default_rng(0).standard_normal(self.shape[0])
+        found: np.ndarray = eigsh(self, k, which=which, return_eigenvectors=False, **{"v0": start, **options})
+        return np.sort(found)
+
+    def condition_number(self) -> float:
+        """The largest eigenvalue over the smallest one that is not zero; for small models, as :meth:`to_dense`.
+
+        G is singular along every rescaling and in every dead parameter. Eigenvalues below ``p · eps`` of the largest
+        count as zero. NaN if all are zero.
+        """
+        values = self.eigvalsh()
+        live = values[values > values[-1] * len(values) * np.finfo(np.float64).eps] if len(values) else values
+        return float(live[-1] / live[0]) if len(live) else math.nan
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _COLUMNS):
+        yield slice(start, min(start + _COLUMNS, count))
+
+
+def gram(traced: TracedModel, dtype: torch.dtype = torch.float64) -> GramOperator:
+    """The path Gram matrix ``G = ∂Φᵀ∂Φ`` [num_parameters, num_parameters] as a linear operator.
+
+    Nothing is materialized. The nonzero eigenvalues of G are those of the path kernel ``K = ∂Φ∂Φᵀ``, whose conditioning
+    the rescaling improves. With ``S(a, b) = Σ_p Φ_p(a) Φ_p(b)``, a forward pass with the products of two networks'
+    weights, ``G = ∂²S/∂a∂b`` at ``a = b = θ``.
+
+    Args:
+        traced: the traced model.
+        dtype: of the passes; results are float64.
+
+    Cost: a product is one forward pass and two backward passes, one of which goes through both. Source: Lebeurrier,
+    Vayer, Gribonval 2026.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 2))
+        >>> G = dagpath.gram(traced)
+        >>> v = torch.randn(13, dtype=torch.float64)
+        >>> torch.allclose(G @ v, G.to_dense() @ v)
+        True
+        >>> int((G.eigvalsh() > 1e-9 * G.trace()).sum())  # 13 parameters less 3 rescalings
+        10
+    """
+    require_traced(traced)
+    return GramOperator(traced, dtype)

@@ -1,0 +1,74 @@
+"""An operation of one's own, and the rule that tells dagpath how neurons and path masses go through it.
+
+python examples/own_operation.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import dagpath
+from dagpath.ops import Call, Mass, MassFlow, NeuronFlow, Operation, Weight
+
+
+@torch.library.custom_op("dagpath_examples::peak", mutates_args=())
+def peak(x: Tensor, gain: Tensor) -> Tensor:
+    """The largest entry of every channel, times the gain of the channel: [n, c, positions], [c] -> [n, c]."""
+    return gain * x.amax(2)
+
+
+@peak.register_fake
+def _(x: Tensor, gain: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2])
+
+
+class Peak(nn.Module):
+    """A layer of that operation, with a learnable gain per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return peak(x, self.gain)
+
+
+class PeakRule(Operation):
+    """One new neuron per channel, fed by all positions of the channel through its gain."""
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Tensor:
+        x, gain = flow.activation(call["x"]), call["gain"]
+        if not isinstance(gain, Weight):
+            raise ValueError("its gain is no parameter")  # what this call touches is fixed, and explain() says so
+        sources = flow.per_channel(x, 1, "a maximum")  # the positions of a channel share a scale
+        neurons = flow.fresh(len(sources), gain)
+        flow.use(gain, dst=neurons, src=sources)
+        return neurons.expand(call.output.shape)
+
+    def mass(self, flow: MassFlow, call: Call) -> Mass:
+        x, gain = call["x"], call["gain"]
+        masses = gain.values * x.values.sum(2)  # a path through every position: a sum in place of the maximum
+        return flow.result([x, gain], masses, x.exponent + gain.exponent)
+
+
+dagpath.register_op(peak, PeakRule())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), Peak(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(5, 2, 20)
+    traced = dagpath.trace(model, x)
+    print(traced.explain())
+
+    with torch.no_grad():
+        outputs, norm = model(x), dagpath.path_norm(traced)
+        dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+        print("\nafter a random rescaling")
+        print("outputs are bitwise equal:", torch.equal(model(x), outputs))
+        print(f"path-norm: {norm:.6f} before, {dagpath.path_norm(traced):.6f} after")
+
+
+if __name__ == "__main__":
+    main()
