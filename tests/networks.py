@@ -34,6 +34,19 @@ class Step:
     settings: dict = field(default_factory=dict)
 
 
+class Net(nn.Module):
+    """A function of the module and its inputs, with parts: modules, and tensors, which become parameters."""
+
+    def __init__(self, function, **parts) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
 class RandomNet(nn.Module):
     """A random ReLU network with skips, concatenations, strides, padding, pooling, biases and batch norm."""
 

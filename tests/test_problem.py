@@ -1,6 +1,7 @@
 """Problems built by hand from overlapping blocks, against SciPy's general-purpose minimizer, autograd and a grid."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.functional import hessian, jacobian
 
-from dagpath.solver import GroupMatrix, LogOuter, Problem, SumOuter, solve_coordinate, solve_newton
+from dagpath.solver import (
+    Block,
+    GroupMatrix,
+    LogOuter,
+    MassAggregator,
+    Problem,
+    SumOuter,
+    solve_coordinate,
+    solve_newton,
+)
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
 
@@ -146,3 +156,55 @@ def test_the_drawn_problems_have_what_they_are_drawn_for():
     assert sum(dst == src and len(dst) > 2 for dst, src in blocks) > 10
     assert sum(dst != src and len(dst & src) > 1 for dst, src in blocks) > 10
     assert sum(0 in dst for dst, _ in blocks) > 10
+
+
+def test_a_group_without_mass_goes_where_the_linear_term_takes_it():
+    linear = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    solution = solve_newton(Problem(MassAggregator(3).matrix(), SumOuter(), 1.0, linear, 1.0, bound=2.0))
+    assert solution.converged
+    assert solution.z.tolist() == [-2.0, 2.0, 0.0]
+
+
+def test_a_problem_by_hand():
+    # groups 1 and 2 feed group 3 through a block; single entries lead in and out
+    block = Block(torch.tensor([[4.0, 9.0]]), torch.tensor([3]), torch.tensor([1, 2]))
+    matrix = GroupMatrix.of(4, [block], torch.tensor([1, 2, 0]), torch.tensor([0, 0, 3]), torch.tensor([1.0, 2.0, 5.0]))
+    problem = Problem(matrix, SumOuter(), 2.0, torch.zeros(3), 1.0)
+    z = solve_newton(problem).z
+    r = (2 * z).exp()
+    assert float(r[0]) == pytest.approx(float(4 * r[2] / r[0]))
+    assert float(2 * r[1]) == pytest.approx(float(9 * r[2] / r[1]))
+    assert float(4 * r[2] / r[0] + 9 * r[2] / r[1]) == pytest.approx(float(5 / r[2]))
+    for name, value in (("linear", torch.zeros(2)), ("kappa", 0.0), ("scale", 0.0)):
+        with pytest.raises(ValueError, match=name):
+            replace(problem, **{name: value})
+
+
+def test_an_outer_function_of_ones_own():
+    class Square:
+        """ψ(S) = S²"""
+
+        def value(self, total):
+            return total**2
+
+        def slope(self, total):
+            return 2 * total
+
+        def curvature(self, total):
+            return 2.0
+
+    aggregator = MassAggregator(2)
+    aggregator.add(torch.tensor([3.0, 5.0, 0.5]), torch.tensor([1, 2, 0]), torch.tensor([0, 1, 2]))
+    linear = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    solution = solve_newton(Problem(aggregator.matrix(), Square(), 1.0, linear, 1.0))
+    assert solution.converged
+    log = solve_newton(Problem(aggregator.matrix(), LogOuter(1.0), 1.0, torch.zeros(2), 1.0))
+    assert not torch.allclose(solution.z, log.z)
+
+    def function(z):
+        padded = torch.cat([z.new_zeros(1), z])
+        masses = torch.tensor([3.0, 5.0, 0.5], dtype=torch.float64)
+        return (masses * (padded[[1, 2, 0]] - padded[[0, 1, 2]]).exp()).sum() ** 2 + linear @ z
+
+    gradient = torch.autograd.functional.jacobian(function, solution.z)
+    assert float(gradient.abs().max()) <= 1e-8
