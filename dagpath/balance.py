@@ -13,7 +13,7 @@ from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
 from dagpath.solver import round_to_powers_of_two, solve
-from dagpath.solver.problem import DEFAULT_BOUND
+from dagpath.solver.problem import DEFAULT_BOUND, check_bound
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -71,8 +71,7 @@ def balance(
     start = time.perf_counter()
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
-    if not bound > 0:
-        raise ValueError(f"bound must be positive, got {bound}")
+    check_bound(bound)
     chosen = criterion_of(criterion)
     check_values(traced)
     where = torch.device(device) if device is not None else _device_of(traced)

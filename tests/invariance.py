@@ -11,19 +11,6 @@ from torch import Tensor, nn
 import dagpath
 
 
-class Net(nn.Module):
-    """A function of the module and its input, with some parts."""
-
-    def __init__(self, function, **parts) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
 def assert_invariant(net: nn.Module, x: Tensor) -> dagpath.TracedModel:
     """Bitwise the same function, the same path norm, and the same minimum of ``F`` from a rescaled copy."""
     net = net.double().eval()

@@ -18,6 +18,12 @@ from torch import Tensor, nn
 CONSTANT = -1
 
 
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLUs between them."""
+    layers = [module for sizes in itertools.pairwise(widths) for module in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
 @dataclass
 class Step:
     """One instruction: apply an operation to earlier values; the result is the next value."""
@@ -26,6 +32,19 @@ class Step:
     inputs: tuple[int, ...]
     layer: int = -1
     settings: dict = field(default_factory=dict)
+
+
+class Net(nn.Module):
+    """A function of the module and its inputs, with parts: modules, and tensors, which become parameters."""
+
+    def __init__(self, function, **parts) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
 
 
 class RandomNet(nn.Module):

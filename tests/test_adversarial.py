@@ -10,20 +10,13 @@ from torch import Tensor, nn
 import dagpath
 from dagpath.modes import batches_agree, modes_agree
 
+from networks import Net
 
-class Net(nn.Module):
+
+def two_into_one(function, **parts) -> Net:
     """Two layers in, one out, and a function between them."""
-
-    def __init__(self, function, **parts) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.function = function
-        self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+    torch.manual_seed(0)
+    return Net(function, **{"a": nn.Linear(5, 6), "b": nn.Linear(5, 6), "head": nn.Linear(6, 2), **parts})
 
 
 def assert_exact(net: nn.Module, x: Tensor) -> dagpath.TracedModel:
@@ -148,10 +141,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_function_changes_silently(name):
-    assert_exact(
-        Net(FUNCTIONS[name], mix=nn.Parameter(torch.randn(6, 6))),
-        torch.randn(4, 5, generator=torch.Generator().manual_seed(3)),
-    )
+    net = two_into_one(FUNCTIONS[name], mix=nn.Parameter(torch.randn(6, 6)))
+    assert_exact(net, torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
 
 
 def test_a_write_to_an_out_argument_is_followed():
@@ -160,7 +151,7 @@ def test_a_write_to_an_out_argument_is_followed():
         torch.add(m.a(x), m.b(x), out=o)
         return m.head(o)
 
-    net = Net(forward).requires_grad_(False)
+    net = two_into_one(forward).requires_grad_(False)
     x = torch.randn(4, 5)
     before = net(x)
     try:
@@ -172,26 +163,26 @@ def test_a_write_to_an_out_argument_is_followed():
 
 
 def test_two_parameters_in_one_storage_are_left_alone():
-    net = Net(lambda m, x: m.head(F.relu(m.a(x)) + F.relu(m.b(x))))
+    net = two_into_one(lambda m, x: m.head(F.relu(m.a(x)) + F.relu(m.b(x))))
     net.b.weight.data = net.a.weight.data
     traced = assert_exact(net, torch.randn(4, 5))
     assert traced.graph.num_groups == 0  # a weight that may not change ties its fixed input to its output
-    net = Net(lambda m, x: F.linear(F.relu(m.a(x)), m.decoder))
+    net = two_into_one(lambda m, x: F.linear(F.relu(m.a(x)), m.decoder))
     net.decoder = nn.Parameter(net.a.weight.data.t())
     assert_exact(net, torch.randn(4, 5))
-    net = Net(lambda m, x: m.head(F.relu(m.a(x))) + F.linear(x, m.copy).sum())
+    net = two_into_one(lambda m, x: m.head(F.relu(m.a(x))) + F.linear(x, m.copy).sum())
     net.register_buffer("copy", net.a.weight.data)
     assert_exact(net, torch.randn(4, 5))
 
 
 def test_an_expanded_parameter_is_left_alone():
-    net = Net(lambda m, x: m.head(F.relu(m.a(x) + m.shift)))
+    net = two_into_one(lambda m, x: m.head(F.relu(m.a(x) + m.shift)))
     net.shift = nn.Parameter(torch.zeros(1).expand(6))
     assert_exact(net, torch.randn(4, 5))
 
 
 def test_complex_and_integer_parameters_are_constants():
-    net = Net(lambda m, x: m.head(F.relu(F.linear(F.relu(m.a(x)), m.table * 0.01))))
+    net = two_into_one(lambda m, x: m.head(F.relu(F.linear(F.relu(m.a(x)), m.table * 0.01))))
     net.table = nn.Parameter(torch.randint(-100, 100, (6, 6), dtype=torch.int8), requires_grad=False)
     assert_exact(net, torch.randn(4, 5))
 
@@ -214,7 +205,7 @@ def test_a_batch_norm_with_computed_coefficients():
         gain, shift = F.relu(m.a(m.code))[0], F.relu(m.b(m.code))[0]
         return m.head(F.batch_norm(m.a(x), torch.zeros(6), torch.ones(6), gain, shift))
 
-    net = Net(forward)
+    net = two_into_one(forward)
     net.register_buffer("code", torch.randn(1, 5))
     assert_exact(net, torch.randn(4, 5))
 
@@ -224,13 +215,13 @@ def test_a_bias_after_a_constant_weight_is_not_zero():
         z = F.linear(F.pad(m.a(x)[:, :3], (0, 3)), torch.eye(6), m.shift)
         return m.head(F.relu(m.b(x)) + z)
 
-    net = Net(forward)
+    net = two_into_one(forward)
     net.shift = nn.Parameter(torch.randn(6))
     assert_exact(net, torch.randn(4, 5))
 
 
 def test_a_branch_on_the_batch_size_is_followed():
-    net = Net(lambda m, x: m.head(m.a(x) if x.shape[0] == 1 else m.a(x).tanh()))
+    net = two_into_one(lambda m, x: m.head(m.a(x) if x.shape[0] == 1 else m.a(x).tanh()))
     assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 0
     assert not batches_agree(net, ((torch.randn(1, 5),), {}), ((torch.randn(4, 5),), {}))
 
@@ -250,13 +241,13 @@ def test_a_branch_on_the_batch_size_is_followed():
     ],
 )
 def test_modes_agree_only_where_their_calls_do(function, agree):
-    net = Net(function, drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(6))
+    net = two_into_one(function, drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(6))
     net.hidden = torch.ones(6)  # not registered: the dry run cannot know what it is
     assert modes_agree(net, ((torch.randn(2, 5),), {})) is agree
 
 
 def test_random_decisions_in_python_leave_the_random_state_alone():
-    net = Net(lambda m, x: m.head(m.a(x) if not m.training or random.random() < 0.5 else m.b(x)))
+    net = two_into_one(lambda m, x: m.head(m.a(x) if not m.training or random.random() < 0.5 else m.b(x)))
     state = random.getstate()
     with pytest.warns(UserWarning, match="cannot be captured in train mode"):
         dagpath.trace(net, torch.randn(2, 5))
@@ -284,7 +275,7 @@ def test_a_model_without_shapes_is_refused():
 
 
 def test_a_shape_that_depends_on_values_is_refused():
-    net = Net(lambda m, x: m.head(m.a(x).repeat_interleave(torch.tensor([2] * 3 + [0] * 3), 1)))
+    net = two_into_one(lambda m, x: m.head(m.a(x).repeat_interleave(torch.tensor([2] * 3 + [0] * 3), 1)))
     with pytest.raises(dagpath.CaptureError, match="depends on the values of the input"):
         dagpath.trace(net, torch.randn(4, 5))
 
@@ -295,7 +286,7 @@ def test_a_frozen_part_without_gradients_is_followed():
             y = F.relu(m.a(x))
         return m.head(y + F.relu(m.b(x)))
 
-    assert_exact(Net(forward), torch.randn(4, 5))
+    assert_exact(two_into_one(forward), torch.randn(4, 5))
 
 
 class MergesInEval(nn.Linear):
@@ -337,7 +328,7 @@ def test_what_a_forward_collects_is_forgotten():
         m.last["y"] = y
         return m.head(y)
 
-    net = Net(forward)
+    net = two_into_one(forward)
     net.seen, net.last = [], {"old": 1}
     dagpath.trace(net, torch.randn(4, 5))
     assert (net.seen, net.last) == ([], {"old": 1})
@@ -351,13 +342,13 @@ def test_a_buffer_that_is_written_fixes_what_it_reads_however_the_graph_is_made_
         z[:, 3:].mul_(2.0)  # a write through a view
         return m.head(y) + m.tail(F.relu(z))
 
-    net = Net(forward, tail=nn.Linear(6, 2))
+    net = two_into_one(forward, tail=nn.Linear(6, 2))
     net.register_buffer("average", torch.zeros(6))
     assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 6
 
 
 def test_an_in_place_operation_without_an_equal_is_followed():
-    net = Net(
+    net = two_into_one(
         lambda m, x: m.head(F.relu(m.a(x)) * m.mask.abs().pow_(2) + F.linear(m.b(x), m.eye.clone().fill_diagonal_(2)))
     )
     net.register_buffer("mask", torch.randn(6))
@@ -368,7 +359,7 @@ def test_an_in_place_operation_without_an_equal_is_followed():
 
 @pytest.mark.parametrize(("options", "groups"), [({}, 6), ({"nan": 1.0}, 0), ({"posinf": 3.0}, 0)])
 def test_what_stands_in_for_nan_has_no_scale_but_zero(options, groups):
-    net, x = Net(lambda m, x: m.head(torch.nan_to_num(m.a(x), **options))), torch.randn(4, 5)
+    net, x = two_into_one(lambda m, x: m.head(torch.nan_to_num(m.a(x), **options))), torch.randn(4, 5)
     x[0, 0], x[1, 1] = float("nan"), float("inf") if options else 0.0
     traced, before = dagpath.trace(net, x), net(x)
     assert traced.graph.num_groups == groups
@@ -382,7 +373,7 @@ def test_what_is_not_used_constrains_nothing():
         m.b(y.softmax(1)).sum()
         return m.head(y)
 
-    traced = assert_exact(Net(forward, b=nn.Linear(6, 6)), torch.randn(4, 5))
+    traced = assert_exact(two_into_one(forward, b=nn.Linear(6, 6)), torch.randn(4, 5))
     assert traced.graph.num_groups == 6
     assert not traced.graph.causes[0].reason.startswith("enters")
 
@@ -397,14 +388,14 @@ def test_what_is_not_used_constrains_nothing():
     ],
 )
 def test_sparse_tensors_and_vmap_are_captured(function, groups):
-    assert assert_exact(Net(function), torch.randn(4, 5)).graph.num_groups == groups
+    assert assert_exact(two_into_one(function), torch.randn(4, 5)).graph.num_groups == groups
 
 
 def test_a_constant_made_in_the_shape_of_an_activation_is_a_constant():
     def forward(m, x):
         return m.head(F.relu(m.a(x))) + m.head(m.b(torch.ones_like(x)))
 
-    traced = dagpath.trace(Net(forward).double(), torch.randn(4, 5, dtype=torch.float64))
+    traced = dagpath.trace(two_into_one(forward).double(), torch.randn(4, 5, dtype=torch.float64))
     norm = dagpath.path_norm(traced)
     dagpath.random_rescaling(traced, 3.0).apply_()
     assert dagpath.path_norm(traced) == pytest.approx(norm, rel=1e-9)

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 import dagpath
 
-from test_operations import Net, check
+from networks import Net
+from test_operations import check
 
 
 def parts(**shapes) -> dict[str, Tensor]:

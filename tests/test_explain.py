@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import dagpath
 
 import vision
-from test_operations import Net
+from networks import Net
 
 
 def test_explain_as_a_dictionary_has_every_module_and_cause():
@@ -99,7 +99,7 @@ def test_shared_memory_and_unfollowed_parameters_are_named():
 def test_an_output_has_the_module_and_line_that_returns_it():
     [cause] = fixed(lambda m, x: m.a(x), "head")
     assert (cause["reason"], cause["operation"], cause["module"]) == ("is an output of the model", "linear", "head")
-    assert f"{__file__.rsplit('/', 1)[0]}/test_operations.py:" in cause["source"]
+    assert f"{__file__.rsplit('/', 1)[0]}/networks.py:" in cause["source"]
 
 
 @torch.library.custom_op("dagpath_tests::squashed", mutates_args=())

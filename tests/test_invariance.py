@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import dagpath
 from dagpath.ops import base
 
-from invariance import Net, assert_invariant
+from invariance import assert_invariant
+from networks import Net
 
 
 def test_padding_with_minus_infinity_is_right_under_any_scale():

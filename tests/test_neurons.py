@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import dagpath
 
-from networks import RandomNet
+from networks import Net, RandomNet
 
 
 def groups(model: nn.Module, *shape: int) -> int:
@@ -24,19 +24,6 @@ def rescaled_is_bitwise_equal(model: nn.Module, x: Tensor, training: bool = Fals
         rescaling = dagpath.random_rescaling(dagpath.trace(model, x), sigma=3.0, power_of_two=True)
         after = rescaling.apply_()(x)
     return torch.equal(before, after)
-
-
-class Fn(nn.Module):
-    """Layers and the function that joins them."""
-
-    def __init__(self, function, **layers) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 @settings(max_examples=40)
@@ -67,7 +54,7 @@ def test_an_identity_residual_ties_its_stem_to_its_block(bias):
         x = F.relu(m.stem(x))
         return m.head(F.relu(x + m.second(F.relu(m.first(x)))))
 
-    net = Fn(
+    net = Net(
         forward,
         stem=nn.Linear(3, 6, bias),
         first=nn.Linear(6, 5, bias),
@@ -84,7 +71,7 @@ def test_a_projection_residual_separates_the_groups():
         return m.head(F.relu(m.short(x) + m.second(F.relu(m.first(x)))))
 
     layers = {"stem": (3, 6), "first": (6, 5), "second": (5, 7), "short": (6, 7), "head": (7, 2)}
-    net = Fn(forward, **{name: nn.Linear(*sizes) for name, sizes in layers.items()})
+    net = Net(forward, **{name: nn.Linear(*sizes) for name, sizes in layers.items()})
     assert groups(net, 1, 3) == 6 + 5 + 7
     assert rescaled_is_bitwise_equal(net, torch.randn(4, 3))
 
@@ -94,7 +81,7 @@ def test_concatenation_ties_nothing():
         a = F.relu(m.a(x))
         return m.head(torch.cat([a, F.relu(m.b(a))], 1))
 
-    net = Fn(forward, a=nn.Conv2d(2, 3, 3, padding=1), b=nn.Conv2d(3, 4, 1), head=nn.Conv2d(7, 2, 1))
+    net = Net(forward, a=nn.Conv2d(2, 3, 3, padding=1), b=nn.Conv2d(3, 4, 1), head=nn.Conv2d(7, 2, 1))
     assert groups(net, 1, 2, 5, 5) == 7
 
 
@@ -169,7 +156,7 @@ def test_homogeneous_layers_keep_every_channel_free(layer):
     ],
 )
 def test_data_movement_and_reductions_keep_every_channel_free(function):
-    net = Fn(lambda m, x: m.head(function(m.conv(x))), conv=nn.Conv2d(2, 6, 1), head=nn.Linear(6, 2))
+    net = Net(lambda m, x: m.head(function(m.conv(x))), conv=nn.Conv2d(2, 6, 1), head=nn.Linear(6, 2))
     x = torch.randn(2, 2, 6, 6)
     assert dagpath.trace(net, x).graph.num_groups == 6
     with torch.no_grad():
@@ -185,7 +172,7 @@ def test_in_place_operations_on_views_are_followed():
         F.relu(y, inplace=True)
         return m.head(y)
 
-    net = Fn(forward, a=nn.Linear(4, 6), b=nn.Linear(4, 3), head=nn.Linear(6, 2))
+    net = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(4, 3), head=nn.Linear(6, 2))
     assert groups(net, 1, 4) == 6
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
@@ -196,7 +183,7 @@ def test_a_value_changed_in_place_is_the_changed_one_for_later_readers():
         y.sigmoid_()
         return m.head(y)
 
-    net = Fn(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    net = Net(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
     assert groups(net, 1, 4) == 0
 
 
@@ -212,7 +199,7 @@ def test_what_is_not_homogeneous_fixes_only_what_it_touches(function):
     def forward(m, x):
         return m.head(F.relu(m.b(function(m.a(x)))))
 
-    net = Fn(forward, a=nn.Linear(4, 3), b=nn.Linear(3, 7), head=nn.Linear(7, 2))
+    net = Net(forward, a=nn.Linear(4, 3), b=nn.Linear(3, 7), head=nn.Linear(7, 2))
     assert groups(net, 1, 4) == 7
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
@@ -222,15 +209,15 @@ def test_a_gate_is_fixed_and_what_it_multiplies_stays_free():
         y = F.relu(m.a(x))
         return m.head(y * torch.sigmoid(m.up(F.relu(m.down(y)))))
 
-    net = Fn(forward, a=nn.Linear(4, 6), down=nn.Linear(6, 2), up=nn.Linear(2, 6), head=nn.Linear(6, 2))
+    net = Net(forward, a=nn.Linear(4, 6), down=nn.Linear(6, 2), up=nn.Linear(2, 6), head=nn.Linear(6, 2))
     assert groups(net, 1, 4) == 6 + 2
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
 
 def test_a_weight_in_two_places_has_the_same_ends_in_both():
-    net = Fn(lambda m, x: m.head(F.relu(m.a(F.relu(m.a(x))))), a=nn.Linear(4, 4), head=nn.Linear(4, 2))
+    net = Net(lambda m, x: m.head(F.relu(m.a(F.relu(m.a(x))))), a=nn.Linear(4, 4), head=nn.Linear(4, 2))
     assert groups(net, 1, 4) == 0  # its first source is the input, which is fixed
-    net = Fn(
+    net = Net(
         lambda m, x: m.head(F.relu(m.a(F.relu(m.a(F.relu(m.stem(x))))))),
         stem=nn.Linear(3, 4),
         a=nn.Linear(4, 4),
@@ -244,7 +231,7 @@ def test_a_parameter_that_also_enters_an_unknown_operation_is_not_rescaled():
     def forward(m, x):
         return m.head(F.relu(m.a(x))) + torch.tanh(m.a.weight).sum()
 
-    net = Fn(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    net = Net(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
     assert groups(net, 1, 4) == 0
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
@@ -254,7 +241,7 @@ def test_a_computed_weight_ties_what_it_joins():
         y = F.relu(m.stem(x))
         return m.head(F.relu(F.linear(y, F.normalize(m.a.weight, dim=1), m.a.bias)))
 
-    net = Fn(forward, stem=nn.Linear(3, 4), a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    net = Net(forward, stem=nn.Linear(3, 4), a=nn.Linear(4, 6), head=nn.Linear(6, 2))
     assert groups(net, 1, 3) == 1
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 3))
 
@@ -265,7 +252,7 @@ def test_parameters_moved_before_use_keep_their_ends():
         y = F.relu(F.linear(x, first))
         return F.linear(F.relu(F.linear(y, second.t().contiguous())), m.head)
 
-    net = Fn(forward)
+    net = Net(forward)
     net.packed, net.head = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(2, 4))
     assert groups(net, 1, 4) == 8
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
@@ -282,14 +269,14 @@ def test_a_layer_scale_and_a_learned_bias_are_edges():
     def forward(m, x):
         return m.head(F.relu(m.gain * m.a(x) + m.shift))
 
-    net = Fn(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    net = Net(forward, a=nn.Linear(4, 6), head=nn.Linear(6, 2))
     net.gain, net.shift = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(1, 6))
     assert groups(net, 1, 4) == 12
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
 
 
 def test_a_scalar_gain_is_left_alone_and_ties_nothing():
-    net = Fn(lambda m, x: m.head(m.gain * F.relu(m.a(x))), a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    net = Net(lambda m, x: m.head(m.gain * F.relu(m.a(x))), a=nn.Linear(4, 6), head=nn.Linear(6, 2))
     net.gain = nn.Parameter(torch.tensor(0.3))
     assert groups(net, 1, 4) == 6
     assert rescaled_is_bitwise_equal(net, torch.randn(5, 4))
@@ -310,7 +297,7 @@ def test_auxiliary_heads_of_train_mode_follow():
 
 
 def test_an_unknown_operation_is_named_with_its_module_and_line():
-    net = Fn(lambda m, x: m.b(m.a(x).cumprod(1)), a=nn.Linear(4, 3), b=nn.Linear(3, 2))
+    net = Net(lambda m, x: m.b(m.a(x).cumprod(1)), a=nn.Linear(4, 3), b=nn.Linear(3, 2))
     traced = dagpath.trace(net, torch.zeros(1, 4))
     assert "Operations without a rule" in traced.explain()
     assert [entry["operation"] for entry in traced.explain(format="dict")["without_rule"]] == ["cumprod"]

@@ -8,18 +8,7 @@ from torch.nn.utils import parametrizations
 
 import dagpath
 
-
-class Net(nn.Module):
-    """Modules, parameters and a function of both."""
-
-    def __init__(self, function, **parts) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, *args, **kwargs):
-        return self.function(self, *args, **kwargs)
+from networks import Net
 
 
 def check(net: nn.Module, x, groups: int, kwargs=None) -> None:

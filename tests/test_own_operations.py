@@ -12,7 +12,8 @@ import dagpath
 from dagpath.ops import Operation, base
 
 import own_operation
-from test_operations import Net, check
+from networks import Net
+from test_operations import check
 
 
 def custom_op(function):

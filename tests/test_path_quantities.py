@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import dagpath
 
-from invariance import Net
-from networks import CONSTANT, BruteForce, RandomNet, ScalarGraph
+from networks import CONSTANT, BruteForce, Net, RandomNet, ScalarGraph
 
 SEEDS = range(12)
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invariance import Net, assert_invariant
+from invariance import assert_invariant
+from networks import Net
 
 relu = torch.relu
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import dagpath
 
-from test_adversarial import Net, assert_exact
+from test_adversarial import assert_exact, two_into_one
 
 
 def in_autocast(*settings, **options):
@@ -96,7 +96,7 @@ FREE = {
 @pytest.mark.parametrize("name", FREE)
 def test_a_region_is_as_free_as_its_operations(name):
     function, groups = FREE[name]
-    traced = assert_exact(Net(function), torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
+    traced = assert_exact(two_into_one(function), torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
     assert traced.graph.num_groups == groups, traced.explain()
 
 
@@ -106,7 +106,7 @@ def test_a_region_that_stays_closed_is_named_and_its_neighbours_are_free():
             y = F.relu(m.a(x)).float()
         return m.head(F.relu(m.mix(y)))
 
-    traced = assert_exact(Net(forward, mix=nn.Linear(6, 7), head=nn.Linear(7, 2)), torch.randn(4, 5))
+    traced = assert_exact(two_into_one(forward, mix=nn.Linear(6, 7), head=nn.Linear(7, 2)), torch.randn(4, 5))
     assert traced.graph.num_groups == 7
     assert "wrap_with_autocast" in traced.explain()
 
@@ -130,7 +130,7 @@ def test_a_buffer_written_without_gradients_fixes_what_it_reads():
             m.average.mul_(0.9).add_(y.mean(0), alpha=0.1)
         return m.head(F.relu(m.mix(y)))
 
-    net = Net(forward, mix=nn.Linear(6, 7), head=nn.Linear(7, 2))
+    net = two_into_one(forward, mix=nn.Linear(6, 7), head=nn.Linear(7, 2))
     net.register_buffer("average", torch.zeros(6))
     traced = dagpath.trace(net, torch.randn(4, 5))
     assert traced.graph.num_groups == 7
@@ -138,7 +138,7 @@ def test_a_buffer_written_without_gradients_fixes_what_it_reads():
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_rescaling_a_model_with_an_autocast_region_verifies(inside):
-    net, x = Net(in_autocast("cpu", torch.bfloat16)), torch.randn(4, 5)
+    net, x = two_into_one(in_autocast("cpu", torch.bfloat16)), torch.randn(4, 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):  # a context that keeps the weights' casts
         rescaling = dagpath.rescale_(net, x)
         assert rescaling.traced.graph.num_groups == 6

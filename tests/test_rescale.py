@@ -1,7 +1,6 @@
 """Rescaling whole models: exact, optimal, in place, all or nothing."""
 
 import copy
-import itertools
 import math
 import sys
 
@@ -14,12 +13,7 @@ from torch import nn
 
 import dagpath
 
-from networks import RandomNet
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers = [module for sizes in itertools.pairwise(widths) for module in (nn.Linear(*sizes), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+from networks import RandomNet, mlp
 
 
 def snapshot(model: nn.Module) -> list:

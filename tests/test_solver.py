@@ -1,5 +1,6 @@
 """The solvers on numbers alone, against SciPy's general-purpose minimizer and closed forms."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,33 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagpath.solver import LogOuter, MassAggregator, Problem, SumOuter, solve_coordinate, solve_newton
+from dagpath.solver import Problem, solve_coordinate, solve_newton
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
+
+from problems import Elements, in_and_out
 
 seeds = st.integers(0, 2**31 - 1)
 
 
-def random_elements(seed: int):
-    """Element masses and their groups: a random graph in which every group has an element in and one out."""
+def random_elements(seed: int) -> Elements:
     rng = np.random.default_rng(seed)
-    num_groups = int(rng.integers(1, 7))
-    extra = int(rng.integers(0, 12))
-    dst = np.concatenate(
-        [np.arange(1, num_groups + 1), np.zeros(num_groups, int), rng.integers(0, num_groups + 1, extra)]
-    )
-    src = np.concatenate(
-        [np.zeros(num_groups, int), np.arange(1, num_groups + 1), rng.integers(0, num_groups + 1, extra)]
-    )
-    masses = np.exp(rng.normal(0, 3, len(dst)))
-    return num_groups, masses, dst, src
+    return in_and_out(rng, int(rng.integers(1, 7)), int(rng.integers(0, 12)), 3)
 
 
 def path_conditioning(num_groups, masses, dst, src, **options) -> Problem:
-    aggregator = MassAggregator(num_groups)
-    aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
-    p = aggregator.num_live
-    return Problem(aggregator.matrix(), LogOuter(p), -2.0, 2 * aggregator.balance[1:], max(p, 1), **options)
+    return Elements(num_groups, [(masses, dst, src)]).path_conditioning(**options)
 
 
 def plain_objective(z, masses, dst, src):
@@ -49,83 +39,18 @@ def plain_objective(z, masses, dst, src):
 @settings(max_examples=50)
 @given(seeds)
 def test_newton_and_coordinate_descent_reach_scipys_minimum(seed):
-    num_groups, masses, dst, src = random_elements(seed)
-    problem = path_conditioning(num_groups, masses, dst, src)
-    found = scipy.optimize.minimize(plain_objective, np.zeros(num_groups), args=(masses, dst, src), tol=1e-12)
+    elements = random_elements(seed)
+    problem, start = elements.path_conditioning(), np.zeros(elements.num_groups)
+    found = scipy.optimize.minimize(plain_objective, start, args=elements.flat(), tol=1e-12)
     newton = solve_newton(problem, tol=1e-12)
     coordinate = solve_coordinate(problem, tol=1e-9)
     assert newton.converged
     assert newton.optimality <= 1e-12
-    assert newton.objective[0] == pytest.approx(plain_objective(np.zeros(num_groups), masses, dst, src))
-    assert newton.objective[1] == pytest.approx(plain_objective(newton.z.numpy(), masses, dst, src))
+    assert newton.objective[0] == pytest.approx(plain_objective(start, *elements.flat()))
+    assert newton.objective[1] == pytest.approx(plain_objective(newton.z.numpy(), *elements.flat()))
     assert newton.objective[1] <= found.fun + 1e-9 * abs(found.fun)
     assert newton.objective[1] <= coordinate.objective[1] + 1e-9 * abs(coordinate.objective[1])
     assert coordinate.objective[1] == pytest.approx(newton.objective[1], rel=1e-7, abs=1e-7)
-
-
-@settings(max_examples=50)
-@given(seeds, st.sampled_from([("log", -2.0), ("sum", 2.0), ("sum", 1.0)]))
-def test_gradient_and_hessian_are_those_of_autograd(seed, kind):
-    num_groups, masses, dst, src = random_elements(seed)
-    aggregator = MassAggregator(num_groups)
-    aggregator.add(torch.from_numpy(masses), torch.from_numpy(dst), torch.from_numpy(src))
-    outer = LogOuter(7.0) if kind[0] == "log" else SumOuter()
-    linear = torch.randn(num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    problem = Problem(aggregator.matrix(), outer, kind[1], linear, 1.0)
-
-    def objective(z):
-        padded = torch.cat([z.new_zeros(1), z])
-        total = (torch.from_numpy(masses) * torch.exp(kind[1] * (padded[dst] - padded[src]))).sum()
-        return (7.0 * total.log() if kind[0] == "log" else total) + linear @ z
-
-    z, v = torch.randn(2, num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    point = problem.at(z)
-    hessian = torch.autograd.functional.hessian(objective, z)
-    assert point.value == pytest.approx(float(objective(z)))
-    torch.testing.assert_close(
-        torch.from_numpy(point.gradient), torch.autograd.functional.jacobian(objective, z), rtol=1e-9, atol=1e-9
-    )
-    # a Newton step toward a right-hand side of our choice solves the system with autograd's Hessian
-    wanted, model = hessian @ v, SeparableHessian(point)
-    hessian = hessian + torch.diag(torch.from_numpy(model.damping[1:])) * kind[1] ** 2 * outer.slope(point.total)
-    step, _ = NewtonSystem(point, torch.float64).solve(model, wanted.numpy(), forcing=1e-6)
-    error = (hessian @ torch.from_numpy(step) - wanted).abs() / hessian.diagonal().abs().sqrt()
-    assert float(error.max()) <= 1e-4 * float((wanted.abs() / hessian.diagonal().abs().sqrt()).max())
-
-
-@pytest.mark.parametrize(
-    ("dst_shape", "src_shape"),
-    [
-        ((6, 1, 1), (1, 5, 1)),
-        ((6, 1, 1), ()),
-        ((), (1, 5, 1)),
-        ((6, 1, 1), (6, 5, 1)),
-        ((6, 5, 4), (6, 5, 4)),
-        ((), ()),
-    ],
-)
-def test_aggregation_keeps_every_mass(dst_shape, src_shape):
-    generator = torch.Generator().manual_seed(0)
-    masses = torch.rand(6, 5, 4, dtype=torch.float64, generator=generator)
-    masses[masses < 0.2] = 0
-    dst, src = (torch.randint(0, 4, shape, generator=generator) for shape in (dst_shape, src_shape))
-    aggregator = MassAggregator(3)
-    aggregator.add(masses, dst, src)
-    matrix = aggregator.matrix()
-    expected, balance = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for index in np.ndindex(6, 5, 4):
-        d, s = int(dst.expand(6, 5, 4)[index]), int(src.expand(6, 5, 4)[index])
-        expected[d, s] += masses[index]
-        live = float(masses[index] > 0)
-        balance[d] += live
-        balance[s] -= live
-    products = [matrix.products(unit, unit) for unit in np.eye(4)]
-    found = np.stack([np.bincount(matrix.layout.rows.groups, rows, 4) for rows, _ in products], 1)
-    transposed = np.stack([np.bincount(matrix.layout.columns.groups, columns, 4) for _, columns in products], 0)
-    np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(transposed, expected)
-    torch.testing.assert_close(aggregator.balance, balance)
-    assert aggregator.num_live == int((masses > 0).sum())
 
 
 def test_one_group_between_two_elements_has_its_closed_form():
@@ -173,12 +98,77 @@ def test_masses_far_apart_are_balanced():
     assert scaled == pytest.approx(np.full(num_groups + 1, np.exp(np.log(masses).mean())), rel=1e-6)
 
 
-def test_bad_numbers_are_refused():
-    for bad in (float("inf"), float("nan"), -1.0):
-        with pytest.raises(ValueError, match=f"masses must be finite and at least 0, .* got {bad}"):
-            MassAggregator(1).add(torch.tensor([1.0, bad]), torch.tensor(1), torch.tensor(0))
-    with pytest.raises(ValueError, match="bound must be positive"):
-        path_conditioning(1, np.ones(1), np.ones(1, int), np.zeros(1, int), bound=0.0)
-    general = Problem(MassAggregator(1).matrix(), SumOuter(), 2.0, torch.zeros(1, dtype=torch.float64), 1.0)
-    with pytest.raises(ValueError, match="path-conditioning criterion only"):
-        solve_coordinate(general)
+def test_batches_of_groups_leave_the_iterates_of_coordinate_descent_as_they_are():
+    rng = np.random.default_rng(0)
+    layers = [np.zeros(5, int), np.arange(1, 8), np.arange(8, 14), np.zeros(4, int)]
+    parts = [(rng.random((len(b), len(a))), b[:, None], a[None, :]) for a, b in itertools.pairwise(layers)]
+    elements = Elements(13, parts)
+    z = np.zeros(13)
+    for _, group in itertools.product(range(3), range(13)):
+
+        def along(value, group=group):
+            return plain_objective(np.where(np.arange(13) == group, value, z), *elements.flat())
+
+        z[group] = scipy.optimize.minimize_scalar(along, bracket=(-1, 1), options={"xtol": 1e-10}).x
+    found = solve_coordinate(elements.path_conditioning(), max_iter=3)
+    assert (found.iterations, found.converged) == (3, False)
+    np.testing.assert_allclose(found.z.numpy(), z, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_the_size_of_all_masses_does_not_matter(size):
+    dst, src = np.array([1, 2, 0]), np.array([0, 1, 2])
+    factors = []
+    for unit in (1.0, size):
+        solution = solve_newton(path_conditioning(2, unit * np.array([2.0, 9.0, 5.0]), dst, src))
+        assert solution.converged
+        factors.append(solution.z)
+    torch.testing.assert_close(*factors, rtol=0, atol=1e-8)
+
+
+def test_groups_that_touch_nothing_fixed_still_converge():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = int(rng.integers(2, 10))
+        every = np.arange(1, groups + 1)
+        problem = path_conditioning(
+            groups, np.exp(rng.uniform(-2, 2, (groups, groups))), every[:, None], every[None, :]
+        )
+        assert solve_newton(problem).converged
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_the_separable_model_agrees_where_it_was_made_and_its_hessian_is_inverted_exactly(seed):
+    rng = np.random.default_rng(seed)
+    a, b, c = np.arange(1, 5), np.arange(5, 9), np.arange(9, 13)
+    ends = [
+        (a[:, None], np.zeros((1, 3), int)),
+        (b[:, None], a[None]),
+        (c[:, None], b[None]),
+        (np.zeros((2, 1), int), c),
+    ]
+    parts = [(np.exp(rng.normal(0, 2, np.broadcast_shapes(d.shape, s.shape))), d, s) for d, s in [*ends, (a, a)]]
+    point = Elements(12, parts).path_conditioning().at(rng.normal(0, 1, 12))
+    model = point.separable()
+    again = model.problem.at(point.z)
+    assert again.value == pytest.approx(point.value, rel=1e-12)
+    np.testing.assert_allclose(again.gradient, point.gradient, rtol=1e-9, atol=1e-9)
+    hessian = SeparableHessian(model)
+    assert hessian.exact
+    dense = np.stack([NewtonSystem(model, torch.float64).product(hessian)(unit) for unit in np.eye(13)[1:]], 1)[1:]
+    inverse = np.stack([hessian.precondition(unit) for unit in np.eye(13)[1:]], 1)[1:]
+    np.testing.assert_allclose(dense @ inverse, np.eye(12), atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_the_preconditioner_stays_above_the_hessian_where_there_are_cycles(seed):
+    rng = np.random.default_rng(seed)
+    point = in_and_out(rng, 8, 20, 3).path_conditioning().at(rng.normal(0, 1, 8))
+    model = SeparableHessian(point)
+    dense = np.stack([NewtonSystem(point, torch.float64).product(model)(unit) for unit in np.eye(9)[1:]], 1)[1:]
+    inverse = np.stack([model.precondition(unit) for unit in np.eye(9)[1:]], 1)[1:]
+    eigenvalues = np.linalg.eigvals(inverse @ dense).real
+    assert eigenvalues.min() > 0
+    assert eigenvalues.max() <= 1 + 1e-6

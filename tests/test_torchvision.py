@@ -28,6 +28,16 @@ MODELS: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 
 
+def in_both_modes(model, batch):
+    return [outputs(model, batch, training) for training in (False, True)]
+
+
+def rescale_by_powers_of_two(model, example, least_groups):
+    traced = dagpath.trace(model, example)
+    assert traced.graph.num_groups >= least_groups
+    dagpath.random_rescaling(traced, power_of_two=True, generator=torch.Generator().manual_seed(2)).apply_()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_rescaling_keeps_the_function_and_reaches_the_optimum(name):
@@ -36,12 +46,9 @@ def test_rescaling_keeps_the_function_and_reaches_the_optimum(name):
     batch = torch.randn(4, *shape)
     example = batch[:1]
     saved = [parameter.detach().clone() for parameter in model.parameters()]
-    evaluated, trained = (outputs(model, batch, training) for training in (False, True))
+    evaluated, trained = in_both_modes(model, batch)
 
-    traced = dagpath.trace(model, example)
-    assert traced.graph.num_groups >= least_groups
-    exact = dagpath.random_rescaling(traced, power_of_two=True, generator=torch.Generator().manual_seed(2))
-    exact.apply_()
+    rescale_by_powers_of_two(model, example, least_groups)
     assert all(map(torch.equal, outputs(model, batch, False), evaluated))
     assert all(map(torch.equal, outputs(model, batch, True), trained))
     with torch.no_grad():
@@ -84,12 +91,10 @@ def test_a_power_of_two_rescaling_is_exact(name):
     least_groups, shape = SMALL[name]
     model = build(name)
     batch = torch.randn(2, *shape)
-    before = [outputs(model, batch, training) for training in (False, True)]
-    traced = dagpath.trace(model, batch)
-    assert traced.graph.num_groups >= least_groups
-    dagpath.random_rescaling(traced, power_of_two=True, generator=torch.Generator().manual_seed(2)).apply_()
-    assert all(map(torch.equal, outputs(model, batch, False), before[False]))
-    assert relative(outputs(model, batch, True), before[True]) <= 1e-4
+    evaluated, trained = in_both_modes(model, batch)
+    rescale_by_powers_of_two(model, batch, least_groups)
+    assert all(map(torch.equal, outputs(model, batch, False), evaluated))
+    assert relative(outputs(model, batch, True), trained) <= 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -97,10 +102,10 @@ def test_a_power_of_two_rescaling_is_exact(name):
 def test_rescaling_in_float64_is_exact_to_1e_10(name):
     model = build(name).double()
     batch = torch.randn(4, *MODELS[name][1], dtype=torch.float64)
-    before = [outputs(model, batch, training) for training in (False, True)]
+    before = in_both_modes(model, batch)
     dagpath.rescale_(model, batch[:1])
-    for training in (False, True):
-        assert relative(outputs(model, batch, training), before[training]) <= 1e-10
+    for found, expected in zip(in_both_modes(model, batch), before, strict=True):
+        assert relative(found, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5"])

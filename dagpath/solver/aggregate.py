@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dagpath.solver.matrix import Block, GroupMatrix, Layout
+from dagpath.solver.matrix import Block, GroupMatrix
 
 
 class MassAggregator:
@@ -95,8 +95,7 @@ class MassAggregator:
         dst, src, masses = (torch.cat(parts) for parts in zip(*edges, strict=True))
         keys, inverse = torch.unique(dst * self._size + src, return_inverse=True)
         together = self._joined(masses, inverse, len(keys))
-        layout = Layout.of(self._size, self._blocks, keys // self._size, keys % self._size)
-        return GroupMatrix(layout, [block.masses for block in self._blocks], together)
+        return GroupMatrix.without_loops(self._size, self._blocks, keys // self._size, keys % self._size, together)
 
     def _reduced(self, masses: Tensor, rows: list[int], columns: list[int]) -> tuple[Tensor, Tensor, int]:
         """Masses put together to a matrix over ``rows`` × ``columns``, counts of live ones alike, and their number."""

@@ -35,14 +35,13 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
 
     Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1.
     """
-    if not isinstance(problem.outer, LogOuter) or problem.kappa != -2 or not isinstance(problem.matrix, GroupMatrix):
+    if not isinstance(problem.outer, LogOuter) or problem.kappa != -2:
         raise ValueError("the coordinate solver minimizes the path-conditioning criterion only; use solver='newton'")
     start = time.perf_counter()
     surplus = problem.costs / 2
-    z = np.zeros(problem.num_groups)
     batches = list(_batches(problem.matrix))
-    point = problem.at(z)
-    before, sweeps = point.value, 0
+    first = problem.at(np.zeros(problem.num_groups))
+    point, sweeps = first.without_idle(), 0
     while point.optimality > tol and sweeps < (10_000 if max_iter is None else max_iter):
         z = np.append(0.0, point.z)
         total = point.total
@@ -54,7 +53,7 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
             )
         point, sweeps = problem.at(z[1:]), sweeps + 1
     reached, seconds = point.optimality, time.perf_counter() - start
-    return Solution(torch.from_numpy(point.z), (before, point.value), reached, sweeps, 0, reached <= tol, seconds)
+    return Solution(torch.from_numpy(point.z), (first.value, point.value), reached, sweeps, 0, reached <= tol, seconds)
 
 
 def _minimize_in_turn(
@@ -83,8 +82,8 @@ def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float,
         numerator, denominator = -2 * constant, linear + root
     else:
         numerator, denominator = root - linear, 2 * quadratic
-    if denominator <= 0:
-        return high
+    if denominator <= 0:  # the derivative, whose sign is that of the quadratic, has no zero at a positive x
+        return low if quadratic + linear + constant > 0 else high
     return min(max(numerator / denominator, low), high)
 
 
@@ -99,7 +98,6 @@ class _Batch:
 
 def _batches(matrix: GroupMatrix) -> Iterator[_Batch]:
     masses = matrix.to_scipy()
-    masses.setdiag(0.0)
     masses.eliminate_zeros()
     into, out_of = csr_array(masses), csr_array(masses.T)
     linked = csr_array(into + out_of)

@@ -156,7 +156,7 @@ class Layout:
 
 
 class Masses(Protocol):
-    """What :class:`Point` needs of a matrix; dense blocks and their separable model both have it."""
+    """What a :class:`Point` needs of a matrix; dense blocks and their separable model both have it."""
 
     layout: Layout
     is_separable: bool
@@ -170,6 +170,8 @@ class Masses(Protocol):
 
 class GroupMatrix:
     """A non-negative matrix over the groups 0 .. num_groups, as a sum of dense blocks and single entries.
+
+    No z moves a mass within a group. All such masses stand at (0, 0), as if their group were fixed.
 
     Attributes:
         blocks: the dense parts; no group occurs twice among a block's rows, nor among its columns.
@@ -200,8 +202,30 @@ class GroupMatrix:
             _check(name, size, block.masses, ends, block.masses.shape == (*block.dst.shape, *block.src.shape))
             if not block.masses.numel() or any(len(torch.unique(end)) < len(end) for end in ends):
                 raise ValueError(f"{name} is empty, or names a group twice among its rows or its columns")
+        blocks = [Block(block.masses.double(), block.dst, block.src) for block in blocks]
+        return GroupMatrix.without_loops(size, blocks, dst, src, masses.double())
+
+    @staticmethod
+    def without_loops(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
+        """The same, not checked: only masses within a group are moved to (0, 0)."""
+        within, found = dst == src, []
+        loops = [masses[within]]
+        for block in blocks:
+            values = block.masses
+            _, *places = np.intersect1d(block.dst.cpu(), block.src.cpu(), assume_unique=True, return_indices=True)
+            if len(places[0]):
+                row, column = (torch.from_numpy(place).to(values.device) for place in places)
+                loops.append(values[row, column])
+                values = values.index_put((row, column), values.new_zeros(()))
+            found.append(values)
+        dst, src = (torch.cat([end[~within], end.new_zeros(1)]) for end in (dst, src))
         layout = Layout.of(size, blocks, dst, src)
-        return GroupMatrix(layout, [block.masses.double() for block in blocks], masses.double())
+        return GroupMatrix(layout, found, torch.cat([masses[~within], torch.cat(loops).sum(0, keepdim=True)]))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The masses: those of the single entries, then of each block."""
+        return (self.masses, *self.blocks)
 
     @property
     def device(self) -> torch.device:
@@ -245,7 +269,7 @@ class GroupMatrix:
     @cached_property
     def largest(self) -> float:
         """The largest mass; 1 if there is none."""
-        return max((float(part.max()) for part in (self.masses, *self.blocks) if part.numel()), default=0.0) or 1.0
+        return max(float(part.max()) for part in self.parts) or 1.0
 
     def divided(self, number: float) -> GroupMatrix:
         """Every mass divided by a number."""
@@ -258,7 +282,7 @@ class GroupMatrix:
     @cached_property
     def log_spread(self) -> float:
         """Logarithm of the ratio of the largest mass to the smallest that is not zero."""
-        parts = [part[part > 0] for part in (self.masses, *self.blocks)]
+        parts = [part[part > 0] for part in self.parts]
         ends = [torch.stack([part.min(), part.max()]).log() for part in parts if len(part)]
         return float(max(high for _, high in ends) - min(low for low, _ in ends)) if ends else 0.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,24 +13,33 @@ from scipy.sparse import coo_array
 from scipy.sparse.linalg import splu
 
 from dagpath.solver.matrix import Array, GroupMatrix, Index
-from dagpath.solver.newton import solve_newton
-from dagpath.solver.problem import DEFAULT_BOUND, LogOuter, Problem, Solution
+from dagpath.solver.problem import DEFAULT_BOUND, Solution, check_bound
 
-_POWER = 16.0
-"""Exponent of the sums whose balance is the start."""
-_ANSWERS = 100
-"""Most policies of the second player that are tried against one of the first."""
 _SLACK = 1e-13
 """Relative rounding error of z: a smaller gain is none."""
 _RIDGE = 1e-10
-"""Keeps the linear system of a policy regular where no path leads to the fixed group."""
+"""Keeps the linear system of a policy regular where no path leads to the fixed group or to the bound."""
+
+
+class _Elements(NamedTuple):
+    """One element of each of some groups: log a, and the group at its other end."""
+
+    mass: Array
+    other: Index
+
+    def at(self, groups: Any) -> _Elements:
+        return _Elements(self.mass[groups], self.other[groups])
+
+    def where(self, kept: Any, others: _Elements) -> _Elements:
+        return _Elements(np.where(kept, self.mass, others.mass), np.where(kept, self.other, others.other))
 
 
 @dataclass(frozen=True)
 class RangeProblem:
     """Find z with ``max_e a_e exp((B z)_e)`` over the elements that enter a group equal to that over those that leave.
 
-    Elements within one group do not count. Groups without an element on both sides must be fixed.
+    Elements within one group do not count. Groups without an element on both sides keep ``z = 0``. A group at the bound
+    may have the larger maximum on the side that the bound keeps it from making smaller.
 
     Attributes:
         matrix: the largest a of every pair of groups.
@@ -42,144 +51,134 @@ class RangeProblem:
     bound: float = DEFAULT_BOUND
     live: int | None = None
 
-    @cached_property
-    def _log_entries(self) -> Array:
-        (dst, *_), (src, *_) = self.matrix.layout.groups_by_part
-        values: Array = self.matrix.masses.cpu().log().numpy()
-        return np.where(dst == src, -np.inf, values)
-
-    @cached_property
-    def _log_blocks(self) -> list[tuple[Index, Index, Array]]:
-        """Destination groups, source groups and log a of each block; −inf within a group."""
-        (_, *dsts), (_, *srcs) = self.matrix.layout.groups_by_part
-        return [
-            (dst, src, np.where(dst[:, None] == src[None, :], -np.inf, block.cpu().log().numpy()))
-            for dst, src, block in zip(dsts, srcs, self.matrix.blocks, strict=True)
-        ]
-
-    def largest(self, z: Array) -> tuple[_Largest, _Largest]:
-        """At z, [num_groups + 1] with z[0] = 0: of each group the largest element that enters, and that leaves."""
-        entering, leaving = _Largest.nothing(len(z)), _Largest.nothing(len(z))
-        (dst, *_), (src, *_) = self.matrix.layout.groups_by_part
-        scaled = self._log_entries + z[dst] - z[src]
-        entering.take(dst, scaled, src, self._log_entries)
-        leaving.take(src, scaled, dst, self._log_entries)
-        for dst, src, logs in self._log_blocks:
-            row, column = np.arange(len(dst)), np.arange(len(src))
-            best = (logs - z[src]).argmax(1)
-            entering.take(dst, logs[row, best] + z[dst] - z[src[best]], src[best], logs[row, best])
-            best = (logs + z[dst][:, None]).argmax(0)
-            leaving.take(src, logs[best, column] + z[dst[best]] - z[src], dst[best], logs[best, column])
-        return entering, leaving
+    def __post_init__(self) -> None:
+        check_bound(self.bound)
 
     def value(self, z: Array) -> float:
-        """The largest ``|log max_in − log max_out|`` of a group at z, [num_groups]."""
+        """The largest ``|log max_in − log max_out|`` of a group at z, [num_groups], which the bound lets shrink."""
         return self._imbalance(np.append(0.0, z))
 
-    def solve(self, tol: float, max_iter: int | None) -> Solution:
+    def solve(self, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
         """Strategy iteration (Hoffman and Karp 1966).
 
-        Equality says ``2 z = max_out (log a + z_dst) + min_in (z_src − log a)`` for every group: the value of a game in
-        which, at every group, a coin decides whether the one player chooses an element that leaves it or the other one
-        that enters it. The choice of the first is held, the best answer of the second found by policy iteration (a
-        sparse linear system for each policy), and then the first chooses anew. The start is the balance of sums of
-        16th powers. Where the bound stops groups, or a step does not halve the largest difference, each group is moved
-        half way to equality instead.
+        Equality says ``2 z = max_out (log a + z_dst) + min_in (z_src − log a)`` for every group, cut to the bound: the
+        value of a game in which, at every group, a coin decides whether the one player chooses an element that leaves
+        it or the other one that enters it, and in which the first may stop at −bound, the second at +bound. The choices
+        of the first are held while the second finds its best answer by policy iteration (a sparse linear system for
+        each change of choices), and then the first chooses anew.
+
+        Args:
+            tol: stop when no ``|log max_in − log max_out|`` that the bound lets shrink is larger.
+            max_iter: most changes of choices; None for 1,000. Layered graphs take about ten, whatever their width.
         """
         start = time.perf_counter()
-        size = self.matrix.layout.size
-        nothing = torch.zeros(size - 1, dtype=torch.float64)
-        rough = Problem(
-            self.matrix.divided(self.matrix.largest).tempered(_POWER),
-            LogOuter(1.0),
-            _POWER,
-            nothing,
-            _POWER,
-            self.bound,
-        )
-        z = np.append(0.0, solve_newton(rough, tol=1e-6).z.numpy())
-        before, reached = self._imbalance(np.zeros(size)), self._imbalance(z)
-        iterations, trial = 0, z
+        play, iterations = _Play(self), 0
+        z, before = play.z, self._imbalance(play.z)
+        reached = before
         while reached > tol and iterations < (1_000 if max_iter is None else max_iter):
-            trial = self._answer(trial)
-            following = trial.clip(-self.bound, self.bound)
-            found = self._imbalance(following)
-            if not found <= reached / 2:
-                following = z + self._pull(z) / 4
-                found = self._imbalance(following)
-            z, reached, iterations = following, found, iterations + 1
-        return Solution(
-            torch.from_numpy(z[1:].copy()),
-            (before, reached),
-            reached,
-            iterations,
-            0,
-            reached <= tol,
-            time.perf_counter() - start,
-        )
+            iterations += 1
+            play.settle_()
+            if play.stop_() or play.answer_():
+                continue
+            z, reached = play.z, self._imbalance(play.z)
+            play.choose_()
+        seconds = time.perf_counter() - start
+        return Solution(torch.from_numpy(z[1:]), (before, reached), reached, iterations, 0, reached <= tol, seconds)
 
-    def _answer(self, z: Array) -> Array:
-        """With the largest elements that leave held as they are at z, the z at which all are equal."""
-        entering, leaving = self.largest(z)
-        for _ in range(_ANSWERS):
-            z = self._equal(z, entering, leaving)
-            better, _ = self.largest(z)
-            with np.errstate(invalid="ignore"):
-                gained = better.scaled - (entering.mass + z - z[entering.other])
-            improved = gained > _SLACK * (1 + np.abs(z).max())
-            if not improved.any():
-                break
-            entering.other[improved], entering.mass[improved] = better.other[improved], better.mass[improved]
-        return z
+    @cached_property
+    def _logs(self) -> list[tuple[Index, Index, Array]]:
+        """Destination groups, source groups and log a, of the entries [n], then of each block."""
+        logs = [masses.cpu().log().numpy() for masses in self.matrix.parts]
+        return list(zip(*self.matrix.layout.groups_by_part, logs, strict=True))
 
-    def _equal(self, z: Array, entering: _Largest, leaving: _Largest) -> Array:
-        """The z at which the two given elements of every group are equal."""
-        both = _both(entering, leaving)
-        groups, every = np.flatnonzero(both), np.arange(len(z))
-        ones = np.ones(len(groups))
-        diagonal = np.where(both, _RIDGE, 1.0)
-        rows = np.concatenate([groups, groups, groups, every])
-        columns = np.concatenate([groups, entering.other[groups], leaving.other[groups], every])
-        table = coo_array((np.concatenate([2 * ones, -ones, -ones, diagonal]), (rows, columns)), shape=(len(z),) * 2)
-        right = diagonal * z
-        right[groups] += leaving.mass[groups] - entering.mass[groups]
-        found: Array = splu(table.tocsc()).solve(right)
-        return np.where(np.isfinite(found), found, z)
+    @cached_property
+    def groups(self) -> Index:
+        """The free groups with an element on both sides."""
+        both = np.arange(self.matrix.layout.size) > 0
+        for entering in (True, False):
+            both &= self._largest(np.zeros(len(both)), entering).mass > -np.inf
+        return np.flatnonzero(both)
 
-    def _pull(self, z: Array) -> Array:
-        """How far the largest that leaves stands above the largest that enters; zero where the bound stops it."""
-        entering, leaving = self.largest(z)
-        both = _both(entering, leaving)
-        pull = np.zeros(len(z))
-        pull[both] = leaving.scaled[both] - entering.scaled[both]
-        return 2 * ((z + pull / 2).clip(-self.bound, self.bound) - z)
+    def largest(self, z: Array, entering: bool) -> _Elements:
+        """Of these groups the elements that are the largest at z of those that enter it, or of those that leave it."""
+        return self._largest(z, entering).at(self.groups)
+
+    def _largest(self, z: Array, entering: bool) -> _Elements:
+        """Of every group the element that is the largest at z of those that enter it, or of those that leave it."""
+        largest, mass, other = np.full(len(z), -np.inf), np.full(len(z), -np.inf), np.zeros(len(z), np.int64)
+        for dst, src, logs in self._logs:
+            here, there = (dst, src) if entering else (src, dst)
+            moved = -z[there] if entering else z[there]
+            if logs.ndim == 2:
+                table = logs if entering else logs.T
+                best = (table + moved).argmax(1)
+                logs, moved, there = table[np.arange(len(here)), best], moved[best], there[best]
+            values = logs + moved
+            order = np.argsort(values, kind="stable")  # of several at one group the last stays: the largest
+            better = order[values[order] > largest[here[order]]]
+            for mine, theirs in ((largest, values), (mass, logs), (other, there)):
+                mine[here[better]] = theirs[better]
+        return _Elements(mass, other)
 
     def _imbalance(self, z: Array) -> float:
-        return float(np.abs(self._pull(z)).max())
+        middle = _middle(z, self.largest(z, True), self.largest(z, False))
+        away = 2 * (middle.clip(-self.bound, self.bound) - z[self.groups])
+        return float(np.abs(away).max(initial=0.0))
 
 
-@dataclass(frozen=True)
-class _Largest:
-    """Of each group the largest scaled log mass on one side, the group at its other end, and its log mass unscaled."""
-
-    scaled: Array
-    other: Index
-    mass: Array
-
-    @staticmethod
-    def nothing(size: int) -> _Largest:
-        return _Largest(np.full(size, -np.inf), np.zeros(size, np.int64), np.full(size, -np.inf))
-
-    def take(self, groups: Index, scaled: Array, other: Index, mass: Array) -> None:
-        """Look at more elements."""
-        order = np.argsort(scaled, kind="stable")  # of several at one group the last stays: the largest
-        better = order[scaled[order] > self.scaled[groups[order]]]
-        for mine, theirs in ((self.scaled, scaled), (self.other, other), (self.mass, mass)):
-            mine[groups[better]] = theirs[better]
+def _middle(z: Array, entering: _Elements, leaving: _Elements) -> Array:
+    """Where each group would have to be for the two elements to be equal, the others staying."""
+    middle: Array = (leaving.mass + z[leaving.other] + z[entering.other] - entering.mass) / 2
+    return middle
 
 
-def _both(entering: _Largest, leaving: _Largest) -> Any:
-    """The free groups with an element on both sides."""
-    both = (entering.mass > -np.inf) & (leaving.mass > -np.inf)
-    both[0] = False
-    return both
+class _Play:
+    """The game, with what the players have chosen for each group that has an element on both sides.
+
+    Attributes:
+        z: [num_groups + 1], the value of these choices.
+        entering, leaving: the elements that the second and the first player chose.
+        low, high: where the first and the second player stop.
+    """
+
+    def __init__(self, problem: RangeProblem) -> None:
+        self.problem = problem
+        self.z = np.zeros(problem.matrix.layout.size)
+        self.entering, self.leaving = problem.largest(self.z, True), problem.largest(self.z, False)
+        self.low = self.high = np.zeros(len(problem.groups), dtype=np.bool_)
+
+    def settle_(self) -> None:
+        """Make z the value of the choices: where the two elements of every group are equal, but for those stopped."""
+        moving = ~(self.low | self.high)
+        entering, leaving = (elements.at(moving) for elements in (self.entering, self.leaving))
+        groups, every = self.problem.groups[moving], np.arange(len(self.z))
+        bound, ones, diagonal = self.problem.bound, np.ones(len(groups)), np.ones(len(self.z))
+        right = self.z.clip(-bound, bound)  # which is where stopped groups stay
+        right[groups] = _RIDGE * right[groups] + leaving.mass - entering.mass
+        diagonal[groups] = 2 + _RIDGE
+        rows = np.concatenate([every, groups, groups])
+        columns = np.concatenate([every, entering.other, leaving.other])
+        table = coo_array((np.concatenate([diagonal, -ones, -ones]), (rows, columns)), shape=(len(every), len(every)))
+        self.z = splu(table.tocsc()).solve(right)
+
+    def stop_(self) -> bool:
+        """Either player stops at its bound where these choices lead beyond it; is there such a group?"""
+        values = self.z[self.problem.groups]
+        low, high = values < -self.problem.bound, values > self.problem.bound
+        self.low, self.high = self.low | low, self.high | high
+        return bool(low.any() or high.any())
+
+    def answer_(self) -> bool:
+        """The second player chooses anew where that makes less of z; is there such a group?"""
+        values, better = self.z[self.problem.groups], self.problem.largest(self.z, entering=True)
+        gained = values - _middle(self.z, better, self.leaving) > _SLACK * (1 + np.abs(values))
+        self.high = self.high & ~gained
+        self.entering = self.entering.where(~gained, better)
+        return bool((gained & ~self.low).any())
+
+    def choose_(self) -> None:
+        """The first player chooses anew where that makes more of z."""
+        values, better = self.z[self.problem.groups], self.problem.largest(self.z, entering=False)
+        gained = _middle(self.z, self.entering, better) - values > _SLACK * (1 + np.abs(values))
+        self.low = self.low & ~gained
+        self.leaving = self.leaving.where(~gained, better)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dagpath.solver.matrix import Array, GroupMatrix
+from dagpath.solver.matrix import Array
 from dagpath.solver.preconditioner import LONGEST, SeparableHessian
 from dagpath.solver.problem import Point, Problem, Solution
 
@@ -51,15 +51,14 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
             ``converged`` speaks of it alone: in directions that no mass holds the distance has no meaning.
         max_iter: most steps; None for 200.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     with np.errstate(all="ignore"):
         first = problem.at(np.zeros(problem.num_groups))
         most = 200 if max_iter is None else max_iter
-        idle = ((first.rows + first.columns)[1:] == 0) & (problem.costs != 0)  # only the bound holds them
-        start_z = np.where(idle, -np.sign(problem.costs) * problem.bound, 0.0)
-        run = _minimize(problem.at(start_z) if idle.any() else first, tol, min(most, _PATIENCE), torch.float32)
-        if not run.finished and isinstance(problem.matrix, GroupMatrix):
-            run = _anneal(run, problem, problem.matrix, tol, most)
+        start = first.without_idle()
+        run = _minimize(start, tol, min(most, _PATIENCE), torch.float32)
+        if not run.finished:
+            run = _anneal(run, start, tol, most)
     return Solution(
         torch.from_numpy(run.point.z),
         (first.value, run.point.value),
@@ -67,7 +66,7 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
         run.iterations,
         run.products,
         run.point.optimality <= tol,
-        time.perf_counter() - start,
+        time.perf_counter() - began,
     )
 
 
@@ -98,16 +97,17 @@ class _Run:
         return _largest(near.solve(-self.point.projected_gradient))
 
 
-def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: int) -> _Run:
+def _anneal(run: _Run, start: Point, tol: float, most: int) -> _Run:
     """Minimize with the masses to a small power first, ``a^τ``, and from there with τ doubled until it is one.
 
     For masses that span many orders of magnitude. With small τ the problem is nearly least squares for their
     logarithms; with large τ the minimum grows in proportion to τ, and a minimum scaled so is close to the next.
     """
-    power = min(1.0, _COOL / max(matrix.log_spread, 1e-300))
-    z = np.zeros(problem.num_groups)
+    problem = start.problem
+    power = min(1.0, _COOL / max(problem.matrix.log_spread, 1e-300))
+    z = power * start.z
     while power < 1.0 and run.iterations < most:
-        tempered = replace(problem, matrix=matrix.tempered(power), bound=power * problem.bound)
+        tempered = replace(problem, matrix=problem.matrix.tempered(power), bound=power * problem.bound)
         found = _minimize(tempered.at(z), _WARM, most - run.iterations, torch.float64)
         z, power, previous = found.point.z, min(1.0, 2 * power), power
         z = z * (power / previous)
@@ -120,7 +120,7 @@ def _anneal(run: _Run, problem: Problem, matrix: GroupMatrix, tol: float, most: 
 
 def _minimize(start: Point, tol: float, most: int, precision: torch.dtype) -> _Run:
     run = _Run(start)
-    model_pays = not start.problem.matrix.is_separable
+    model_pays = not start.matrix.is_separable
     system: NewtonSystem | None = None
     best: Point | None = None
     polished = 0
@@ -175,7 +175,7 @@ class NewtonSystem:
         degree = point.rows + point.columns
         scale = np.where(degree > 0, degree, 1.0) ** -0.5
         self._z, self._rows, self._columns = point.z, point.r * scale, point.c * scale
-        self._matrix = point.problem.matrix.scaled(self._rows, self._columns, precision)
+        self._matrix = point.matrix.scaled(self._rows, self._columns, precision)
 
     def serves(self, point: Point) -> bool:
         return _largest(point.z - self._z) <= _STRETCH
@@ -257,7 +257,7 @@ def _line_search(point: Point, step: Array) -> Point | None:
     length = 1.0
     slack = _ROUNDING * abs(point.value)
     for _ in range(60):
-        following = point.problem.at((point.z + length * step).clip(-bound, bound))
+        following = point.at((point.z + length * step).clip(-bound, bound))
         predicted = float(point.projected_gradient @ (following.z - point.z))
         if following.value <= point.value + _ARMIJO * predicted + slack:
             return following

@@ -48,15 +48,11 @@ class SeparableHessian:
     """
 
     def __init__(self, point: Point) -> None:
-        problem, matrix = point.problem, point.problem.matrix
-        layout, terms, entries = matrix.layout, matrix.layout.terms, matrix.layout.rows.num_entries
-        dst, src = layout.rows.groups[:entries], layout.columns.groups[:entries]
+        problem, matrix = point.problem, point.matrix
+        layout, terms = matrix.layout, matrix.layout.terms
         degree: Array = np.add(point.rows, point.columns)
-        inside = np.flatnonzero(dst == src)
-        for some, factor in ((inside, -1.0), (terms.rest, 1.0)):
-            if len(some):
-                for groups in (dst, src):
-                    degree = degree + factor * np.bincount(groups[some], point.row_sums[some], layout.size)
+        for side in (layout.rows, layout.columns):
+            degree = degree + np.bincount(side.groups[terms.rest], point.row_sums[terms.rest], layout.size)
         slope = problem.outer.slope(point.total) if point.total > 0 else 1.0
         self.point = point
         self.factor = problem.outer.curvature(point.total) / slope if point.total > 0 else 0.0

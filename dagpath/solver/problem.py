@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -31,6 +31,11 @@ DEFAULT_BOUND = 20 * math.log(2)
 _LARGEST_EXPONENT = 350.0
 _SMALL = 1e-100
 """Masses that are all smaller than this, or a mass larger than its inverse, are divided by the largest."""
+
+
+def check_bound(bound: float) -> None:
+    if not bound > 0:
+        raise ValueError(f"bound must be positive, got {bound}")
 
 
 class Outer(Protocol):
@@ -94,7 +99,7 @@ class Problem:
         live: number of live elements, for the report.
     """
 
-    matrix: Masses
+    matrix: GroupMatrix
     outer: Outer
     kappa: float
     linear: Tensor
@@ -104,8 +109,7 @@ class Problem:
     live: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise ValueError(f"bound must be positive, got {self.bound}")
+        check_bound(self.bound)
         if self.linear.shape != (self.matrix.layout.size - 1,):
             groups = self.matrix.layout.size - 1
             raise ValueError(f"linear must have shape ({groups},), one for each group, got {tuple(self.linear.shape)}")
@@ -192,8 +196,6 @@ class Problem:
         One row for each pair of groups with a mass; :meth:`from_incidence` takes both back, with the outer function and
         the linear term of this problem.
         """
-        if not isinstance(self.matrix, GroupMatrix):
-            raise TypeError("only a problem of dense blocks and single entries has a sparse form")
         matrix = self.matrix.to_scipy()
         matrix.eliminate_zeros()
         masses = matrix.tocoo()
@@ -208,7 +210,7 @@ class Problem:
 
     def at(self, z: Array | Tensor) -> Point:
         """The objective and its derivatives at z."""
-        return Point(self, np.asarray(z, dtype=np.float64))
+        return Point(self, self.matrix, np.asarray(z, dtype=np.float64))
 
 
 def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,6 +242,8 @@ class Point:
     """Value and gradient of a problem at one z.
 
     Attributes:
+        problem, z: which, and where.
+        matrix: the masses of the problem, or a model of them.
         row_sums, column_sums: scaled mass at each position of the row side and of the column side.
         rows, columns: per group, the scaled mass of the elements that enter it, and of those that leave it.
         total: S.
@@ -250,12 +254,12 @@ class Point:
     Cost: two products with A.
     """
 
-    def __init__(self, problem: Problem, z: Array) -> None:
-        self.problem, self.z = problem, z
+    def __init__(self, problem: Problem, matrix: Masses, z: Array) -> None:
+        self.problem, self.matrix, self.z = problem, matrix, z
         exponent = problem.kappa * np.concatenate([[0.0], z])
         self.r, self.c = np.exp(exponent), np.exp(-exponent)
-        layout = problem.matrix.layout
-        self._products = problem.matrix.products(self.r, self.c)
+        layout = matrix.layout
+        self._products = matrix.products(self.r, self.c)
         self.row_sums = self._products[0] * self.r[layout.rows.groups]
         self.column_sums = self._products[1] * self.c[layout.columns.groups]
         self.rows = np.bincount(layout.rows.groups, self.row_sums, layout.size)
@@ -291,12 +295,21 @@ class Point:
         gradient = self.projected_gradient
         return float(np.abs(gradient).max()) / self.problem.scale if len(gradient) else 0.0
 
+    def at(self, z: Array) -> Point:
+        """The same function elsewhere."""
+        return Point(self.problem, self.matrix, z)
+
     def separable(self) -> Point:
-        """This point of the problem whose blocks are replaced by their separable model here: same numbers."""
+        """This point of the function whose blocks are replaced by their separable model here: same numbers."""
         model = copy.copy(self)
-        matrix = SeparableMatrix.of(self.problem.matrix.layout, self.r, self.c, *self._products)
-        model.problem = replace(self.problem, matrix=matrix)
+        model.matrix = SeparableMatrix.of(self.matrix.layout, self.r, self.c, *self._products)
         return model
+
+    def without_idle(self) -> Point:
+        """This point, but groups that no mass holds are where the linear term takes them, at the bound."""
+        costs = self.problem.costs
+        idle = ((self.rows + self.columns)[1:] == 0) & (costs != 0)
+        return self.at(np.where(idle, -np.sign(costs) * self.problem.bound, self.z)) if idle.any() else self
 
 
 @dataclass(frozen=True)

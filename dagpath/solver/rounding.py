@@ -27,49 +27,44 @@ def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array) -> tuple[A
 
     Cost: two passes over the masses for each round of improvement, of which there are few.
     """
-    limit = math.floor(problem.bound / _UNIT) * _UNIT
-    starts = (np.rint(z / _UNIT) * _UNIT).clip(-limit, limit), np.zeros_like(z)
+    most = math.floor(problem.bound / _UNIT)
+    starts = np.rint(z / _UNIT).clip(-most, most) * _UNIT, np.zeros_like(z)
     if isinstance(problem, RangeProblem):
         return min(((start, problem.value(start)) for start in starts), key=lambda pair: pair[1])
     with np.errstate(all="ignore"):
-        points = [_improve(problem.at(start), limit) for start in starts]
+        points = [_improve(problem.at(start), most) for start in starts]
     return min(((point.z, point.value) for point in points), key=lambda pair: pair[1])
 
 
-def _improve(point: Point, limit: float) -> Point:
-    """Double or halve groups as long as the objective falls."""
+def _improve(point: Point, most: int) -> Point:
+    """Double or halve groups, none more than ``most`` times in all, as long as the objective falls."""
     for _ in range(_ROUNDS):
-        change, sign = _best_changes(point, limit)
+        change, sign = _best_changes(point, most)
         order = np.argsort(change, kind="stable")
         order = order[change[order] < 0]
-        following = None
-        while len(order):  # all at once, or those with the most to gain
+        lower = None
+        while lower is None and len(order):  # all at once, or those with the most to gain
             step = np.zeros_like(point.z)
-            step[order] = sign[order] * _UNIT
-            following = point.problem.at(point.z + step)
-            if following.value < point.value:
-                break
-            following, order = None, order[: len(order) // 2]
-        if following is None:
+            step[order] = sign[order]
+            following = point.at((np.rint(point.z / _UNIT) + step) * _UNIT)
+            lower = following if following.value < point.value else None
+            order = order[: len(order) // 2]
+        if lower is None:
             return point
-        point = following
+        point = lower
     return point
 
 
-def _best_changes(point: Point, limit: float) -> tuple[Array, Array]:
+def _best_changes(point: Point, most: int) -> tuple[Array, Array]:
     """For each group the change of the objective if it alone is doubled or halved, whichever is better, and which."""
     problem = point.problem
-    layout, entries = problem.matrix.layout, problem.matrix.layout.rows.num_entries
-    dst, src = layout.rows.groups[:entries], layout.columns.groups[:entries]
-    inside = np.bincount(dst, np.where(dst == src, point.row_sums[:entries], 0.0), layout.size)  # does not move
-    entering, leaving = (point.rows - inside)[1:], (point.columns - inside)[1:]
     changes = []
     for sign in (1.0, -1.0):
         factor = math.exp(sign * problem.kappa * _UNIT)
-        totals = point.total + entering * (factor - 1) + leaving * (1 / factor - 1)
+        totals = point.total + point.rows[1:] * (factor - 1) + point.columns[1:] * (1 / factor - 1)
         values = np.array([problem.outer.value(total) if total > 0 else 0.0 for total in totals.tolist()])
         now = problem.outer.value(point.total) if point.total > 0 else 0.0
         change = values - now + sign * _UNIT * problem.costs
-        changes.append(np.where(np.abs(point.z + sign * _UNIT) <= limit * (1 + 1e-12), change, np.inf))
+        changes.append(np.where(np.abs(np.rint(point.z / _UNIT) + sign) <= most, change, np.inf))
     up, down = changes
     return np.minimum(up, down), np.where(up <= down, 1.0, -1.0)
