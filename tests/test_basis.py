@@ -15,8 +15,7 @@ from torch import nn
 import dagpath
 from dagpath.paths.basis import BasisPaths, basis_paths, choose_basis
 
-from invariance import Net
-from networks import BruteForce, RandomNet
+from networks import BruteForce, Net, RandomNet
 
 seeds = st.integers(0, 2**31 - 1)
 

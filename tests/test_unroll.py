@@ -16,8 +16,7 @@ from dagpath.flow.powers import PowerFlow
 from dagpath.flow.values import Mass
 from dagpath.ops import Operation
 
-from invariance import Net
-from networks import BruteForce, RandomNet
+from networks import BruteForce, Net, RandomNet
 
 seeds = st.integers(0, 2**31 - 1)
 relu = torch.relu
@@ -261,7 +260,7 @@ def test_what_cuts_paths_keeps_the_norms_and_has_no_realization(name):
     x = torch.randn(3, 4).double()
     assert_agrees(model, x)
     lifting = dagpath.PathLifting(dagpath.trace(model, x))
-    with pytest.raises(dagpath.UnsupportedOpError, match=r"invariance.py:\d+"):
+    with pytest.raises(dagpath.UnsupportedOpError, match=r"networks.py:\d+"):
         lifting.realize(x)
 
 
@@ -360,7 +359,7 @@ def test_a_rule_without_edges_names_the_operation_and_its_place():
     same.register_fake(torch.empty_like)
     dagpath.register_op("dagpath_unroll::same", Rule())
     model = net(lambda m, x: m.b(same(m.a(x))))
-    with pytest.raises(dagpath.UnsupportedOpError, match=r"same.*invariance.py.*Rule.*'edges'"):
+    with pytest.raises(dagpath.UnsupportedOpError, match=r"same.*networks.py.*Rule.*'edges'"):
         dagpath.trace(model, torch.zeros(1, 4)).unroll()
 
 

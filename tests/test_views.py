@@ -14,8 +14,7 @@ from torch import nn
 
 import dagpath
 
-from invariance import Net
-from networks import RandomNet, ScalarGraph
+from networks import Net, RandomNet, ScalarGraph
 
 seeds = st.integers(0, 2**31 - 1)
 NORMS = {
