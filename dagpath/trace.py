@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.structure import Structure, StructureFlow
+from dagpath.flow.structure import Structure
+from dagpath.flow.structure_flow import StructureFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation

@@ -6,7 +6,7 @@ What a rule of one's own needs stands here too: the base class, and the types of
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight
-from dagpath.ops import compound, elementwise, linear, movement, normalization, pooling, resample
+from dagpath.ops import attention, compound, elementwise, linear, movement, normalization, pooling, resample
 from dagpath.ops.base import Operation, Unknown, operation_of, register, registered
 from dagpath.ops.compound import is_compound
 from dagpath.ops.user import register_op
@@ -21,6 +21,7 @@ __all__ = [
     "Operation",
     "Unknown",
     "Weight",
+    "attention",
     "compound",
     "elementwise",
     "is_compound",
