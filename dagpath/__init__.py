@@ -16,9 +16,13 @@ from dagpath.lifting import (
     path_norm,
 )
 from dagpath.ops import register_op
+from dagpath.paths import PathLifting
+from dagpath.paths.conserved import conserved_quantities
+from dagpath.paths.top import Path, top_paths
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
+from dagpath.unroll import UnrolledGraph
 
 __version__ = "0.1.0"
 
@@ -29,13 +33,17 @@ __all__ = [
     "EquiNorm",
     "GramOperator",
     "NeuronGraph",
+    "Path",
     "PathConditioning",
+    "PathLifting",
     "RangeEqualization",
     "Rescaling",
     "TracedModel",
+    "UnrolledGraph",
     "UnsupportedOpError",
     "VerificationError",
     "balance",
+    "conserved_quantities",
     "expected_gram_diagonal",
     "gram",
     "gram_diagonal",
@@ -47,5 +55,6 @@ __all__ = [
     "random_rescaling",
     "register_op",
     "rescale_",
+    "top_paths",
     "trace",
 ]

@@ -44,12 +44,14 @@ class CapturedGraph:
         parameters: placeholder name -> name in ``model.named_parameters()``.
         tensors: placeholder name -> buffer or constant tensor (the live one, not a copy).
         batch: number of examples that it was captured with; None where the inputs were used as given.
+        structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
     """
 
     module: fx.GraphModule
     parameters: Mapping[str, str]
     tensors: Mapping[str, Tensor]
     batch: int | None
+    structure: pytree.TreeSpec
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _export(
             tensors[placeholder] = buffers[spec.target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
-    return CapturedGraph(module, parameters, tensors, batch)
+    return CapturedGraph(module, parameters, tensors, batch, program.call_spec.out_spec)
 
 
 def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:

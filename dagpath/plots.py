@@ -95,15 +95,12 @@ def scale_factors(rescaling: Rescaling, ax: Axes | None = None) -> Axes:
         if bool((groups > 0).any()):
             rows.append((site.module or site.operation, exponents[groups[groups > 0] - 1].numpy()))
     ax = _axes(ax, height=max(2.5, 0.18 * len(rows)))
-    if rows:
-        box = ax.boxplot(
-            [values for _, values in rows], vert=False, whis=(0, 100), patch_artist=True, manage_ticks=False
-        )
-        for part in box["boxes"]:
-            part.set(facecolor=SKY, edgecolor=BLUE)
-        for part in box["medians"]:
-            part.set(color=ORANGE, linewidth=2)
-    _name_rows(ax, [name for name, _ in rows], first=1)
+    for row, (_, values) in enumerate(rows):
+        low, first, median, third, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+        ax.hlines(row, low, high, color=BLUE, linewidth=1)
+        ax.barh(row, third - first, left=first, height=0.6, color=SKY, edgecolor=BLUE)
+        ax.plot(median, row, marker="|", color=ORANGE, markersize=9, markeredgewidth=2)
+    _name_rows(ax, [name for name, _ in rows])
     ax.axvline(0, color=GREY, linewidth=0.8, zorder=0)
     ax.set_xlabel("log₂ of the factor λ")
     return ax
@@ -194,9 +191,9 @@ def layer_graph(traced: TracedModel, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _name_rows(ax: Axes, names: list[str], first: int = 0) -> None:
+def _name_rows(ax: Axes, names: list[str]) -> None:
     """Names down the side, the first on top; every second or third where there are too many to read."""
     step = max(1, math.ceil(len(names) / 80))
-    rows = list(itertools.islice(enumerate(names, first), 0, None, step))
+    rows = list(itertools.islice(enumerate(names), 0, None, step))
     ax.set_yticks([row for row, _ in rows], [name for _, name in rows], fontsize=7)
-    ax.set_ylim(first + len(names) - 0.5, first - 0.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)

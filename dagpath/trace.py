@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from dagpath.capture import Capture, capture, shared_parameters
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.structure import Structure, StructureFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
 from dagpath.state import plain_computation, unwrap
+from dagpath.unroll import UnrolledGraph
 
 Flow = TypeVar("Flow", bound=MassFlow)
 
@@ -56,6 +60,41 @@ class TracedModel:
         parameters = options.pop("parameters", None) or {name: p.detach() for name, p in self.model.named_parameters()}
         return kind(self.captured.eval, parameters, operation_of, self.graph.cut, self.graph.kept, **options)
 
+    @plain_computation()
+    def unroll(self, device: torch.device | str | None = None, progress: bool = False) -> UnrolledGraph:
+        """The network as a sparse graph of scalar activations, at the parameters' current values.
+
+        Every position of every channel is a node of its own, every use of a weight an edge. Path quantities are then
+        products of sparse matrices, level by level: a second way to all that :func:`dagpath.path_norm` and
+        :func:`dagpath.gram_diagonal` compute, and the way to explicit paths (:class:`dagpath.PathLifting`).
+
+        Args:
+            device: where the sparse tensors go; None for the CPU, where they are built.
+            progress: show a progress bar.
+
+        Raises:
+            UnsupportedOpError: a registered rule does not say which edges its operation makes.
+            ValueError: a parameter is on the meta device.
+
+        Cost: 28 bytes per edge, twice that while it is built, and no loops over nodes. A CIFAR ResNet-20 has 38 million
+        edges; ``benchmarks/unroll.py`` prints time and memory.
+
+        Example:
+            >>> import torch, dagpath
+            >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+            ...                           torch.nn.Linear(6, 1))
+            >>> graph = dagpath.trace(net, torch.zeros(1, 1, 5)).unroll()
+            >>> graph
+            UnrolledGraph(19 nodes, 37 edges, 4 levels)
+            >>> graph.path_count()
+            25
+            >>> graph.name(graph.num_nodes - 1)
+            '3 linear[0]'
+        """
+        decided = self.graph.cut, self.graph.kept
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        return UnrolledGraph(self.captured.eval, parameters, operation_of, *decided, device, progress)
+
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.
 
@@ -93,6 +132,11 @@ class TracedModel:
         if format == "dict":
             return explanation(*facts)
         raise ValueError(f"format must be 'text' or 'dict', got {format!r}")
+
+
+@plain_computation()
+def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
+    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
 
 
 def require_traced(traced: object) -> None:
@@ -159,5 +203,5 @@ def trace(
         for graph in (captured.eval, captured.train):
             if graph is not None:
                 flow.run_graph(graph)
-        neurons = NeuronGraph(flow)
+        neurons = NeuronGraph(flow, functools.partial(_structure, model, captured))
     return TracedModel(model, captured, neurons, time.perf_counter() - start)

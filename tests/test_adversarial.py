@@ -130,13 +130,21 @@ FUNCTIONS = {
     "random gate": lambda m, x: m.head(m.a(x) * torch.rand(6)),
     "transposed weight": lambda m, x: m.head(F.relu(F.linear(F.relu(m.a(x)), m.a.weight @ m.a.weight.t()))),
     "autoencoder": lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.t()),
+    "sum of a tensor and its own product": lambda m, x: m.head(torch.addmm(F.relu(m.a(x)), F.relu(m.a(x)), m.mix)),
+    "tensor and its own product": lambda m, x: (lambda y: m.head(torch.addmm(y, y, m.mix)))(F.relu(m.a(x))),
+    "batch and its own product": lambda m, x: (lambda y: m.head(torch.baddbmm(y, y, m.mix[None])[0]))(
+        m.a(x)[None, :, :6]
+    ),
     "one-dimensional weight": lambda m, x: F.linear(F.relu(m.a(x)), m.head.weight[0]),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_function_changes_silently(name):
-    assert_exact(two_into_one(FUNCTIONS[name]), torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
+    assert_exact(
+        two_into_one(FUNCTIONS[name], mix=nn.Parameter(torch.randn(6, 6))),
+        torch.randn(4, 5, generator=torch.Generator().manual_seed(3)),
+    )
 
 
 def test_a_write_to_an_out_argument_is_followed():

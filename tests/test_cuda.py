@@ -56,3 +56,26 @@ def test_a_sparse_problem():
     here = solve_newton(Problem.from_incidence(traced.graph.incidence(), masses))
     there = solve_newton(Problem.from_incidence(traced.graph.incidence("cuda"), masses.cuda()))
     torch.testing.assert_close(there.z, here.z, rtol=0, atol=1e-7)
+
+
+def test_the_structure_of_a_network_is_the_same():
+    here = nn.Sequential(*network(), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    there = copy.deepcopy(here).cuda()
+    x = torch.randn(2, 3, 12, 12)
+    expected, found = dagpath.trace(here, x), dagpath.trace(there, x.cuda())
+    torch.testing.assert_close(found.graph.adjacency().to_dense(), expected.graph.adjacency().to_dense())
+    assert found.graph.adjacency(device="cuda").device.type == "cuda"
+    assert list(map(str, dagpath.top_paths(found, 3))) == list(map(str, dagpath.top_paths(expected, 3)))
+    torch.testing.assert_close(dagpath.conserved_quantities(found), dagpath.conserved_quantities(expected))
+
+
+def test_the_unrolled_graph_gives_the_same_quantities():
+    here = network()
+    expected = dagpath.trace(here, torch.randn(1, 3, 8, 8)).unroll()
+    found = dagpath.trace(copy.deepcopy(here).cuda(), torch.randn(1, 3, 8, 8).cuda()).unroll(device="cuda")
+    assert found.adjacency().is_cuda
+    assert found.path_count() == expected.path_count()
+    assert found.path_norm(2) == pytest.approx(expected.path_norm(2), rel=1e-12)
+    for name, values in found.gram_diagonal().items():
+        torch.testing.assert_close(values.cpu(), expected.gram_diagonal()[name], rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.backward_mass(1).cpu(), expected.backward_mass(1), rtol=1e-12, atol=0)

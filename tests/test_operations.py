@@ -116,6 +116,21 @@ def test_products_with_parameters_are_layers(function, groups):
     check(Net(function, **{name: torch.randn(size) for name, size in sizes.items()}), torch.randn(3, 4), groups)
 
 
+def test_a_tensor_that_is_operand_and_bias_is_both():
+    def product(m, y):
+        return torch.addmm(y, y, m.mix)
+
+    nets = []
+    for function in (product, lambda m, y: y + y @ m.mix, lambda m, y: torch.addmm(y.clone(), y.clone(), m.mix)):
+        torch.manual_seed(0)
+        net = Net(lambda m, x, f=function: m.head(f(m, F.relu(m.a(x)))), a=nn.Linear(3, 4), mix=1e3 * torch.randn(4, 4))
+        net.head = nn.Linear(4, 2)
+        check(net, torch.randn(3, 3), 4)
+        nets.append(net)
+    first, *others = ([dagpath.path_norm(dagpath.trace(net, torch.zeros(1, 3)), p) for p in (1, 2, 40)] for net in nets)
+    assert others == [pytest.approx(first, rel=1e-9)] * 2
+
+
 def test_batched_parameters_have_neurons_of_their_own():
     net = Net(
         lambda m, x: torch.bmm(F.relu(torch.bmm(x.expand(3, -1, -1), m.a)), m.b),

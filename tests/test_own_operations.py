@@ -119,10 +119,10 @@ def test_the_homogeneous_argument_is_the_first_tensor():
 def test_a_movement_is_given_the_values_of_its_indices():
     dagpath.register_op(reordered, "movement")
     net = indexed(lambda m, x, y: reordered(x, order=m.order), [1, 2, 3, 4, 5, 0])
-    check(net, torch.randn(3, 3), 12)
+    check(net, torch.randn(3, 3), 6)
     # the sum of a permutation and itself ties the six units in one cycle
     net = indexed(lambda m, x, y: reordered(x, order=m.order) + x, [1, 2, 3, 4, 5, 0])
-    check(net, torch.randn(3, 3), 6 + 1)
+    check(net, torch.randn(3, 3), 1)
 
 
 def test_indices_from_the_input_fix_what_they_move():
@@ -145,7 +145,7 @@ def test_a_sum_and_a_choice_may_name_their_tensors_as_they_like():
     dagpath.register_op(larger_of, "choice")
     check(between(lambda m, x, y: mixed_with(x, y)), torch.randn(3, 3), 6)
     check(between(lambda m, x, y: larger_of(x, q=y)), torch.randn(3, 3), 6)
-    check(between(lambda m, x, y: mixed_with(x, m.shift), shift=torch.randn(6)), torch.randn(3, 3), 12)
+    check(between(lambda m, x, y: mixed_with(x, m.shift), shift=torch.randn(6)), torch.randn(3, 3), 6)
     traced = dagpath.trace(between(lambda m, x, y: larger_of(x, y)), torch.zeros(1, 3))
     ordinary = dagpath.trace(between(lambda m, x, y: torch.maximum(x, y)), torch.zeros(1, 3))
     assert dagpath.path_norm(traced, 2) == dagpath.path_norm(ordinary, 2)

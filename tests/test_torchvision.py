@@ -106,3 +106,14 @@ def test_rescaling_in_float64_is_exact_to_1e_10(name):
     dagpath.rescale_(model, batch[:1])
     for found, expected in zip(in_both_modes(model, batch), before, strict=True):
         assert relative(found, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5"])
+def test_unrolled_architectures_have_the_quantities_of_the_lifting_pass(name):
+    traced = dagpath.trace(build(name).double(), torch.zeros(1, 3, 32, 32).double())
+    graph = traced.unroll()
+    assert graph.path_norm(2) == pytest.approx(dagpath.path_norm(traced, 2), rel=1e-12)
+    expected = dagpath.gram_diagonal(traced)
+    for name_of, values in graph.gram_diagonal().items():
+        largest = float(expected[name_of].max())
+        torch.testing.assert_close(values, expected[name_of], rtol=1e-11, atol=1e-14 * largest)

@@ -25,13 +25,20 @@ class Constants:
         graph: the graph.
         parameters: the parameters' values by name.
         records: can the values be differentiated with respect to the parameters'?
+        known: values of nodes that are taken as given.
     """
 
-    def __init__(self, graph: CapturedGraph, parameters: Mapping[str, Tensor], records: bool = False) -> None:
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        parameters: Mapping[str, Tensor],
+        records: bool = False,
+        known: Mapping[fx.Node, Any] | None = None,
+    ) -> None:
         self._records = records
         self._graph = graph
         self._parameters = parameters
-        self._known: dict[fx.Node, Any] = {}
+        self._known: dict[fx.Node, Any] = dict(known or {})
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node.

@@ -278,8 +278,33 @@ class NeuronFlow(fx.Interpreter):
         mixed = self.mix(numbers, [dim for dim in range(numbers.ndim) if dim != axis], reason)
         return mixed.reshape(-1).expand(numbers.shape[axis])
 
-    def use(self, weight: Weight, dst: Tensor, src: Tensor) -> None:
-        """Record the ends of a parameter's edges. A parameter met twice has the same ends both times."""
+    def join(self, a: Tensor, b: Tensor, reason: str, scale: float = 1.0) -> Tensor:
+        """The numbers of a result that reads ``a`` and ``scale * b``, entry by entry: both are tied.
+
+        Those of ``a``, and of ``b`` where ``a`` is always zero.
+        """
+        self.tie(a, b, reason)
+        a, b = broadcast(compact(a), compact(b))
+        return torch.where(a == ZERO, b, a)
+
+    def bias(self, numbers: Tensor, weight: Weight) -> Tensor:
+        """The numbers of neurons to which a parameter that broadcasts to them is added."""
+        padded = (1,) * (numbers.ndim - len(weight.shape)) + tuple(weight.shape)
+        dims = [dim for dim, size in enumerate(padded) if size == 1 and numbers.shape[dim] > 1]
+        dst = self.mix(numbers, dims, "a bias that they share")
+        extra = len(padded) - len(weight.shape)
+        self.use(weight, dst.reshape(dst.shape[extra:]) if extra else dst, torch.tensor(FIXED))
+        return dst
+
+    def use(self, weight: Weight, dst: Tensor, src: Tensor, reads: Tensor | None = None) -> None:
+        """Record the ends of a parameter's edges. A parameter met twice has the same ends both times.
+
+        Args:
+            weight: the parameter.
+            dst, src: numbers that broadcast to its shape.
+            reads: the activation that paths come from, where that keeps its scale whatever theirs is (the input of a
+                normalization).
+        """
         dst, src = compact(dst), compact(src)
         unused = (dst == _UNUSED) | (src == _UNUSED)
         if unused.any():
@@ -362,8 +387,8 @@ class NeuronFlow(fx.Interpreter):
 
     # -- the result ------------------------------------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Ends]:
-        """The ends of all parameters, after those of computed weights went to their parts, and the ties of the pinned.
+    def spread_computed(self) -> None:
+        """Give the ends of computed weights to their parts.
 
         A part is older than what is computed from it, so the youngest goes first.
         """
@@ -372,6 +397,10 @@ class NeuronFlow(fx.Interpreter):
                 self.node = computed.node
                 ends, shape = self._ends[name], self._shapes[name]
                 computed.spread(ends.dst.expand(shape), ends.src.expand(shape))
+
+    def finish(self) -> dict[str, Ends]:
+        """The ends of all parameters, those of computed weights given to their parts, and the ties of the pinned."""
+        self.spread_computed()
         for weight, node, reason in self._pins:
             self.node = node
             if weight.name is not None:

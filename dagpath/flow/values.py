@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,16 +41,26 @@ class Weight:
     elements: Tensor | None = None
 
 
+class Operand:
+    """What stands for a tensor in a pass over paths: a mass, nodes, or the weights of edges.
+
+    Attributes:
+        data: does it depend on the input of the network or on a barrier (then it is an activation)?
+        params: does it depend on a parameter?
+    """
+
+    data: bool
+    params: bool
+
+
 @dataclass(frozen=True)
-class Mass:
+class Mass(Operand):
     """A tensor of path masses ``values * 2**exponent``, one mass per entry.
 
     Attributes:
         values: float64 (or float32) tensor, non-negative.
         exponent: the power of two beside it, so that no mass leaves the floating-point range.
         zero: are all values zero? Then other masses need not be aligned with this one.
-        data: does it depend on the input of the network or on a barrier (then it is an activation)?
-        params: does it depend on a parameter?
         node: the node of the graph that made it.
     """
 
@@ -98,6 +108,11 @@ class Call:
     def get(self, name: str, default: Any = None) -> Any:
         return self.arguments.get(name, default)
 
+    def on(self, values: Mapping[fx.Node, Any]) -> Call:
+        """The same call, on the values of its arguments' nodes."""
+        args, kwargs = fx.node.map_arg((self.node.args, dict(self.node.kwargs)), values.__getitem__)
+        return Call(self.target, args, kwargs, self.node)
+
     @property
     def output(self) -> Any:
         """What the operation returns, as fake tensors: shapes and types without values."""
@@ -117,6 +132,11 @@ class Call:
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
         """The arguments of the given type, those inside lists too, in their order."""
         return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, kind)]
+
+    def apart(self) -> Call:
+        """The same call with a copy of every mass: one that is given twice can be told apart."""
+        args, kwargs = pytree.tree_map_only(Mass, replace, (self.args, self.kwargs))
+        return Call(self.target, args, kwargs, self.node)
 
     def run(self, convert: Callable[[Any], Any]) -> Any:
         """Execute the operation itself on converted arguments."""
@@ -142,7 +162,7 @@ _ANY_STRIDES: dict[Any, Callable[..., Any]] = {
 
 
 def _is_value(value: Any) -> bool:
-    return isinstance(value, (Weight, Mass, Tensor))
+    return isinstance(value, (Weight, Operand, Tensor))
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -1,9 +1,10 @@
 """What an operation is to dagpath: its facts stand together in one small class.
 
 Each ATen operation says how **neurons** flow through it (which neuron stands in each entry of its output, which ones
-must share a scale), and how **mass** flows through it (sums over paths). A pass over the graph
-(:mod:`dagpath.flow.neurons`, :mod:`dagpath.flow.masses`) hands each operation a :class:`~dagpath.flow.values.Call`
-and itself; the operation answers with the value of its output.
+must share a scale), how **mass** flows through it (sums over paths), and which **edges** it makes between scalar
+activations. A pass over the graph (:mod:`dagpath.flow.neurons`, :mod:`dagpath.flow.masses`,
+:mod:`dagpath.flow.edges`) hands each operation a :class:`~dagpath.flow.values.Call` and itself; the operation answers
+with the value of its output.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Weight, compact
+from dagpath.flow.values import FIXED, Call, Operand, Weight, compact
 
 
 class Operation:
@@ -36,10 +38,14 @@ class Operation:
         """The masses of the output, from the masses of the inputs."""
         raise NotImplementedError
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        """The nodes of the output (:class:`~dagpath.flow.edge_values.Nodes`, or weights), after making their edges."""
+        raise NotImplementedError(f"the rule {type(self).__name__} has no method 'edges'")
+
 
 def all_parameters(*operands: Any) -> bool:
     """Are all operands of a call masses of parameters, none of which depends on the input?"""
-    return all(isinstance(operand, Mass) and operand.params and not operand.data for operand in operands)
+    return all(isinstance(operand, Operand) and operand.params and not operand.data for operand in operands)
 
 
 class Unknown(Operation):
@@ -63,6 +69,9 @@ class Unknown(Operation):
         return flow.constant(call.output)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.barrier(call)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
         return flow.barrier(call)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, broadcast, compact, is_scaleless, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _CONSTANT = "a constant is added to it"
@@ -33,6 +35,38 @@ class Homogeneous(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return call.leaves(Mass)[0] if self.applies(call) else flow.barrier(call)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        if not self.applies(call):
+            return flow.barrier(call)
+        x = flow.nodes(call.args[0])
+        positive, negative = self._slopes(call)
+        dst = flow.new(x.shape)
+        if positive is not None and positive == negative:
+            flow.connect(dst, x, positive)
+        else:
+            flow.connect(dst, x, slots=flow.slots(x.shape, lambda values: self._gate(call.on(values))))
+        return Nodes(dst, call.args[0].params)
+
+    @staticmethod
+    def _slopes(call: Call) -> tuple[float | None, float | None]:
+        """The slopes on both sides of zero; None where they depend on other tensors."""
+        if len(call.leaves(Operand)) > 1:
+            return None, None
+
+        def slope(sign: int) -> float:
+            unit = torch.tensor(sign, dtype=torch.float64)
+            return sign * float(call.run(lambda leaf: unit if isinstance(leaf, Operand) else leaf))
+
+        return slope(1), slope(-1)
+
+    @staticmethod
+    def _gate(real: Call) -> Tensor:
+        """``f(x) / x``: the slope on the side of zero where x is."""
+        x = real.args[0]
+        sign = torch.where(x > 0, 1.0, -1.0).to(x)
+        gate: Tensor = sign * real.run(lambda leaf: sign if leaf is x else leaf)
+        return gate + 0.0  # no negative zeros
+
 
 class Clamp(Homogeneous):
     """Bounds that are zero, infinite or absent: a positively homogeneous function. Other bounds fix the input."""
@@ -40,7 +74,7 @@ class Clamp(Homogeneous):
     def applies(self, call: Call) -> bool:
         bounds = [call.get(name) for name in ("min", "max", "min_val", "max_val")]
         return not any(
-            isinstance(bound, (Tensor, Weight, Mass)) or not is_scaleless(plain(bound))
+            isinstance(bound, (Tensor, Weight, Operand)) or not is_scaleless(plain(bound))
             for bound in bounds
             if bound is not None
         )
@@ -52,12 +86,6 @@ class NanToNum(Homogeneous):
     def applies(self, call: Call) -> bool:
         numbers = (call.get(name) for name in ("nan", "posinf", "neginf"))
         return all(number is None or is_scaleless(plain(number)) for number in numbers)
-
-
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """The numbers of two operands that were tied: those of ``a``, and of ``b`` where ``a`` is always zero."""
-    a, b = broadcast(compact(a), compact(b))
-    return torch.where(a == ZERO, b, a)
 
 
 def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> Weight:
@@ -77,9 +105,12 @@ class Sum(Operation):
     A sum of parameters is a weight. Its mass is the sum of theirs, as if each were an edge of its own.
     """
 
+    def __init__(self, sign: int = 1) -> None:
+        self.sign = sign
+
     def keeps_weights(self, call: Call) -> bool:
         a, b = call["input"], call["other"]
-        return all_parameters(a, b) or (not isinstance(b, Mass) and plain(b) == 0)
+        return all_parameters(a, b) or (not isinstance(b, Operand) and plain(b) == 0)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -88,8 +119,7 @@ class Sum(Operation):
         if not isinstance(b, (Tensor, Weight)):
             return a if plain(b) == 0 else Unknown(_CONSTANT).neurons(flow, call)
         a, b = self._operand(flow, a, b), self._operand(flow, b, a)
-        flow.tie(a, b, "a sum")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a sum", plain(call.get("alpha", 1)) or 1.0).expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any, other: Any) -> Tensor:
@@ -97,14 +127,9 @@ class Sum(Operation):
         if not isinstance(value, Weight):
             neurons: Tensor = value
             return neurons
-        padded = (1,) * (other.ndim - len(value.shape)) + tuple(value.shape)
-        if len(padded) > other.ndim or (compact(other) == ZERO).any():
+        if len(value.shape) > other.ndim or (compact(other) == ZERO).any():
             return flow.as_neurons(value)
-        dims = [dim for dim, size in enumerate(padded) if size == 1 and other.shape[dim] > 1]
-        dst = flow.mix(other, dims, "a bias that they share")
-        extra = len(padded) - len(value.shape)
-        flow.use(value, dst.reshape(dst.shape[extra:]) if extra else dst, torch.tensor(FIXED))
-        return dst
+        return flow.bias(other, value)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
@@ -116,6 +141,15 @@ class Sum(Operation):
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], values_a + values_b, exponent)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        a, b, factor = call["input"], flow.operand(call, "other"), self.sign * float(call.get("alpha", 1))
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            return a.plus(b.scaled(factor))
+        dst = flow.new(call.output.shape)
+        flow.add(dst, a)
+        flow.add(dst, b, factor)
+        return Nodes(dst, a.params or b.params)
+
 
 class Choice(Operation):
     """One of two tensors in each entry: they share a scale."""
@@ -125,8 +159,7 @@ class Choice(Operation):
         a, b = self._operand(flow, a), self._operand(flow, b)
         if isinstance(call.get("condition"), Tensor):
             flow.fix(call["condition"], "is the condition of a choice")
-        flow.tie(a, b, "a choice between them")
-        return joined(a, b).expand(call.output.shape)
+        return flow.join(a, b, "a choice between them").expand(call.output.shape)
 
     @staticmethod
     def _operand(flow: NeuronFlow, value: Any) -> Tensor:
@@ -140,6 +173,22 @@ class Choice(Operation):
         exponent = flow.common([a, b])
         values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
         return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        shape = call.output.shape
+        a, b = flow.operand(call, "input"), flow.operand(call, "other")
+        slots = flow.slots((2, *shape), lambda values: self._chosen(call.on(values), shape))
+        dst = flow.new(shape)
+        flow.add(dst, a, slots=slots[0])
+        flow.add(dst, b, slots=slots[1])
+        return Nodes(dst, a.params or b.params)
+
+    @staticmethod
+    def _chosen(real: Call, shape: torch.Size) -> Tensor:
+        """Which operand stands in each entry."""
+        condition = real.get("condition")
+        first = condition if condition is not None else real.run(lambda leaf: leaf) == real["input"]
+        return torch.stack([first, ~first]).view(2, *[1] * (len(shape) - first.ndim), *first.shape).expand(2, *shape)
 
 
 class Comparison(Operation):
@@ -161,12 +210,15 @@ class Comparison(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return flow.inputs(call.output)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return flow.inputs(call.output)
+
 
 class MaskedFill(Operation):
     """Zeros or infinities written into some entries are right under any scale; another value fixes the input."""
 
     def _keeps(self, call: Call) -> bool:
-        return not isinstance(call["value"], (Tensor, Weight, Mass)) and is_scaleless(plain(call["value"]))
+        return not isinstance(call["value"], (Tensor, Weight, Operand)) and is_scaleless(plain(call["value"]))
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if not self._keeps(call):
@@ -177,6 +229,15 @@ class MaskedFill(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return call["input"] if self._keeps(call) else flow.barrier(call)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        if not self._keeps(call):
+            return flow.barrier(call)
+        x, shape = flow.nodes(call["input"]), call.output.shape
+        slots = flow.slots(shape, lambda values: ~call.on(values)["mask"].expand(shape))
+        dst = flow.new(shape)
+        flow.connect(dst, x, slots=slots)
+        return Nodes(dst, call["input"].params)
 
 
 class Product(Operation):
@@ -230,12 +291,20 @@ class Product(Operation):
         a, b = flow.factors(a, b)
         return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        a, b = call["input"], flow.operand(call, "other")
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            return a.times(b)
+        dst = flow.new(call.output.shape)
+        flow.multiply(dst, a, _in_place, b, _in_place)
+        return Nodes(dst, a.params or b.params)
+
 
 class Quotient(Product):
     """A quotient: the divisor is fixed, the dividend keeps its neurons."""
 
     def keeps_weights(self, call: Call) -> bool:
-        return not (isinstance(call["other"], Mass) and call["other"].params)
+        return not (isinstance(call["other"], Operand) and call["other"].params)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         a, b = call["input"], call["other"]
@@ -260,6 +329,25 @@ class Quotient(Product):
             divisor = flow.barrier_input(divisor)
         return flow.result([a], a.values / divisor.values.detach(), a.exponent - divisor.exponent)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        a, divisor = call["input"], flow.operand(call, "other")
+        if call.get("rounding_mode") is not None or (divisor.data and not a.data):
+            return flow.barrier(call)
+        if isinstance(divisor, EdgeWeights):
+            inverse = EdgeWeights.constant(1 / divisor.total)
+            if isinstance(a, EdgeWeights):
+                return a.times(inverse)
+        dst = flow.new(call.output.shape)
+        if isinstance(divisor, EdgeWeights):
+            flow.connect(dst, a.numbers, inverse)
+        else:
+            flow.connect(dst, a.numbers, slots=flow.gate(divisor, torch.reciprocal))
+        return Nodes(dst, a.params)
+
+
+def _in_place(places: Tensor) -> Tensor:
+    return places
+
 
 register(
     Homogeneous(),
@@ -268,7 +356,8 @@ register(
 )
 register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
-register(Sum(), "add", "sub")
+register(Sum(), "add")
+register(Sum(-1), "sub")
 register(Choice(), "maximum", "minimum", "fmax", "fmin", "max.other", "min.other", "where")
 register(MaskedFill(), "masked_fill")
 register(

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow, Values, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, compact
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 from dagpath.ops.elementwise import sum_of_weights
+from dagpath.ops.windows import Windows
 
 _WEIGHTS = "weights that they share"
 _PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
 
 
-def bilinear_mass(flow: MassFlow, call: Call, a: Mass, b: Mass, bias: Mass | None) -> Any:
-    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them."""
+def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[Mass, Mass, Mass | None]]) -> Any:
+    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them.
+
+    ``operands`` finds the two and the bias (or None) among the arguments of a call.
+    """
+    call = call.apart()
+    a, b, bias = operands(call)
     through_a, through_b = flow.factors(a, b)
     product = exponent = through_a.exponent + through_b.exponent
     if bias is not None and not bias.zero:
         exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-    aligned = {id(a): [flow.shifted(through_a.values, product - exponent)]}
-    aligned.setdefault(id(b), []).append(through_b.values)  # both may be one tensor
+    aligned = {id(a): flow.shifted(through_a.values, product - exponent), id(b): through_b.values}
     if bias is not None:
-        aligned.setdefault(id(bias), []).append(flow.shifted(bias.values, bias.exponent - exponent))
-    values = call.run(lambda leaf: aligned[id(leaf)].pop(0) if id(leaf) in aligned else leaf)
+        aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
+    values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
     layer = any(part.params and not part.data for part in (a, b))
     return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
@@ -81,7 +89,37 @@ class Convolution(Operation):
         return dst.view(count, *[1] * (-1 - axis)).expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return bilinear_mass(flow, call, call["input"], call["weight"], call.get("bias"))
+        return bilinear_mass(flow, call, lambda one: (one["input"], one["weight"], one.get("bias")))
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, weight, bias = call["input"], call["weight"], call.get("bias")
+        groups, kernel = call.get("groups", 1), weight.shape[2:]
+        dims, batch, dst = len(kernel), x.shape[: -1 - len(kernel)], flow.new(call.output.shape)
+        transposed = call.get("transposed", self.transposed)
+        centers, windows = (x.shape, dst.shape) if transposed else (dst.shape, x.shape)
+        window = Windows.of(call, windows[-dims:], centers[-dims:], kernel)
+
+        def as_centers(numbers: Tensor) -> Tensor:  # batch, group, center's channel, center, window's channel, kernel
+            return numbers.reshape(*batch, groups, -1, *centers[-dims:], *[1] * (1 + dims))
+
+        def as_windows(numbers: Tensor) -> Tensor:
+            seen = window.gathered(numbers.reshape(*batch, groups, 1, -1, *windows[-dims:]))
+            return seen.movedim(-1 - 2 * dims, -1 - dims)
+
+        def as_weight(numbers: Tensor) -> Tensor:
+            return numbers.reshape(groups, len(numbers) // groups, *[1] * dims, *numbers.shape[1:])
+
+        place_dst, place_src = (as_windows, as_centers) if transposed else (as_centers, as_windows)
+        flow.multiply(place_dst(dst), x, place_src, weight, as_weight)
+        if bias is not None:
+            flow.add(dst, bias_along(bias, dims))
+        return Nodes(dst, any(part is not None and part.params for part in (x, weight, bias)))
+
+
+def bias_along(bias: Any, dims: int) -> Any:
+    """A bias of channels, made to broadcast with positions."""
+    places = all_places(bias.shape).view(-1, *[1] * dims)
+    return bias.taken(places) if isinstance(bias, EdgeWeights) else Nodes(bias.numbers.view(places.shape), bias.params)
 
 
 @dataclass(frozen=True)
@@ -182,7 +220,29 @@ class Contraction(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         if self.labels(call) is None:
             return flow.barrier(call)
-        return bilinear_mass(flow, call, *self.operands(call))
+        return bilinear_mass(flow, call, self.operands)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        labels, (a, b, bias) = self.labels(call), self.operands(call)
+        if labels is None:
+            return flow.barrier(call)
+        summed = "".join(sorted(set(labels.a + labels.b) - set(labels.out)))
+
+        def place_a(numbers: Tensor) -> Tensor:
+            return _arranged(numbers, labels.a, labels.out + summed)
+
+        def place_b(numbers: Tensor) -> Tensor:
+            return _arranged(numbers, labels.b, labels.out + summed)
+
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            parts = (part.taken(place(all_places(part.shape))) for part, place in ((a, place_a), (b, place_b)))
+            product = EdgeWeights.times(*parts).summed(len(summed))
+            return product if bias is None else product.plus(bias)
+        dst = flow.new(call.output.shape)
+        flow.multiply(_arranged(dst, labels.out, labels.out + summed), a, place_a, b, place_b)
+        if bias is not None:
+            flow.add(dst, bias)
+        return Nodes(dst, any(part is not None and part.params for part in (a, b, bias)))
 
 
 def _differ(numbers: Tensor, labels: str, wanted: str) -> bool:
@@ -221,12 +281,11 @@ class MatrixProduct(Contraction):
     """A matrix product: with a parameter, new neurons; with a fixed tensor, the entries that it sums are tied."""
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
-        a, b = (call.get(name) for name in ("mat1", "mat2"))
-        if a is None:
-            a, b = (call.get(name) for name in ("batch1", "batch2"))
-        if a is None:
-            a, b = call["input"], call.get("mat2", call.get("other"))
-        return a, b, call["input"] if a is not call["input"] else None
+        for names in (("mat1", "mat2", "input"), ("batch1", "batch2", "input")):
+            if names[0] in call.arguments:
+                a, b, bias = (call[name] for name in names)
+                return a, b, bias
+        return call["input"], call.get("mat2", call.get("other")), None
 
     def labels(self, call: Call) -> Labels | None:
         if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1:
@@ -303,6 +362,23 @@ class Embedding(Operation):
         values = weight.values.sum(0).expand(call.output.shape)
         return flow.result([weight, indices], values, weight.exponent, layer=weight.params)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        weight, indices = call["weight"], call["indices"]
+        rows, node = weight.shape[0], indices.node
+
+        def one_hot(values: Values) -> Tensor:
+            return torch.nn.functional.one_hot(values[node].long(), rows)
+
+        shape = (*indices.shape, rows)
+        if isinstance(weight, EdgeWeights):
+            src = flow.source(shape, one_hot, "row").numbers
+            dst = flow.new(call.output.shape)
+            flow.connect(dst[..., None], src[..., None, :], weight.taken(all_places(weight.shape).t()))
+        else:
+            dst = flow.new(call.output.shape)
+            flow.connect(dst[..., None], weight.numbers.t(), slots=flow.slots(shape, one_hot)[..., None, :])
+        return Nodes(dst, weight.params)
+
 
 class Attention(Operation):
     """``softmax(q kᵀ) v``: queries and keys are fixed, the values go through to the output."""
@@ -328,6 +404,28 @@ class Attention(Operation):
         repeats = call.output.shape[-3] // total.shape[-3] if total.ndim > 2 and call.get("enable_gqa") else 1
         total = total.repeat_interleave(repeats, -3) if repeats > 1 else total
         return flow.result([value], total.expand(call.output.shape), value.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        for name in ("query", "key", "attn_mask"):
+            if isinstance(call.get(name), Operand):
+                flow.cut_paths(call[name])
+        x, shape = flow.nodes(call["value"]), call.output.shape
+        if call.get("enable_gqa"):
+            x = x.repeat_interleave(shape[-3] // x.shape[-3], -3)
+        slots = flow.slots((*shape[:-1], x.shape[-2]), lambda values: self._attention(call.on(values)))
+        dst = flow.new(shape)
+        flow.connect(dst[..., None], x.mT[..., None, :, :], slots=slots[..., None, :])
+        return Nodes(dst, call["value"].params)
+
+    @staticmethod
+    def _attention(real: Call) -> Tensor:
+        """How much each query sees of each value: the answer to values that are unit vectors."""
+        value = real["value"]
+        units = torch.eye(value.shape[-2], dtype=value.dtype, device=value.device).expand(*value.shape[:-1], -1)
+        options = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        settings = {name: real.get(name) for name in options if name in real.arguments}
+        seen: Tensor = real.target(real["query"], real["key"], units, **settings)
+        return seen
 
 
 register(Convolution(), "conv1d", "conv2d", "conv3d", "convolution")

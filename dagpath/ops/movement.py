@@ -10,9 +10,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.flow.constants import NotConstantError
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact, is_scaleless, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -43,6 +45,9 @@ class Movement(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return flow.linear(call)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return flow.moved(call, move)
+
 
 class SameValues(Operation):
     """Another layout, type or device: nothing moves."""
@@ -53,6 +58,9 @@ class SameValues(Operation):
         return call.args[0]
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
+        return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
         return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
 
 
@@ -76,6 +84,12 @@ class ShapedLike(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass = call.args[0]
         return flow.result([mass], self._shaped(mass.values, call), mass.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        value = call.args[0]
+        if isinstance(value, EdgeWeights):
+            return value.taken(self._shaped(all_places(value.shape), call))
+        return Nodes(self._shaped(value.numbers, call), value.params)
 
 
 class Concatenate(Movement):
@@ -113,6 +127,15 @@ class ConstantPad(Movement):
         fill = float(flow.shifted(filled.values, filled.exponent - exponent))
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        fill = call.get("value") or 0
+        if call.get("mode", "constant") != "constant" or fill == 0:
+            return super().edges(flow, call)
+        x = flow.nodes(call["input"])
+        value = flow.number(fill, "value")
+        filled = flow.nodes(value)
+        return Nodes(torch.nn.functional.pad(x, call["pad"], value=int(filled)), call["input"].params)
+
 
 class ZeroFill(Movement):
     """Data movement that leaves zeros, which are right under any scale, where nothing arrives.
@@ -144,6 +167,12 @@ class Index(Movement):
         except NotConstantError:
             return flow.barrier(call)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        try:
+            return super().edges(flow, with_indices(call, flow.real_node))
+        except NotConstantError:
+            return flow.barrier(call)
+
 
 def with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
     """The call with its integer and boolean tensors replaced by their values, out of sight of the flow."""
@@ -163,7 +192,7 @@ def with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
         lambda node, value: node if isinstance(node, _Known) else value,
         (list(nodes), dict(named)),
         (list(call.args), call.kwargs),
-        is_leaf=lambda leaf: isinstance(leaf, (_Known, fx.Node, Weight, Mass, Tensor)) or leaf is None,
+        is_leaf=lambda leaf: isinstance(leaf, (_Known, fx.Node, Weight, Operand, Tensor)) or leaf is None,
     )
     return Call(target, tuple(args), kwargs, call.node)
 
@@ -184,6 +213,9 @@ class Inspection(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return call.output
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return call.output
+
 
 class Copy(Operation):
     """A copy of the second argument in the shape of the first."""
@@ -194,6 +226,12 @@ class Copy(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass = call["src"]
         return flow.result([mass], mass.values.expand(call.output.shape), mass.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        value = call["src"]
+        if isinstance(value, EdgeWeights):
+            return value.taken(all_places(value.shape).expand(call.output.shape))
+        return Nodes(value.numbers.expand(call.output.shape), value.params)
 
 
 class Filled(Operation):
@@ -211,6 +249,12 @@ class Filled(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         fill = flow.number(self._fill(call))
         return flow.result([fill], fill.values.expand(call.output.shape).clone(), fill.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        fill = flow.number(self._fill(call), "fill_value")
+        if isinstance(fill, EdgeWeights):
+            return fill.taken(torch.ones(call.output.shape, dtype=torch.int64))
+        return Nodes(flow.nodes(fill).expand(call.output.shape))
 
 
 register(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Weight
+from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -40,7 +42,7 @@ class Normalization(Operation):
         numbers = torch.tensor(FIXED)
         if isinstance(weight, Weight):
             numbers = flow.fresh(weight.shape.numel(), weight).view(weight.shape)
-            flow.use(weight, numbers, torch.tensor(FIXED))
+            flow.use(weight, numbers, torch.tensor(FIXED), reads=call["input"])
         if isinstance(bias, Weight):
             flow.use(bias, numbers, torch.tensor(FIXED))
         elif bias is not None:
@@ -53,12 +55,16 @@ class Normalization(Operation):
         result = self._placed(numbers, output.ndim).expand(output.shape)
         return result if isinstance(call.output, Tensor) else (result, *flow.constant(list(call.output[1:])))
 
+    @staticmethod
+    def _uses_input(call: Call) -> bool:
+        """Are the statistics those of the input?"""
+        return bool(call.get("training", False) or call.get("use_input_stats", False))
+
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
         if any(isinstance(part, Mass) and part.data for part in call.leaves(Mass)[1:]):
             return flow.barrier(call)
-        uses_input = call.get("training", False) or call.get("use_input_stats", False)
-        stored = call.get("running_mean") is not None and not uses_input
+        stored = call.get("running_mean") is not None and not self._uses_input(call)
         if not stored:
             mass = flow.barrier_input(mass)
 
@@ -81,6 +87,47 @@ class Normalization(Operation):
         result = flow.result(used, torch.addcmul(added, mass.values, factor), exponent)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, weight, bias = flow.nodes(call["input"]), call.get("weight"), call.get("bias")
+        if any(part.data for part in call.leaves(Operand)[1:]):
+            return flow.barrier(call)
+        mean, inverse_std = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        if call.get("running_mean") is not None and not self._uses_input(call):
+            mean = call["running_mean"].total
+            inverse_std = (call["running_var"].total + call["eps"]).rsqrt()
+        else:
+            flow.cut_paths(call["input"])
+            x = flow.source(x.shape, lambda values: self._normalized(call.on(values))).numbers
+        scale = EdgeWeights.constant(inverse_std)
+        shift = EdgeWeights.constant(-mean * inverse_std)
+        if weight is not None:
+            scale, shift = scale.times(weight), shift.times(weight)
+        if bias is not None:
+            shift = shift.plus(bias).merged()
+        dst = flow.new(x.shape)
+        flow.connect(dst, x, self._placed_weights(scale, x.ndim))
+        flow.add(dst, self._placed_weights(shift, x.ndim))
+        params = any(part is not None and part.params for part in (call["input"], weight, bias))
+        result = Nodes(dst, params)
+        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
+
+    def _placed_weights(self, weights: EdgeWeights, ndim: int) -> EdgeWeights:
+        return weights.taken(self._placed(all_places(weights.shape), ndim))
+
+    @staticmethod
+    def _normalized(real: Call) -> Tensor:
+        """The output without the affine parameters."""
+        weight, bias = (real.get(name) for name in ("weight", "bias"))
+
+        def without(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf is real["input"]:
+                return leaf
+            return torch.ones_like(leaf) if leaf is weight else torch.zeros_like(leaf) if leaf is bias else leaf
+
+        result = real.run(without)
+        normalized: Tensor = result if isinstance(result, Tensor) else result[0]
+        return normalized
+
 
 class WeightNorm(Operation):
     """Weight normalization ``g v / ‖v‖``: the magnitudes g are rescaled, v is not, so a layer's inputs are tied."""
@@ -96,13 +143,19 @@ class WeightNorm(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         def direction(real: Callable[[Mass], Tensor]) -> Tensor:
-            v = real(call["v"])
-            rows = [dim for dim in range(v.ndim) if dim != call["dim"]]
-            length: Tensor = torch.linalg.vector_norm(v, dim=rows, keepdim=True)
-            return v / length
+            return self._direction(real(call["v"]), call["dim"])
 
         edges = flow.edge([(direction, call["g"])])
         return flow.result([call["g"]], edges.values, edges.exponent)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return call["g"].times(EdgeWeights.constant(self._direction(call["v"].total, call["dim"])))
+
+    @staticmethod
+    def _direction(v: Tensor, dim: int) -> Tensor:
+        rows = [other for other in range(v.ndim) if other != dim]
+        direction: Tensor = v / torch.linalg.vector_norm(v, dim=rows, keepdim=True)
+        return direction
 
 
 register(WeightNorm(), "_weight_norm")

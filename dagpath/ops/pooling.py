@@ -15,10 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass, Weight
+from dagpath.flow.values import Call, Mass, Operand, Weight
 from dagpath.ops.base import Operation, Unknown, register
+from dagpath.ops.resample import along
+from dagpath.ops.windows import Windows, setting, strides
 
 _MIXED = "pooling"
 
@@ -59,6 +63,44 @@ class Pool(Operation):
         result = flow.scaled(mass, pooled, weight)
         return result if isinstance(call.output, Tensor) else (result, None)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, outputs = flow.nodes(call["input"]), call.output
+        shape = (outputs if isinstance(outputs, Tensor) else outputs[0]).shape
+        windows = self._windows(call, x.shape[-self.spatial :], shape[-self.spatial :])
+        src, weight, slots = windows.gathered(x), EdgeWeights.constant(torch.ones(())), None
+        if self.average:
+            weight = EdgeWeights.constant(self._mean_weights(call, windows, x.shape[-self.spatial :]))
+        else:
+            slots = flow.slots(src.shape, lambda values: self._chosen(call.on(values)["input"], windows))
+        dst = flow.new(shape)
+        flow.connect(dst.view(*dst.shape, *[1] * self.spatial), src, weight, slots)
+        result = Nodes(dst, call["input"].params)
+        return result if isinstance(outputs, Tensor) else (result, None)
+
+    def _windows(self, call: Call, sizes: torch.Size, counts: torch.Size) -> Windows:
+        if self.adaptive:
+            return Windows.adaptive(sizes, counts)
+        kernel = setting(call, "kernel_size", 1, self.spatial)
+        return Windows.of(call, sizes, counts, kernel, strides(call, kernel))
+
+    def _mean_weights(self, call: Call, windows: Windows, sizes: torch.Size) -> Tensor:
+        """The weight of every entry that a window sees: the mean of ones, over the number of ones."""
+        ones = torch.ones(1, 1, *sizes, dtype=torch.float64)
+        mean = call.run(lambda leaf: ones if isinstance(leaf, Operand) else leaf)[0, 0]
+        count = windows.gathered(ones[0, 0]).flatten(-self.spatial).sum(-1)
+        weights: Tensor = mean / count
+        return weights.view(*weights.shape, *[1] * self.spatial)
+
+    def _chosen(self, x: Tensor, windows: Windows) -> Tensor:
+        """1 at the largest entry of each window."""
+        seen = windows.gathered(x, fill=-math.inf)
+        return _first(seen.flatten(-self.spatial)).view(seen.shape)
+
+
+def _first(x: Tensor) -> Tensor:
+    """1 at the first of the largest entries along the last dimension."""
+    return F.one_hot(x.argmax(-1), x.shape[-1])
+
 
 _ADAPTIVE_MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -73,16 +115,9 @@ def _adaptive_sizes(size: int, count: int) -> Tensor:
 def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tensor:
     """Sums over the windows of a pooling call, as a convolution with ones on every channel."""
 
-    def setting(name: str, default: int) -> list[int]:
-        value = call.get(name)
-        value = [default] if value is None or value == [] else value
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
-        return values * spatial if len(values) == 1 else values
-
-    kernel = setting("kernel_size", 1)
-    given = call.get("stride")
-    stride = kernel if given is None or given == [] else setting("stride", 1)
-    padding, dilation = setting("padding", 0), setting("dilation", 1)
+    kernel = setting(call, "kernel_size", 1, spatial)
+    stride = strides(call, kernel)
+    padding, dilation = (setting(call, name, default, spatial) for name, default in (("padding", 0), ("dilation", 1)))
     pads: list[int] = []
     for dim in range(spatial):
         reach = (shape[dim] - 1) * stride[dim] + dilation[dim] * (kernel[dim] - 1) + 1
@@ -96,8 +131,8 @@ def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tenso
 class Reduce(Operation):
     """A mean, sum, maximum or minimum over dimensions, whose entries share a scale."""
 
-    def __init__(self, average: bool) -> None:
-        self.average = average
+    def __init__(self, average: bool = False, chooses: bool = False) -> None:
+        self.average, self.chooses = average, chooses
 
     @staticmethod
     def _dims(call: Call, ndim: int) -> list[int]:
@@ -127,6 +162,28 @@ class Reduce(Operation):
         result = flow.scaled(mass, total, flow.number(1 / count) if self.average else None)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x, outputs = flow.nodes(call["input"]), call.output
+        dims = self._dims(call, x.ndim)
+        others = [dim for dim in range(x.ndim) if dim not in dims]
+        src = x.permute(*others, *dims).flatten(len(others)) if dims else x[..., None]
+        slots = None
+        if self.chooses:
+            slots = flow.slots(src.shape, lambda values: self._chosen(call.on(values), others, dims))
+        dst = flow.new((outputs if isinstance(outputs, Tensor) else outputs[0]).shape)
+        weight = 1 / src.shape[-1] if self.average else 1.0
+        flow.connect(dst.view(*src.shape[:-1], 1), src, weight, slots)
+        result = Nodes(dst, call["input"].params)
+        return result if isinstance(outputs, Tensor) else (result, *[None] * (len(outputs) - 1))
+
+    @staticmethod
+    def _chosen(real: Call, others: list[int], dims: list[int]) -> Tensor:
+        """1 at the first entry that equals the result."""
+        x, result = real["input"], real.run(lambda leaf: leaf)
+        rows = x.permute(*others, *dims).flatten(len(others)) if dims else x[..., None]
+        result = result if isinstance(result, Tensor) else result[0]
+        return _first((rows == result.reshape(*rows.shape[:-1], 1)).int())
+
 
 class Scan(Operation):
     """A cumulative sum: the entries along its dimension share a scale."""
@@ -137,6 +194,11 @@ class Scan(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return flow.linear(call)
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x = call["input"]
+        axis = call["dim"] % max(len(x.shape), 1)
+        return along(flow, x, axis, torch.ones(x.shape[axis], x.shape[axis]).tril())
 
 
 class Fold(Operation):
@@ -151,6 +213,14 @@ class Fold(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return flow.linear(call)
 
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x = flow.nodes(call["input"])
+        dst = flow.new(call.output.shape)
+        settings = (call[name] for name in ("kernel_size", "dilation", "padding", "stride"))
+        patches = torch.ops.aten.im2col(dst.double(), *settings).long()
+        flow.connect(patches, x)
+        return Nodes(dst, call["input"].params)
+
 
 for _n in (1, 2, 3):
     register(Pool(_n, average=False), f"max_pool{_n}d", f"max_pool{_n}d_with_indices")
@@ -160,4 +230,5 @@ for _n in (1, 2, 3):
 register(Scan(), "cumsum")
 register(Fold(), "col2im")
 register(Reduce(average=True), "mean")
-register(Reduce(average=False), "sum", "amax", "amin", "max", "min")
+register(Reduce(), "sum")
+register(Reduce(chooses=True), "amax", "amin", "max", "min")

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass
+from dagpath.flow.values import Call, Operand
 from dagpath.ops.base import Operation, register
 
 
@@ -27,22 +29,38 @@ class Interpolation(Operation):
         mass = call["input"]
         values, exponent = mass.values, mass.exponent
         for axis in range(-self.spatial, 0):
-            weights = self._weights(flow, call, values, axis)
+            weights = flow.constant(self._weights(call, mass.values.shape, values, axis))
             values = (values.movedim(axis, -1) @ weights.values.t()).movedim(-1, axis)
             exponent += weights.exponent
         return flow.result([mass], values, exponent)
 
-    def _weights(self, flow: MassFlow, call: Call, like: Tensor, axis: int) -> Mass:
-        """``|w|^q`` of the map along one axis, read off the operation's answers to unit vectors along it."""
-        shape = list(call["input"].values.shape[-self.spatial :])
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        x = call["input"]
+        like = torch.zeros((), dtype=torch.float64)
+        for axis in range(-self.spatial, 0):
+            x = along(flow, x, axis, self._weights(call, call["input"].shape, like, axis))
+        return x
+
+    def _weights(self, call: Call, shape: torch.Size, like: Tensor, axis: int) -> Tensor:
+        """The map along one axis, read off the operation's answers to unit vectors along it."""
+        shape = shape[-self.spatial :]
         size = shape[axis]
         units = torch.eye(size, dtype=like.dtype, device=like.device)
         units = units.reshape(size, 1, *[size if d - self.spatial == axis else 1 for d in range(self.spatial)])
         probes = units.expand(size, 1, *shape).contiguous()
-        answers = call.run(lambda leaf: probes if isinstance(leaf, Mass) else leaf)[:, 0].movedim(axis, -1)
+        answers = call.run(lambda leaf: probes if isinstance(leaf, Operand) else leaf)[:, 0].movedim(axis, -1)
         while answers.ndim > 2:
             answers = answers.select(1, 0)
-        return flow.constant(answers.t())
+        weights: Tensor = answers.t()
+        return weights
+
+
+def along(flow: EdgeFlow, x: Nodes | EdgeWeights, axis: int, matrix: Tensor) -> Nodes:
+    """New nodes: a constant matrix times the entries along one axis."""
+    src = flow.nodes(x).movedim(axis, -1)
+    dst = flow.new((*src.shape[:-1], len(matrix)), f"axis {axis}")
+    flow.connect(dst[..., None], src[..., None, :], EdgeWeights.constant(matrix))
+    return Nodes(dst.movedim(-1, axis), x.params)
 
 
 register(Interpolation(1), "upsample_linear1d")

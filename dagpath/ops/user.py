@@ -115,7 +115,8 @@ def register_op(op: Any, rule: str | Operation) -> None:
             - ``"choice"``: an entry of one of its two tensors in each place, like a maximum, broadcast as usual;
             - ``"fixed"``: not homogeneous; what it touches keeps its scale;
 
-            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``.
+            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``, and
+            ``edges`` for :meth:`TracedModel.unroll`.
 
     Raises:
         ValueError: ``rule`` is another string, or there is no operation ``op``; the message has names that are close.

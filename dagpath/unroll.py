@@ -1,0 +1,393 @@
+"""The unrolled graph: one node per scalar activation, and every weight between two of them."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx
+import torch
+from scipy import sparse
+from torch import Tensor, fx
+from tqdm.auto import tqdm
+
+from dagpath.capture import CapturedGraph
+from dagpath.errors import UnsupportedOpError
+from dagpath.flow.blocks import Run
+from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
+from dagpath.graph import Site, site_of
+from dagpath.state import plain_computation
+
+_LIMB = 32
+"""Bits of a digit of an exact count: sums of 2**31 digits fit into int64."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes that the longest path reaches with the same number of edges.
+
+    Attributes:
+        nodes: their numbers, consecutive.
+        weights: float64 sparse CSR tensor [len(nodes), num_nodes]: the edges into them.
+    """
+
+    nodes: range
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Which edges count only under a condition, and what says how open they are.
+
+    Attributes:
+        edges: the edges that have a gate, increasing.
+        slots: the gate of each.
+        read: read the values of all gates, one part after the other, off the values of the captured graph's nodes.
+    """
+
+    edges: Tensor
+    slots: Tensor
+    read: list[Callable[[Mapping[fx.Node, Any]], Tensor]]
+
+
+class UnrolledGraph:
+    """The network as a graph of scalar activations. Made by :meth:`TracedModel.unroll`.
+
+    A node is one entry of an activation of one example: channel and position, before and after a ReLU. Node 0 is the
+    constant 1, from which biases come. An edge is a weight, a bias, the slope ``a = γ/sqrt(var+eps)`` or the shift
+    ``c = β − mean·a`` of a frozen batch norm, 1/k into a mean over k entries, or 1 into a sum, an activation function
+    or a maximum. Data movement makes no nodes. There is at most one edge from one node to another: parallel ones, such
+    as two weights of a convolution that read the same reflected entry, go through copies of their source.
+
+    A path leads from an input or the constant to an output. An operation that is not positively homogeneous cuts
+    paths: what enters it ends them, what leaves it starts new ones. Weights are those at the time of unrolling.
+
+    Attributes:
+        num_nodes, num_edges: how many there are.
+        num_parameters: number of elements of all parameters.
+        shapes: parameter name -> shape, in the order of ``model.named_parameters()``.
+        starts: int64 tensor; the nodes where paths start.
+        ends: int64 tensor; the nodes where paths end, each as often as it is an output.
+        outputs: the model's outputs, with int64 tensors of the nodes in their entries; -1 where an entry is always 0.
+        gates: which edges have a gate.
+        sources: where paths start, call by call, and what reads the values there.
+        cuts: calls that cut paths, each a node of the captured graph.
+    """
+
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        parameters: Mapping[str, Tensor],
+        rule: Callable[[Any], EdgeRule],
+        cut: frozenset[fx.Node],
+        kept: Mapping[fx.Node, int],
+        device: torch.device | str | None,
+        progress: bool,
+    ) -> None:
+        without_values = [name for name, parameter in parameters.items() if parameter.is_meta]
+        if without_values:
+            raise ValueError(f"the parameter {without_values[0]!r} is on the meta device: it has no values to unroll")
+        calls = len(graph.module.graph.nodes)
+        with tqdm(total=calls, desc="unrolling", unit="call", disable=not progress, leave=False) as bar:
+            flow = EdgeFlow(graph, parameters, rule, cut, kept, bar.update)
+            try:
+                flow.run_graph()
+            except NotImplementedError as error:
+                reason = str(error).splitlines()[0]
+                raise UnsupportedOpError(f"{describe(flow.node)} cannot be unrolled: {reason}") from error
+        assembled = flow.blocks.assembled()
+        self._runs: list[Run] = flow.blocks.runs
+        self._weights = assembled.adjacency.to(device)
+        self._derivative = assembled.derivative.to(device)
+        self._bounds = assembled.levels
+        self._numbers = assembled.numbers
+        ids = assembled.ids
+        self.shapes: dict[str, torch.Size] = {name: parameter.shape for name, parameter in parameters.items()}
+        self.num_nodes = len(self._weights)
+        self.num_edges = len(self._weights.columns)
+        self.num_parameters = flow.num_elements
+        self.sources = [Source(ids[source.numbers], source.read) for source in flow.sources]
+        self.starts: Tensor = torch.cat([source.numbers for source in self.sources]).to(device)
+        self.ends: Tensor = torch.cat([ids[:0], *(ids[numbers] for numbers in flow.sinks)]).to(device)
+        leaves = list(flow.outputs)[len(flow.outputs) - graph.structure.num_leaves :]
+        self.outputs: list[Any] = [ids[leaf] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.gates = Gates(assembled.gated, assembled.slots, flow.gates)
+        self.cuts = flow.cuts
+
+    def __repr__(self) -> str:
+        return f"UnrolledGraph({self.num_nodes:,} nodes, {self.num_edges:,} edges, {len(self._bounds) - 1} levels)"
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.values.device
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [run.first for run in self._runs]
+
+    def _entry(self, node: int) -> tuple[Layer, int, str]:
+        """What a node is an entry of, its place there, and what to add to its name; a copy is what it copies."""
+        if not 0 <= node < self.num_nodes:
+            raise ValueError(f"node must be from 0 to {self.num_nodes - 1}, got {node}")
+        number = int(self._numbers[node])
+        run = self._runs[bisect.bisect_right(self._firsts, number) - 1]
+        if run.label is not None:
+            return run.label, number - run.first, ""
+        layer, place, suffix = self._entry(int(self._weights.columns[self._weights.span(node, node + 1).start]))
+        return layer, place, f"{suffix} again"
+
+    def site(self, node: int) -> Site:
+        """The operation that computes a node, with its module and source line.
+
+        Raises:
+            ValueError: there is no such node.
+        """
+        layer, _, _ = self._entry(node)
+        return Site("constant", "", "") if layer.node is None else site_of(layer.node)
+
+    def index(self, node: int) -> tuple[int, ...]:
+        """Where a node stands in the tensor that it is an entry of: (example, channel, position ...).
+
+        Raises:
+            ValueError: there is no such node.
+        """
+        layer, place, _ = self._entry(node)
+        return tuple(int(part) for part in torch.unravel_index(torch.tensor(place), layer.shape))
+
+    def name(self, node: int) -> str:
+        """A readable name of a node, such as ``layer1.0.conv1 conv2d[3, 5, 7]``: module, operation, channel, position.
+
+        Raises:
+            ValueError: there is no such node.
+        """
+        layer, _, suffix = self._entry(node)
+        if layer.node is None:
+            return f"1{suffix}"
+        site, index = self.site(node), self.index(node)
+        what = str(layer.node.target) if layer.node.op == "placeholder" else f"{site.module} {site.operation}".strip()
+        role = f" {layer.role}" if layer.role else ""
+        return f"{what}{role}{_brackets(index[1:] if layer.shape[:1] == (1,) else index)}{suffix}"
+
+    def edge_name(self, edge: int) -> str:
+        """The parameter elements that an edge's weight depends on, such as ``0.weight[1, 0]``; empty for constants.
+
+        Raises:
+            ValueError: there is no such edge.
+        """
+        if not 0 <= edge < self.num_edges:
+            raise ValueError(f"edge must be from 0 to {self.num_edges - 1}, got {edge}")
+        names, shapes = list(self.shapes), list(self.shapes.values())
+        starts = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
+        found = []
+        for element in self._derivative.columns[self._derivative.span(edge, edge + 1)].tolist():
+            owner = bisect.bisect_right(starts, element) - 1
+            place = torch.unravel_index(torch.tensor(element - starts[owner]), shapes[owner])
+            found.append(f"{names[owner]}{_brackets(tuple(int(part) for part in place))}")
+        return ", ".join(found)
+
+    def nodes_of(self, node: fx.Node) -> Tensor:
+        """The nodes in the entries of a call's output, by place; int64 [entries].
+
+        Args:
+            node: a node of the captured graph that makes nodes.
+        """
+        runs = [r for r in self._runs if r.label is not None and r.label.node is node and not r.label.role]
+        ids = torch.empty_like(self._numbers)
+        ids[self._numbers - 1] = torch.arange(self.num_nodes)
+        return torch.cat([ids[:0], *(ids[run.first - 1 : run.first - 1 + run.count] for run in runs)])
+
+    # -- matrices --------------------------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> list[Level]:
+        """The nodes by the number of edges of the longest path that leads there; together they are the adjacency."""
+        return [Level(range(a, b), self._weights.tensor(a, b)) for a, b in self._spans]
+
+    @property
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise(self._bounds))
+
+    def adjacency(self) -> Tensor:
+        """The weights as a float64 sparse CSR tensor [num_nodes, num_nodes]: row = destination, column = source."""
+        return self._weights.tensor(0, self.num_nodes)
+
+    def derivative(self) -> Tensor:
+        """The derivative of every edge's weight by every parameter element, sparse CSR [num_edges, num_parameters].
+
+        Edges follow the entries of :meth:`adjacency`, parameters ``model.parameters()``, each flattened.
+        """
+        return self._derivative.tensor(0, self.num_edges)
+
+    def derivative_to_scipy(self) -> sparse.csr_array:
+        """:meth:`derivative` as a SciPy array."""
+        return self._derivative.to_scipy()
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight of every edge, float64 [num_edges]: the values of :meth:`adjacency`."""
+        return self._weights.values
+
+    @property
+    def sources_of_edges(self) -> Tensor:
+        """The node that every edge comes from, [num_edges]: the columns of :meth:`adjacency`."""
+        return self._weights.columns
+
+    @property
+    def destinations_of_edges(self) -> Tensor:
+        """The node that every edge leads to, int64 [num_edges]."""
+        nodes = torch.arange(self.num_nodes, device=self.device)
+        return nodes.repeat_interleave(self._weights.lengths(0, self.num_nodes))
+
+    def to_scipy(self) -> sparse.csr_array:
+        """:meth:`adjacency` as a SciPy array."""
+        return self._weights.to_scipy()
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The graph for networkx, edges from source to destination.
+
+        Nodes have the attributes ``name``, ``module``, ``operation``, ``index`` and ``level``, edges ``weight``. For
+        small graphs: a node takes about a kilobyte.
+        """
+        graph = networkx.DiGraph()
+        for level, (first, last) in enumerate(self._spans):
+            for node in range(first, last):
+                site = self.site(node)
+                facts = {"name": self.name(node), "module": site.module, "operation": site.operation}
+                graph.add_node(node, **facts, index=self.index(node), level=level)
+        entries = self.to_scipy().tocoo()
+        graph.add_weighted_edges_from(
+            zip(entries.col.tolist(), entries.row.tolist(), entries.data.tolist(), strict=True)
+        )
+        return graph
+
+    # -- path quantities -------------------------------------------------------------------------------------------
+
+    def forward_mass(self, p: float = 1) -> Tensor:
+        """``Σ |Π w|^p`` over all paths from a start to each node: float64 [num_nodes].
+
+        Raises:
+            ValueError: p is below 1 or not finite.
+
+        Cost: one product of a sparse matrix and a vector per level.
+        """
+        return self._forward_mass(_exponent(p))
+
+    @plain_computation()
+    def _forward_mass(self, p: float) -> Tensor:
+        mass = torch.zeros(self.num_nodes, dtype=torch.float64, device=self.device)
+        mass[self.starts] = 1.0
+        for first, last in self._spans[1:]:
+            mass[first:last] = self._weights.tensor(first, last, lambda values: values.abs() ** p) @ mass
+        return mass
+
+    def backward_mass(self, p: float = 1) -> Tensor:
+        """``Σ |Π w|^p`` over all paths from each node to an end: float64 [num_nodes].
+
+        Raises:
+            ValueError: p is below 1 or not finite.
+
+        Cost: one product of a sparse matrix and a vector per level.
+        """
+        return self._backward_mass(_exponent(p))
+
+    @plain_computation()
+    def _backward_mass(self, p: float) -> Tensor:
+        mass = torch.bincount(self.ends, minlength=self.num_nodes).double()
+        for first, last in reversed(self._spans[1:]):
+            self._weights.scatter_(mass, first, last, mass[first:last], lambda values: values.abs() ** p)
+        return mass
+
+    def path_norm(self, p: float = 1) -> float:
+        """The path-norm ``(Σ |Φ|^p)^(1/p)``, as :func:`dagpath.path_norm` gives it by another way.
+
+        Raises:
+            ValueError: p is below 1 or not finite.
+
+        Returns:
+            The norm; inf where the sum leaves float64.
+        """
+        norm: float = float(self.forward_mass(p)[self.ends].sum()) ** (1 / p)
+        return norm
+
+    @plain_computation()
+    def gram_diagonal(self) -> dict[str, Tensor]:
+        """The diagonal of the path Gram matrix, as :func:`dagpath.gram_diagonal` gives it by another way.
+
+        ``G_ee = Σ (∂w/∂θ_e)² · forward(src) · backward(dst)`` over all edges that depend on the element e, with masses
+        of p = 2.
+
+        Returns:
+            parameter name -> float64 tensor of its shape.
+        """
+        forward, backward = self._forward_mass(2), self._backward_mass(2)
+        result = torch.zeros(self.num_parameters, dtype=torch.float64, device=self.device)
+        for first, last in self._spans[1:]:
+            span = self._weights.span(first, last)
+            sources = self._weights.columns[span]
+            mass = forward[sources] * backward[first:last].repeat_interleave(self._weights.lengths(first, last))
+            self._derivative.scatter_(result, span.start, span.stop, mass, torch.square)
+        parts, start = {}, 0
+        for name, shape in self.shapes.items():
+            parts[name] = result[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return parts
+
+    @plain_computation()
+    def path_count(self) -> int:
+        """The number of paths: exact, however large.
+
+        Edges of weight zero count, unless they are zero for good (a constant mask).
+        """
+        digits = [torch.zeros(self.num_nodes, dtype=torch.int64, device=self.device)]
+        digits[0][self.starts] = 1
+        for first, last in self._spans[1:]:
+            carry = torch.zeros(last - first, dtype=torch.int64, device=self.device)
+            for digit in digits:
+                total = self._sums(digit, first, last) + carry
+                digit[first:last] = total & ((1 << _LIMB) - 1)
+                carry = total >> _LIMB
+            if bool(carry.any()):
+                digits.append(torch.zeros_like(digits[0]))
+                digits[-1][first:last] = carry
+        return sum(int(digit[self.ends].sum()) << _LIMB * place for place, digit in enumerate(digits))
+
+    def _sums(self, values: Tensor, first: int, last: int) -> Tensor:
+        """Exact sums of integers over the sources of each of these nodes."""
+        span = self._weights.span(first, last)
+        sums = torch.nn.functional.pad(values[self._weights.columns[span]].cumsum(0), (1, 0))
+        starts = self._weights.starts[first : last + 1] - span.start
+        return sums[starts].diff()
+
+    @plain_computation()
+    def reached(self) -> Tensor:
+        """Which nodes a path from a start reaches: bool [num_nodes]."""
+        reached = torch.zeros(self.num_nodes, dtype=torch.int64, device=self.device)
+        reached[self.starts] = 1
+        for first, last in self._spans[1:]:
+            reached[first:last] = self._sums(reached, first, last).clamp(max=1)
+        return reached.bool()
+
+
+def _brackets(index: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else ""
+
+
+def _exponent(p: float) -> float:
+    if not (isinstance(p, (int, float)) and 1 <= p < math.inf):
+        raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
+    return float(p)
+
+
+def describe(node: fx.Node) -> str:
+    """An operation, its module and its source line, in words."""
+    site = site_of(node)
+    module = f" in {site.module!r}" if site.module else ""
+    source = f" at {site.source}" if site.source else ""
+    return f"{site.operation}{module}{source}"
