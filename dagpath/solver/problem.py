@@ -93,10 +93,11 @@ class Problem:
         outer: ψ.
         kappa: κ.
         linear: c, float64 [num_groups].
-        scale: what the gradient is measured against: ``optimality = ‖∇F‖∞ / scale``.
+        scale: what the gradient is divided by: ``optimality = ‖∇F‖∞ / scale``.
         bound: largest ``|z|``; cut to ``350 / |κ|``, beyond which ``exp(κ z)`` leaves the range of float64.
         offset: constant added to F.
-        live: number of live elements, for the report.
+        live: number of live elements, those of positive mass, for the report.
+        measure: what the optimality is, in words, for the report.
     """
 
     matrix: GroupMatrix
@@ -107,6 +108,7 @@ class Problem:
     bound: float = DEFAULT_BOUND
     offset: float = 0.0
     live: int | None = None
+    measure: str = "largest |∇F| / scale"
 
     def __post_init__(self) -> None:
         check_bound(self.bound)
@@ -141,7 +143,17 @@ class Problem:
         if not _SMALL < matrix.largest < 1 / _SMALL:
             offset += math.log(matrix.largest)
             matrix = matrix.divided(matrix.largest)
-        return Problem(matrix, LogOuter(p), -2.0, 2 * masses.balance[1:], max(p, 1), bound, p * offset if p else 0.0, p)
+        return Problem(
+            matrix,
+            LogOuter(p),
+            kappa=-2.0,
+            linear=2 * masses.balance[1:],
+            scale=max(p, 1),
+            bound=bound,
+            offset=p * offset if p else 0.0,
+            live=p,
+            measure="largest |∇F| / p",
+        )
 
     @staticmethod
     def from_incidence(
