@@ -36,14 +36,20 @@ def balance(
 
     Args:
         traced: the traced model.
-        criterion: ``"pathcond"``, ``"equinorm"``, ``"range"``, or an object such as :class:`PathConditioning`.
-        solver: ``"newton"``, or ``"coordinate"`` for the published algorithm.
-        tol: stop when ``‖∇F‖∞ / p`` is at most this.
-        max_iter: most iterations of the solver (Newton steps, or sweeps); None for the solver's default.
+        criterion: ``"pathcond"``, ``"equinorm"``, ``"range"``, an object such as :class:`PathConditioning`, or one of
+            your own (:class:`dagpath.criteria.Criterion`).
+        solver: ``"newton"``, or ``"coordinate"`` for the published algorithm, which is for path conditioning only.
+        tol: stop when the optimality is at most this: ``‖∇F‖∞ / p`` for path conditioning, with p live parameters; the
+            largest ``|incoming − outgoing| / sum`` for equal norms; the largest ``|log max_in − log max_out|`` for
+            equal ranges; ``‖∇F‖∞`` in units of its ``scale`` for a criterion of your own. All count only what the
+            bound does not hold.
+        max_iter: most iterations of the solver (Newton steps, sweeps of coordinate descent, or policies for equal
+            ranges); None for the solver's default.
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
             objective reached is that of the rounded factors, and never above the one at the start; ``rounding_loss``
             says how much they give away, which is much where the optimal factors are all near one.
-        bound: largest ``|log λ|``, by default ln 2**20; cut to ``350 / |κ|``, 175 for path conditioning.
+        bound: largest ``|log λ|``, by default ln 2**20; cut to 175 for path conditioning, to ``350 / p`` for equal
+            norms.
         device: where the masses are held and multiplied; None for the device of the parameters. Vectors over the groups
             are held on the CPU.
 
@@ -81,7 +87,8 @@ def balance(
     if not solution.converged:
         warnings.warn(
             f"the {solver} solver stopped after {solution.iterations} iterations at an optimality of "
-            f"{solution.optimality:.1e}, above the tolerance of {tol:.1e}; the rescaling is valid but not optimal",
+            f"{solution.optimality:.1e} ({problem.measure}), above the tolerance of {tol:.1e}; the rescaling is valid "
+            "but not optimal",
             stacklevel=3,  # the caller's line, beyond the context manager
         )
     z, after = solution.z, solution.objective[1]
@@ -95,6 +102,7 @@ def balance(
         power_of_two,
         (solution.objective[0], after),
         solution.optimality,
+        problem.measure,
         problem.live,
         solution.iterations,
         solution.products,

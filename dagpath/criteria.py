@@ -116,9 +116,10 @@ class EquiNorm:
 
         F(z) = log Σ_e |θ_e|^p exp(p (B z)_e)
 
-    whose gradient, ``p`` times (incoming − outgoing) / sum, says the same whatever the scale of the parameters. Biases
-    are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep λ = 1: their
-    parameters could be shrunk without end.
+    whose gradient, ``p`` times (incoming − outgoing) / sum, says the same whatever the scale of the parameters. The
+    optimality is the largest ``|incoming − outgoing| / sum`` of a group, p-th powers summed. Biases are incoming.
+    Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep λ = 1: their parameters
+    could be shrunk without end.
 
     Attributes:
         p: the exponent, at least 1. The default, 2, is weight balancing.
@@ -157,6 +158,7 @@ class EquiNorm:
             bound=bound,
             offset=self.p * math.log(largest) if summed.num_live else 0.0,
             live=summed.num_live,
+            measure="largest |in − out| / sum",
         )
 
 
@@ -166,8 +168,7 @@ class RangeEqualization:
 
     The limit of :class:`EquiNorm` for p → ∞, used before quantization, where the range of a layer's weights sets its
     step. Biases are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep
-    λ = 1. The objective is the
-    largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality.
+    λ = 1. The objective is the largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality.
 
     Source: Nagel, van Baalen, Blankevoort, Welling 2019 (cross-layer equalization).
 

@@ -21,6 +21,7 @@ _FOUND = (
     "power_of_two",
     "objective",
     "optimality",
+    "measure",
     "live",
     "iterations",
     "products",
@@ -47,9 +48,10 @@ class Rescaling:
         log_scales: float64 [num_groups], natural logarithms.
         power_of_two: are all factors powers of two? Then applying it is exact in floating point.
         objective: the criterion before and after; NaN where there is none (a random rescaling).
-        optimality: ``‖∇F‖∞ / p`` of the minimum found (of the real one, where factors were rounded afterwards); other
-            criteria say what they divide the gradient by, and equal ranges report their largest difference.
-        live: p, the number of live parameters: those that a path of nonzero value, but for themselves, meets.
+        optimality: how far from the minimum the solver stopped (before factors were rounded); 0 at the minimum.
+        measure: what the optimality is, in words: ``‖∇F‖∞ / p`` for path conditioning, see ``tol`` of :func:`balance`.
+        live: the number of live parameters, those that count: for path conditioning, those that a path of nonzero
+            value, but for themselves, meets (p in the formulas); for norms and ranges, those that are not zero.
         iterations: iterations of the solver.
         products: its Hessian products.
         converged: did the solver reach its tolerance?
@@ -73,6 +75,7 @@ class Rescaling:
     power_of_two: bool = False
     objective: tuple[float, float] = (math.nan, math.nan)
     optimality: float = math.nan
+    measure: str = ""
     live: int | None = None
     iterations: int = 0
     products: int = 0
@@ -197,9 +200,10 @@ class Rescaling:
                 rows.append(("lost by rounding to powers of two", f"{self.rounding_loss:,.3g}"))
         if not math.isnan(self.optimality):
             state = "" if self.converged else "  NOT CONVERGED"
-            rows.append(("optimality", f"{self.optimality:.1e}{state}"))
+            when = " before rounding" if self.power_of_two else ""
+            rows.append((f"optimality{when} ({self.measure})", f"{self.optimality:.1e}{state}"))
             if self.live is not None:
-                rows.append(("live parameters p", f"{self.live:,} of {graph.num_parameters:,}"))
+                rows.append(("live parameters", f"{self.live:,} of {graph.num_parameters:,}"))
             rows.append(("iterations", f"{self.iterations}"))
             rows.append(("seconds", f"{self.seconds:.3f}"))
         if graph.num_groups:
@@ -216,7 +220,7 @@ class Rescaling:
         if not graph.num_groups:
             text += "\nNo neuron is free, so nothing was rescaled: traced.explain() says why."
         elif self.live == 0:
-            text += "\nNo parameter is live: every path passes a weight of zero, so there is nothing to balance."
+            text += "\nNo parameter is live (all paths, or all weights, are zero), so there is nothing to balance."
         elif layers:
             text += "\n\n" + self._layer_table()
         return text

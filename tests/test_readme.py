@@ -2,7 +2,10 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,10 +30,20 @@ def test_the_figures_of_the_readme_are_those_of_the_result_file():
         assert text == f"{figures[name]:.{digits}f}", name
 
 
-def test_the_first_code_block_runs():
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [("README.md", r"```python\n(.*?)```"), ("docs/index.rst", r"code-block:: python\n\n(.*?)\n\n\S")],
+)
+def test_the_first_code_block_runs(file, pattern):
+    block = re.search(pattern, (ROOT / file).read_text(), re.DOTALL)
     assert block is not None
-    code = block.group(1).replace("resnet50", "resnet18").replace("224", "64")
+    code = textwrap.dedent(block.group(1)).replace("resnet50", "resnet18").replace("224", "64")
     scope: dict = {}
     exec(code, scope)
     assert "criterion after" in scope["rescaling"].summary()
+
+
+def test_all_code_of_the_page_on_the_solver_is_run():
+    text = (ROOT / "docs/solver.rst").read_text()
+    assert ">>> " in text
+    assert not re.search(r"code-block|::\n\n", text.replace(".. math::\n\n", ""))

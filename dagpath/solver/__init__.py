@@ -7,7 +7,7 @@ from dagpath.solver.coordinate import solve_coordinate
 from dagpath.solver.matrix import Block, GroupMatrix
 from dagpath.solver.maxima import RangeProblem
 from dagpath.solver.newton import solve_newton
-from dagpath.solver.problem import LogOuter, Outer, Problem, Solution, SumOuter
+from dagpath.solver.problem import LogOuter, Outer, Point, Problem, Solution, SumOuter
 from dagpath.solver.rounding import round_to_powers_of_two
 
 SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
@@ -19,7 +19,13 @@ SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
 def solve(
     problem: Problem | RangeProblem, solver: str = "newton", tol: float = 1e-9, max_iter: int | None = None
 ) -> Solution:
-    """Solve a problem, the convex ones by the solver of that name.
+    """Solve a problem.
+
+    Args:
+        problem: a :class:`Problem`, or a :class:`RangeProblem`, which has a method of its own.
+        solver: ``"newton"`` or ``"coordinate"`` (path conditioning only); leave it at ``"newton"`` for equal ranges.
+        tol: stop when the optimality is at most this.
+        max_iter: most iterations; None for the solver's default.
 
     Raises:
         ValueError: the solver is unknown, or cannot solve this problem.
@@ -28,7 +34,7 @@ def solve(
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
     if isinstance(problem, RangeProblem):
         if solver != "newton":
-            raise ValueError("equal ranges are found by solver='newton' only, and what follows it")
+            raise ValueError(f"solver={solver!r} cannot solve equal ranges; leave it at 'newton'")
         return problem.solve(tol, max_iter)
     return SOLVERS[solver](problem, tol, max_iter)
 
@@ -40,6 +46,7 @@ __all__ = [
     "LogOuter",
     "MassAggregator",
     "Outer",
+    "Point",
     "Problem",
     "RangeProblem",
     "Solution",

@@ -21,6 +21,17 @@ class MassAggregator:
     Attributes:
         num_live: how many elements had a positive mass.
         balance: [num_groups + 1]; per group, the number of live elements that enter it minus those that leave it.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import MassAggregator
+        >>> masses = MassAggregator(num_groups=2)
+        >>> masses.add(torch.ones(2, 4, 3, 3), dst=torch.tensor([1, 2]).reshape(2, 1, 1, 1), src=torch.tensor(0))
+        >>> masses.add(torch.tensor([5.0, 0.0]), dst=torch.tensor(0), src=torch.tensor([1, 2]))
+        >>> masses.num_live, masses.balance.tolist()
+        (73, [-71.0, 35.0, 36.0])
+        >>> masses.matrix().to_scipy().toarray().tolist()
+        [[0.0, 5.0, 0.0], [36.0, 0.0, 0.0], [36.0, 0.0, 0.0]]
     """
 
     def __init__(self, num_groups: int, device: torch.device | str = "cpu", largest: bool = False) -> None:

@@ -44,12 +44,14 @@ class RangeProblem:
     Attributes:
         matrix: the largest a of every pair of groups.
         bound: largest ``|z|``.
-        live: number of live elements, for the report.
+        live: number of live elements, those of positive mass, for the report.
+        measure: what the optimality is, in words, for the report.
     """
 
     matrix: GroupMatrix
     bound: float = DEFAULT_BOUND
     live: int | None = None
+    measure: str = "largest |log max in − log max out|"
 
     def __post_init__(self) -> None:
         check_bound(self.bound)

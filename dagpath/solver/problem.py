@@ -39,23 +39,29 @@ def check_bound(bound: float) -> None:
 
 
 class Outer(Protocol):
-    """An increasing function ψ of the total mass S, such that ψ of a sum of exponentials is convex.
+    """An increasing function ψ of the total mass S > 0, such that ψ of a sum of exponentials is convex.
 
-    Three methods: ``value(total)``, ``slope(total)`` and ``curvature(total)``, ψ and its first two derivatives.
+    Anything with these three methods is one; any convex increasing ψ is right, and so is the logarithm.
     """
 
-    def value(self, total: float) -> float: ...
+    def value(self, total: float) -> float:
+        """ψ(S)."""
 
-    def slope(self, total: float) -> float: ...
+    def slope(self, total: float) -> float:
+        """ψ'(S), positive."""
 
-    def curvature(self, total: float) -> float: ...
+    def curvature(self, total: float) -> float:
+        """ψ''(S), which may be negative, as it is for the logarithm."""
 
 
 @dataclass(frozen=True)
 class LogOuter:
-    """``ψ(S) = p log S``: the path-conditioning criterion, where the best multiple was minimized out.
+    """``ψ(S) = p log S``, as in path conditioning, where the best multiple of the reference was minimized out.
 
-    Convex in z (the sum of exponentials inside is log-convex), though not in S.
+    Convex in z (a sum of exponentials is log-convex), though not in S.
+
+    Attributes:
+        p: factor, positive; for path conditioning, the number of live elements.
     """
 
     p: float
@@ -72,7 +78,7 @@ class LogOuter:
 
 @dataclass(frozen=True)
 class SumOuter:
-    """``ψ(S) = S``."""
+    """``ψ(S) = S``: the sum of all scaled masses itself."""
 
     def value(self, total: float) -> float:
         return total
@@ -91,12 +97,25 @@ class Problem:
     Attributes:
         matrix: the masses A, summed per pair of groups.
         outer: ψ.
-        kappa: κ.
-        linear: c, float64 [num_groups].
-        scale: what the gradient is measured against: ``optimality = ‖∇F‖∞ / scale``.
+        kappa: κ, not zero; under a rescaling ``λ = exp(z)`` a mass is multiplied by ``(λ_dst / λ_src)**κ``.
+        linear: c, [num_groups].
+        scale: what the gradient is divided by: ``optimality = ‖∇F‖∞ / scale``.
         bound: largest ``|z|``; cut to ``350 / |κ|``, beyond which ``exp(κ z)`` leaves the range of float64.
         offset: constant added to F.
-        live: number of live elements, for the report.
+        live: number of live elements, those of positive mass, for the report.
+        measure: what the optimality is, in words, for the report.
+
+    Raises:
+        ValueError: kappa is zero, bound or scale is not positive, linear has another shape, or one is not finite.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import GroupMatrix, Problem, SumOuter, solve_newton
+        >>> # one element of mass 1 enters group 1, one of mass 16 leaves it: λ + 16 / λ is the smallest at λ = 4
+        >>> matrix = GroupMatrix.of(2, [], torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([1.0, 16.0]))
+        >>> solution = solve_newton(Problem(matrix, SumOuter(), kappa=1.0, linear=torch.zeros(1), scale=1.0))
+        >>> round(float(solution.z.exp()), 9), round(solution.objective[1], 9)
+        (4.0, 8.0)
     """
 
     matrix: GroupMatrix
@@ -107,6 +126,7 @@ class Problem:
     bound: float = DEFAULT_BOUND
     offset: float = 0.0
     live: int | None = None
+    measure: str = "largest |∇F| / scale"
 
     def __post_init__(self) -> None:
         check_bound(self.bound)
@@ -141,7 +161,17 @@ class Problem:
         if not _SMALL < matrix.largest < 1 / _SMALL:
             offset += math.log(matrix.largest)
             matrix = matrix.divided(matrix.largest)
-        return Problem(matrix, LogOuter(p), -2.0, 2 * masses.balance[1:], max(p, 1), bound, p * offset if p else 0.0, p)
+        return Problem(
+            matrix,
+            LogOuter(p),
+            kappa=-2.0,
+            linear=2 * masses.balance[1:],
+            scale=max(p, 1),
+            bound=bound,
+            offset=p * offset if p else 0.0,
+            live=p,
+            measure="largest |∇F| / p",
+        )
 
     @staticmethod
     def from_incidence(
@@ -239,14 +269,18 @@ def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Point:
-    """Value and gradient of a problem at one z.
+    """Value and gradient of a problem at one z; :meth:`Problem.at` makes it.
 
     Attributes:
-        problem, z: which, and where.
+        problem: which problem.
+        z: where, float64 [num_groups].
         matrix: the masses of the problem, or a model of them.
-        row_sums, column_sums: scaled mass at each position of the row side and of the column side.
-        rows, columns: per group, the scaled mass of the elements that enter it, and of those that leave it.
+        value: F(z).
         total: S.
+        rows: [num_groups + 1], per group the scaled mass of the elements that enter it; the fixed group is the first.
+        columns: the same of those that leave it.
+        row_sums: scaled mass at each position of the row side of the matrix.
+        column_sums: the same of the column side.
 
     With W the scaled masses, D their row sums plus column sums and m their row sums minus column sums, the gradient is
     ``ψ' κ m + c`` and the Hessian ``κ² (ψ' (D − W − Wᵀ) + ψ'' m mᵀ)``: a graph Laplacian and a rank-one term.
@@ -276,6 +310,7 @@ class Point:
 
     @cached_property
     def gradient(self) -> Array:
+        """∇F, [num_groups]."""
         if not self.total > 0:
             return self.problem.costs
         return self.problem.outer.slope(self.total) * self.problem.kappa * self.difference + self.problem.costs
