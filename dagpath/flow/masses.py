@@ -210,11 +210,13 @@ class MassFlow(fx.Interpreter):
         return Mass(torch.ones_like(mass.values), data=True)
 
     def factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
-        """Both factors of a product; where paths come through both, those through the gate end there."""
-        if not all(mass.data and mass.params for mass in (a, b)):
+        """Both factors of a product; where both are activations that paths come through, those of the gate end there.
+
+        A weight times a gate is still a weight: its edges continue the paths of the other factor.
+        """
+        if self.node not in self._kept or not all(mass.data and mass.params for mass in (a, b)):
             return a, b
-        through_b = self._kept.get(self.node, 0)
-        return (self.barrier_input(a), b) if through_b else (a, self.barrier_input(b))
+        return (self.barrier_input(a), b) if self._kept[self.node] else (a, self.barrier_input(b))
 
     def gradient_only(self, weight: Mass, factor: Tensor) -> Tensor:
         """Zero in value; its derivative with respect to the weight's mass is ``factor``.
