@@ -108,6 +108,18 @@ def test_factors_of_factors_and_batches_of_factors():
     check(net, torch.randn(5, 3), 4 + 6 + (5 + 2) + 3 * 2)
 
 
+@pytest.mark.parametrize(
+    "gated", [lambda g, w: w * g.mean(), lambda g, w: w * g[0].unsqueeze(1), lambda g, w: g.mean(0) * w.t()]
+)
+def test_a_weight_times_a_gate_is_a_weight(gated):
+    def forward(m, x):
+        weight = gated(torch.sigmoid(m.gate(x)), m.w)
+        return m.head(F.relu(F.linear(F.relu(m.stem(x)), weight if weight.shape == m.w.shape else weight.t())))
+
+    net = Net(forward, stem=nn.Linear(3, 4), gate=nn.Linear(3, 6), head=nn.Linear(6, 1), **parts(w=(6, 4)))
+    check(net, torch.randn(5, 3), 4 + 6)
+
+
 def test_a_learned_gain_of_an_update_keeps_its_value():
     def forward(m, x):
         return m.head(F.relu(F.linear(F.relu(m.stem(x)), m.w + m.gain * (m.b @ m.a) * m.rows.unsqueeze(1))))

@@ -244,10 +244,13 @@ class MassFlow(fx.Interpreter):
         return Mass(torch.ones_like(mass.values), data=True)
 
     def factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
-        """Both factors of a product; of two activations one is a gate, of mass one, where paths end."""
-        if not (a.data and b.data):
+        """Both factors of a product; of two activations one is a gate, of mass one, where paths end.
+
+        A weight times a gate is still a weight: its edges continue the paths of the other factor.
+        """
+        if self.node not in self._kept or not (a.data and b.data):
             return a, b
-        through_b = self._kept.get(self.node, 0) if a.params == b.params else b.params
+        through_b = self._kept[self.node] if a.params == b.params else b.params
         return (self.barrier_input(a), b) if through_b else (a, self.barrier_input(b))
 
     @staticmethod
