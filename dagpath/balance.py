@@ -57,7 +57,7 @@ def balance(
         A :class:`Rescaling`; ``apply_()`` applies it.
 
     Raises:
-        ValueError: an unknown criterion or solver, or a bound or tolerance that is not positive.
+        ValueError: an unknown criterion or solver, or a bound, tolerance or number of iterations out of range.
         BalanceError: a parameter or buffer holds NaN or Inf; the message names it.
 
     Warns:
@@ -78,6 +78,8 @@ def balance(
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
     check_bound(bound)
+    if max_iter is not None and max_iter < 0:
+        raise ValueError(f"max_iter must be at least 0, got {max_iter}")
     chosen = criterion_of(criterion)
     check_values(traced)
     where = torch.device(device) if device is not None else _device_of(traced)
@@ -93,7 +95,7 @@ def balance(
         )
     z, after = solution.z, solution.objective[1]
     if power_of_two:
-        rounded, after = round_to_powers_of_two(problem, z.numpy())
+        rounded, after = round_to_powers_of_two(problem, z)
         z = torch.from_numpy(rounded)
     end = time.perf_counter()
     return Rescaling(

@@ -103,8 +103,11 @@ class PathConditioning:
                 raise ValueError(
                     f"the reference of {name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(shapes[name])}"
                 )
-            if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
-                raise ValueError(f"the reference of {name!r} must be positive and finite everywhere")
+            bad = tensor[~((tensor > 0) & torch.isfinite(tensor))]
+            if len(bad):
+                raise ValueError(
+                    f"the reference of {name!r} must be positive and finite everywhere, got {float(bad[0])}"
+                )
         return self.reference
 
 

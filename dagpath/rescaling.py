@@ -86,6 +86,13 @@ class Rescaling:
     rounding_loss: float = 0.0
     difference: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.log_scales.shape != (self.traced.graph.num_groups,):
+            raise ValueError(
+                f"log_scales must have shape ({self.traced.graph.num_groups},), one for each free group, got "
+                f"{tuple(self.log_scales.shape)}"
+            )
+
     def multipliers(self) -> dict[str, Tensor]:
         """The factor of every element: {parameter name: float64 tensor broadcastable to the parameter}."""
         scales = self._scales()
@@ -135,13 +142,16 @@ class Rescaling:
             ValueError: the file holds something else, or a rescaling for another neuron graph.
             ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
         """
-        from safetensors import safe_open  # an extra
+        from safetensors import SafetensorError, safe_open  # an extra
 
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "dagpath.rescaling" not in metadata:
-                raise ValueError(f"{path} holds no rescaling")
-            log_scales = file.get_tensor("log_scales")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if "dagpath.rescaling" not in metadata:
+                    raise ValueError(f"{path} holds no rescaling")
+                log_scales = file.get_tensor("log_scales")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
         if metadata["dagpath.graph"] != traced.graph.digest():
             raise ValueError(f"the rescaling in {path} is for a model with another neuron graph")
         found = json.loads(metadata["dagpath.rescaling"])

@@ -182,7 +182,7 @@ def test_the_type_of_the_parameters_does_not_matter(criterion, dtype):
         (dagpath.PathConditioning({}), "no entry for '0.weight'"),
         (
             dagpath.PathConditioning({"0.weight": 0.0, "0.bias": 1.0, "2.weight": 1.0, "2.bias": 1.0}),
-            "must be positive",
+            "reference of '0.weight' must be positive and finite everywhere, got 0.0",
         ),
         ("ranges", "unknown criterion 'ranges'"),
     ],

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dagpath
-from dagpath.solver import Block, GroupMatrix, MassAggregator, Problem, SumOuter, solve_coordinate, solve_newton
+from dagpath.solver import (
+    Block,
+    GroupMatrix,
+    LogOuter,
+    MassAggregator,
+    Problem,
+    RangeProblem,
+    SumOuter,
+    solve,
+    solve_coordinate,
+    solve_newton,
+)
 from dagpath.solver.problem import DEFAULT_BOUND
 
 from networks import RandomNet
@@ -98,17 +109,49 @@ def test_an_incidence_matrix_that_is_not_sparse_is_refused():
 
 def test_masses_of_a_parameter_that_requires_a_gradient():
     aggregator = MassAggregator(1)
-    aggregator.add(nn.Parameter(torch.ones(2)), torch.tensor([1, 0]), torch.tensor([0, 1]))
+    masses, dst, src = nn.Parameter(torch.ones(2)), torch.tensor([1, 0]), torch.tensor([0, 1])
+    aggregator.add(masses, dst, src)
     assert solve_newton(Problem.path_conditioning(aggregator)).converged
+    linear = nn.Parameter(torch.zeros(1))
+    assert solve_newton(Problem(GroupMatrix.of(2, [], dst, src, masses), SumOuter(), 2.0, linear, 1.0)).converged
 
 
-def test_groups_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="groups must be integers"):
-        MassAggregator(2).add(torch.ones(3), torch.zeros(3), torch.tensor(0))
-    with pytest.raises(ValueError, match="groups must lie between 0 and 2"):
-        MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1, 3]), torch.tensor(0))
-    with pytest.raises(ValueError, match="broadcast"):
-        MassAggregator(2).add(torch.ones(3), torch.tensor([0, 1]), torch.tensor(0))
+@pytest.mark.parametrize(
+    ("masses", "dst", "src", "message"),
+    [
+        ([1.0, math.inf], 1, 0, r"masses must be finite and at least 0, .* got inf at index \(1,\)"),
+        ([math.nan, 1.0], 1, 0, r"masses must be finite and at least 0, .* got nan at index \(0,\)"),
+        ([[1.0, 1.0], [-1.0, 1.0]], 1, 0, r"masses must be finite and at least 0, .* got -1.0 at index \(1, 0\)"),
+        ([1e308, 1e308], 1, 0, "masses must be finite .* got inf as their sum"),
+        ([1j, 1.0], 1, 0, "masses must be real"),
+        ([1.0, 1.0], [0.0, 1.0], 0, "dst groups must be integers, got torch.float32"),
+        ([1.0, 1.0], 1, [True, False], "src groups must be integers, got torch.bool"),
+        ([1.0, 1.0], 1, [0, 3], "src groups must lie between 0 and 2; these are from 0 to 3"),
+        ([1.0, 1.0], [-1, 1], 0, "dst groups must lie between 0 and 2; these are from -1 to 1"),
+        ([1.0, 1.0, 1.0], [1, 2], 0, r"dst of shape \(2,\) does not broadcast to \(3,\)"),
+        ([1.0, 1.0], 1, [[1, 2]], r"src of shape \(1, 2\) does not broadcast to \(2,\)"),
+    ],
+)
+def test_bad_elements_are_refused(masses, dst, src, message):
+    masses = torch.tensor(masses, dtype=None if 1j in masses else torch.float64)
+    aggregator = MassAggregator(2)
+    with pytest.raises(ValueError, match=message):
+        aggregator.add(masses, torch.tensor(dst), torch.tensor(src))
+    assert aggregator.num_live == 0
+
+
+def test_groups_of_any_integer_type_are_taken():
+    found = []
+    for kind in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        aggregator = MassAggregator(200)  # 200² is beyond the first two types
+        ends = torch.arange(1, 201, dtype=torch.int64).to(kind)
+        aggregator.add(torch.arange(1.0, 201), ends, ends.flip(0))
+        dst, src = ends[:100], ends[100:]
+        by_hand = GroupMatrix.of(201, [], dst, src, torch.ones(100))
+        found.append((aggregator.matrix().to_scipy().toarray(), by_hand.to_scipy().toarray()))
+    for one, other in found:
+        np.testing.assert_array_equal(one, found[-1][0])
+        np.testing.assert_array_equal(other, found[-1][1])
 
 
 @pytest.mark.parametrize(
@@ -117,9 +160,9 @@ def test_groups_out_of_range_are_refused():
         (([[1.0, -2.0]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
         (([[1.0, math.nan]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
         (([[1.0, 2.0]], [1], [2]), ([], [], []), r"block 0 have masses of shape \(1, 2\)"),
-        (([[1.0, 2.0]], [1], [2, 4]), ([], [], []), "block 0: groups must lie between 0 and 3"),
+        (([[1.0, 2.0]], [1], [2, 4]), ([], [], []), "block 0: src groups must lie between 0 and 3"),
         (([[1.0, 2.0]], [1], [2, 2]), ([], [], []), "names a group twice"),
-        (([[1.0]], [1], [2]), ([1.0], [-1], [0]), "the entries: groups must lie between 0 and 3"),
+        (([[1.0]], [1], [2]), ([1.0], [-1], [0]), "the entries: dst groups must lie between 0 and 3"),
         (([[1.0]], [1], [2]), ([1.0, 2.0], [1], [0]), "the entries have masses of shape"),
         (([[1.0]], [1], [2]), ([1.0, 2.0], [1, 1], [0, 0]), "a pair of groups twice"),
     ],
@@ -132,12 +175,31 @@ def test_bad_blocks_and_entries_are_refused(block, entries, message):
         GroupMatrix.of(4, [Block(masses, dst, src)], *ends, torch.tensor(values))
 
 
-def test_bad_numbers_are_refused():
-    for bad in (float("inf"), float("nan"), -1.0):
-        with pytest.raises(ValueError, match=f"masses must be finite and at least 0, .* got {bad}"):
-            MassAggregator(1).add(torch.tensor([1.0, bad]), torch.tensor(1), torch.tensor(0))
-    with pytest.raises(ValueError, match="bound must be positive"):
-        Problem.path_conditioning(MassAggregator(1), bound=0.0)
-    general = Problem(MassAggregator(1).matrix(), SumOuter(), 2.0, torch.zeros(1, dtype=torch.float64), 1.0)
+def test_bad_problems_are_refused():
+    matrix, nothing = MassAggregator(1).matrix(), torch.zeros(1)
+    good = {"matrix": matrix, "outer": SumOuter(), "kappa": 2.0, "linear": nothing, "scale": 1.0}
+    for change, error, message in (
+        ({"matrix": torch.ones(2, 2)}, TypeError, "matrix must be what GroupMatrix.of .* got Tensor"),
+        ({"outer": math.log}, TypeError, "outer must have methods value, slope and curvature; .* has no value"),
+        ({"bound": 0.0}, ValueError, "bound must be positive, got 0.0"),
+        ({"kappa": 0.0}, ValueError, "kappa must be finite and not zero, got 0.0"),
+        ({"scale": math.nan}, ValueError, "scale must be positive and finite, got nan"),
+        ({"linear": torch.zeros(2)}, ValueError, r"linear must have shape \(1,\)"),
+        ({"linear": torch.tensor([math.nan])}, ValueError, "linear must be finite"),
+    ):
+        with pytest.raises(error, match=message):
+            Problem(**{**good, **change})
+    with pytest.raises(ValueError, match=r"z must have shape \(1,\), one for each group, got \(2,\)"):
+        Problem(**good).at(np.zeros(2))
+    with pytest.raises(ValueError, match="p must be finite and at least 0, got -1"):
+        LogOuter(-1.0)
+    with pytest.raises(ValueError, match="num_groups must be at least 0, got -1"):
+        MassAggregator(-1)
     with pytest.raises(ValueError, match="path-conditioning criterion only"):
-        solve_coordinate(general)
+        solve_coordinate(Problem(**good))
+    with pytest.raises(ValueError, match="unknown solver 'nwton'; known are 'newton', 'coordinate'"):
+        solve(Problem(**good), "nwton")
+    with pytest.raises(ValueError, match="'coordinate' cannot solve equal ranges"):
+        solve(RangeProblem(matrix), "coordinate")
+    with pytest.raises(TypeError, match="expected a Problem or a RangeProblem, got Tensor"):
+        solve(nothing)

@@ -51,6 +51,15 @@ def test_rescalings_are_saved_and_loaded(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="holds no rescaling"):
         dagpath.Rescaling.load(path, traced)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        dagpath.Rescaling.load(path, traced)
+
+
+def test_a_rescaling_has_a_factor_for_every_free_group():
+    traced = dagpath.trace(mlp(3, 4, 2), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"log_scales must have shape \(4,\), one for each free group, got \(3,\)"):
+        dagpath.Rescaling(traced, torch.zeros(3))
 
 
 def test_the_summary_by_layers_has_a_row_for_each_layer_with_free_neurons():

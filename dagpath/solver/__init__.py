@@ -29,6 +29,7 @@ def solve(
 
     Raises:
         ValueError: the solver is unknown, or cannot solve this problem.
+        TypeError: it is no problem.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
@@ -36,6 +37,8 @@ def solve(
         if solver != "newton":
             raise ValueError(f"solver={solver!r} cannot solve equal ranges; leave it at 'newton'")
         return problem.solve(tol, max_iter)
+    if not isinstance(problem, Problem):
+        raise TypeError(f"expected a Problem or a RangeProblem, got {type(problem).__name__}")
     return SOLVERS[solver](problem, tol, max_iter)
 
 

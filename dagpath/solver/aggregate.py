@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dagpath.solver.matrix import Block, GroupMatrix
+from dagpath.solver.matrix import Block, GroupMatrix, checked_groups, checked_masses
 
 
 class MassAggregator:
@@ -35,6 +35,8 @@ class MassAggregator:
     """
 
     def __init__(self, num_groups: int, device: torch.device | str = "cpu", largest: bool = False) -> None:
+        if num_groups < 0:
+            raise ValueError(f"num_groups must be at least 0, got {num_groups}")
         self._size = num_groups + 1
         self._device = torch.device(device)
         self._largest = largest
@@ -52,23 +54,16 @@ class MassAggregator:
         Raises:
             ValueError: a mass is negative, infinite or NaN, a group is out of range, or shapes do not broadcast.
         """
-        masses = masses.detach().to(self._device, torch.float64)
+        masses = checked_masses("", masses.to(self._device))
         if not masses.numel():
             return
-        if not bool(masses.min() >= 0) or not bool(torch.isfinite(masses.sum())):
-            bad = masses[~((masses >= 0) & torch.isfinite(masses))]
-            value = float(bad[0]) if len(bad) else float("inf")
-            raise ValueError(f"masses must be finite and at least 0, and so must their sum; got {value}")
-        for end in (dst, src):
-            if end.is_floating_point():
-                raise ValueError(f"groups must be integers, got {end.dtype}")
-            if end.numel() and not (int(end.min()) >= 0 and int(end.max()) < self._size):
-                low, high = int(end.min()), int(end.max())
-                raise ValueError(f"groups must lie between 0 and {self._size - 1}; these are from {low} to {high}")
+        ends = []
+        for name, end in (("dst", dst), ("src", src)):
             sizes = zip(reversed(end.shape), reversed(masses.shape), strict=False)
             if end.ndim > masses.ndim or any(size not in (1, whole) for size, whole in sizes):
-                raise ValueError(f"groups of shape {tuple(end.shape)} do not broadcast to {tuple(masses.shape)}")
-        dst, src = (_pad(end.to(self._device), masses.ndim) for end in (dst, src))
+                raise ValueError(f"{name} of shape {tuple(end.shape)} does not broadcast to {tuple(masses.shape)}")
+            ends.append(_pad(checked_groups(name, end, self._size).to(self._device), masses.ndim))
+        dst, src = ends
         varies = [(dst.shape[dim] > 1, src.shape[dim] > 1) for dim in range(masses.ndim)]
         if any(both == (True, True) for both in varies):
             pairs = [dim for dim in range(masses.ndim) if varies[dim] != (False, False)]

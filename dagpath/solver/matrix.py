@@ -190,20 +190,25 @@ class GroupMatrix:
     def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
         """From dense blocks, and the row, column and value of each single entry, all checked.
 
+        Args:
+            size: number of groups, the fixed group 0 among them.
+            blocks: dense parts; pairs of groups that several of them name are summed.
+            dst, src, masses: of the single entries, each [n].
+
         Raises:
             ValueError: a mass is negative or not finite, a group is out of range or repeated, or shapes do not fit.
         """
-        dst, src = (end if len(end) else end.long() for end in (dst, src))
-        _check("the entries", size, masses, (dst, src), masses.ndim == 1 and dst.shape == src.shape == masses.shape)
-        if len(torch.unique(dst * size + src)) < len(dst):
+        fits = masses.ndim == 1 and dst.shape == src.shape == masses.shape
+        entries = _checked("the entries", Block(masses, dst, src), size, fits)
+        if len(torch.unique(entries.dst * size + entries.src)) < len(entries.dst):
             raise ValueError("the entries name a pair of groups twice; sum them first")
+        dense = []
         for index, block in enumerate(blocks):
-            name, ends = f"block {index}", (block.dst, block.src)
-            _check(name, size, block.masses, ends, block.masses.shape == (*block.dst.shape, *block.src.shape))
-            if not block.masses.numel() or any(len(torch.unique(end)) < len(end) for end in ends):
+            name, fits = f"block {index}", block.masses.shape == (*block.dst.shape, *block.src.shape)
+            dense.append(_checked(name, block, size, fits and block.masses.ndim == 2))
+            if not block.masses.numel() or any(len(torch.unique(end)) < len(end) for end in (block.dst, block.src)):
                 raise ValueError(f"{name} is empty, or names a group twice among its rows or its columns")
-        blocks = [Block(block.masses.double(), block.dst, block.src) for block in blocks]
-        return GroupMatrix.without_loops(size, blocks, dst, src, masses.double())
+        return GroupMatrix.without_loops(size, dense, entries.dst, entries.src, entries.masses)
 
     @staticmethod
     def without_loops(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
@@ -297,16 +302,36 @@ class GroupMatrix:
         return rows.split(sides[0]), columns.split(sides[1])
 
 
-def _check(name: str, size: int, masses: Tensor, ends: tuple[Tensor, Tensor], fits: bool) -> None:
+def _checked(name: str, block: Block, size: int, fits: bool) -> Block:
     if not fits:
-        shapes = " and ".join(str(tuple(end.shape)) for end in ends)
-        raise ValueError(f"{name} have masses of shape {tuple(masses.shape)} and groups of shapes {shapes}")
-    if not bool((masses >= 0).all()) or not bool(torch.isfinite(masses).all()):
-        raise ValueError(f"{name}: masses must be finite and at least 0")
-    if any(end.is_floating_point() for end in ends):
-        raise ValueError(f"{name}: groups must be integers")
-    if any(end.numel() and not (int(end.min()) >= 0 and int(end.max()) < size) for end in ends):
-        raise ValueError(f"{name}: groups must lie between 0 and {size - 1}")
+        ends = f"{tuple(block.dst.shape)} and {tuple(block.src.shape)}"
+        raise ValueError(f"{name} have masses of shape {tuple(block.masses.shape)} and groups of shapes {ends}")
+    dst, src = (checked_groups(f"{name}: {end}", getattr(block, end), size) for end in ("dst", "src"))
+    return Block(checked_masses(f"{name}: ", block.masses), dst, src)
+
+
+def checked_masses(name: str, masses: Tensor) -> Tensor:
+    """Masses in double precision, without their history; a ValueError that begins with the name if they are none."""
+    if masses.is_complex():
+        raise ValueError(f"{name}masses must be real, got {masses.dtype}")
+    masses = masses.detach().double()
+    if masses.numel() and not (bool(masses.min() >= 0) and bool(torch.isfinite(masses.sum()))):
+        bad = (~((masses >= 0) & torch.isfinite(masses))).nonzero()
+        found = f"{float(masses[tuple(bad[0])])} at index {tuple(bad[0].tolist())}" if len(bad) else "inf as their sum"
+        raise ValueError(f"{name}masses must be finite and at least 0, and so must their sum; got {found}")
+    return masses
+
+
+def checked_groups(name: str, groups: Tensor, size: int) -> Tensor:
+    """Groups as int64; a ValueError that begins with the name if they are not integers from 0 to size − 1."""
+    if not groups.numel():
+        return groups.long()
+    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+        raise ValueError(f"{name} groups must be integers, got {groups.dtype}")
+    low, high = int(groups.min()), int(groups.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} groups must lie between 0 and {size - 1}; these are from {low} to {high}")
+    return groups.long()
 
 
 class SeparableMatrix:

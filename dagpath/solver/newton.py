@@ -214,8 +214,6 @@ def _conjugate_gradients(
     solution, residual = np.zeros_like(right), right.copy()
     direction = precondition(residual)
     energy = float(residual @ direction)
-    if not energy > 0:
-        return right, 0
     target = forcing**2 * energy
     products = 0
     while energy > target and products < most:

@@ -30,7 +30,8 @@ DEFAULT_BOUND = 20 * math.log(2)
 """Largest |log λ|: a factor of 2**20 up or down."""
 _LARGEST_EXPONENT = 350.0
 _SMALL = 1e-100
-"""Masses that are all smaller than this, or a mass larger than its inverse, are divided by the largest."""
+"""Masses that are all smaller than this, or a mass larger than its inverse, are divided by the largest: the squares of
+their sum would leave the range of float64."""
 
 
 def check_bound(bound: float) -> None:
@@ -61,10 +62,14 @@ class LogOuter:
     Convex in z (a sum of exponentials is log-convex), though not in S.
 
     Attributes:
-        p: factor, positive; for path conditioning, the number of live elements.
+        p: factor, at least 0; for path conditioning, the number of live elements.
     """
 
     p: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < math.inf:
+            raise ValueError(f"p must be finite and at least 0, got {self.p}")
 
     def value(self, total: float) -> float:
         return self.p * math.log(total)
@@ -95,7 +100,8 @@ class Problem:
     """Minimize ``F(z) = ψ(Σ_e a_e exp(κ (z[dst_e] − z[src_e]))) + c · z`` over ``|z| ≤ bound``, with ``z_0 = 0``.
 
     Attributes:
-        matrix: the masses A, summed per pair of groups.
+        matrix: the masses A, summed per pair of groups. Under a logarithm, if all are tiny or one is huge, they are
+            divided by the largest, and the offset says so.
         outer: ψ.
         kappa: κ, not zero; under a rescaling ``λ = exp(z)`` a mass is multiplied by ``(λ_dst / λ_src)**κ``.
         linear: c, [num_groups].
@@ -107,6 +113,7 @@ class Problem:
 
     Raises:
         ValueError: kappa is zero, bound or scale is not positive, linear has another shape, or one is not finite.
+        TypeError: matrix or outer is something else.
 
     Example:
         >>> import torch
@@ -129,6 +136,11 @@ class Problem:
     measure: str = "largest |∇F| / scale"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.matrix, GroupMatrix):
+            raise TypeError(f"matrix must be what GroupMatrix.of returns, got {type(self.matrix).__name__}")
+        missing = [name for name in ("value", "slope", "curvature") if not hasattr(self.outer, name)]
+        if missing:
+            raise TypeError(f"outer must have methods value, slope and curvature; {self.outer!r} has no {missing[0]}")
         check_bound(self.bound)
         if self.linear.shape != (self.matrix.layout.size - 1,):
             groups = self.matrix.layout.size - 1
@@ -140,11 +152,14 @@ class Problem:
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive and finite, got {self.scale}")
         object.__setattr__(self, "bound", min(self.bound, _LARGEST_EXPONENT / abs(self.kappa)))
+        if isinstance(self.outer, LogOuter) and not _SMALL < self.matrix.largest < 1 / _SMALL:
+            object.__setattr__(self, "offset", self.offset + self.outer.value(self.matrix.largest))
+            object.__setattr__(self, "matrix", self.matrix.divided(self.matrix.largest))
 
     @cached_property
     def costs(self) -> Array:
         """c on the host."""
-        array: Array = self.linear.double().cpu().numpy()
+        array: Array = self.linear.detach().double().cpu().numpy()
         return array
 
     @property
@@ -157,12 +172,9 @@ class Problem:
 
         p is their number; the offset is added once for each of them, as the logarithm of a common factor of the masses.
         """
-        p, matrix = masses.num_live, masses.matrix()
-        if not _SMALL < matrix.largest < 1 / _SMALL:
-            offset += math.log(matrix.largest)
-            matrix = matrix.divided(matrix.largest)
+        p = masses.num_live
         return Problem(
-            matrix,
+            masses.matrix(),
             LogOuter(p),
             kappa=-2.0,
             linear=2 * masses.balance[1:],
@@ -239,7 +251,13 @@ class Problem:
         return incidence, masses.data
 
     def at(self, z: Array | Tensor) -> Point:
-        """The objective and its derivatives at z."""
+        """The objective and its gradient at z, [num_groups].
+
+        Raises:
+            ValueError: z has another shape.
+        """
+        if tuple(z.shape) != (self.num_groups,):
+            raise ValueError(f"z must have shape ({self.num_groups},), one for each group, got {tuple(z.shape)}")
         return Point(self, self.matrix, np.asarray(z, dtype=np.float64))
 
 

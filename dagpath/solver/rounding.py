@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from torch import Tensor
 
 from dagpath.solver.matrix import Array
 from dagpath.solver.maxima import RangeProblem
@@ -15,19 +16,23 @@ _ROUNDS = 200
 """Most rounds of improvement."""
 
 
-def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array) -> tuple[Array, float]:
+def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array | Tensor) -> tuple[Array, float]:
     """A z near the one given whose every ``z / log 2`` is an integer, with an objective as low as was found.
 
     Finding the best is an integer program. This takes the lower of two local minima, that from the nearest integers and
     that from zero (no rescaling at all): there no single group can be doubled or halved to advantage. For equal ranges
     it takes the better of those two starts.
 
+    Args:
+        problem: which.
+        z: [num_groups], a NumPy array or a tensor on the CPU; the minimum, or anything near it.
+
     Returns:
         z, and the objective there.
 
     Cost: two passes over the masses for each round of improvement, of which there are few.
     """
-    most = math.floor(problem.bound / _UNIT)
+    most, z = math.floor(problem.bound / _UNIT), np.asarray(z)
     starts = np.rint(z / _UNIT).clip(-most, most) * _UNIT, np.zeros_like(z)
     if isinstance(problem, RangeProblem):
         return min(((start, problem.value(start)) for start in starts), key=lambda pair: pair[1])
