@@ -280,8 +280,9 @@ def _find_causes(
     cause_of = np.full(len(tie_of), -1)
     cause_of[fixed] = cause_of_fixed
     partners: list[list[int]] = [[] for _ in used]
-    for cause, site in np.unique(np.stack([cause_of_fixed, site_of_number[partner_of[fixed]]], 1), axis=0).tolist():
-        partners[cause].append(site)
+    size = len(sites) + 1
+    for pair in np.unique(cause_of_fixed * size + site_of_number[partner_of[fixed]] + 1).tolist():
+        partners[pair // size].append(pair % size - 1)
     fixing = {tie.node for tie in flow.ties if tie.right is None}
     causes = []
     for tie, together in zip((flow.ties[index] for index in used), partners, strict=True):

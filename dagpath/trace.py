@@ -19,7 +19,7 @@ from dagpath.flow.structure_flow import StructureFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
-from dagpath.state import plain_computation, unwrap
+from dagpath.state import plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph
 
 Flow = TypeVar("Flow", bound=MassFlow)
@@ -148,6 +148,7 @@ def require_traced(traced: object) -> None:
         )
 
 
+@uncollected()
 def trace(
     model: nn.Module, example_inputs: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:

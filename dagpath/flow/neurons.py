@@ -306,9 +306,8 @@ class NeuronFlow(fx.Interpreter):
                 normalization).
         """
         dst, src = compact(dst), compact(src)
-        unused = (dst == _UNUSED) | (src == _UNUSED)
-        if unused.any():
-            used = ~unused.expand(weight.shape)
+        if any(bool((end == _UNUSED).any()) for end in (dst, src)):
+            used = ((dst != _UNUSED) & (src != _UNUSED)).expand(weight.shape)
             dst, src = dst.expand(weight.shape)[used], src.expand(weight.shape)[used]
             weight = Weight(dst.shape, elements=self.elements(weight)[used])
         dst, src = (torch.where(end == ZERO, FIXED, end) for end in (dst, src))
