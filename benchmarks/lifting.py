@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from resnet import resnet50
 
 import dagpath
-from dagpath.lifting.gram import visit_gram_diagonal
 from dagpath.report import table
 
 from common import ratio, save, seconds_in_turn
@@ -52,15 +51,12 @@ def costs(rounds: int) -> dict[str, float]:
         with torch.no_grad():
             model(image)
 
-    def diagonal(dtype: torch.dtype) -> None:
-        visit_gram_diagonal(traced, lambda name, values: None, dtype)
-
     times = seconds_in_turn(
         {
             "pass": train_step,
             "forward": forward,
-            "gram_diagonal, float32": lambda: diagonal(torch.float32),
-            "gram_diagonal, float64": lambda: diagonal(torch.float64),
+            "gram_diagonal, float32": lambda: dagpath.gram_diagonal(traced, dtype=torch.float32),
+            "gram_diagonal, float64": lambda: dagpath.gram_diagonal(traced),
             "path_norm, float32": lambda: dagpath.path_norm(traced, dtype=torch.float32),
             "path_norm, float64": lambda: dagpath.path_norm(traced),
             "path_mass": lambda: dagpath.path_mass(traced),
@@ -84,7 +80,7 @@ def growth(rounds: int) -> dict[str, float]:
         taken = []
         for _ in range(rounds + 1):
             start = time.perf_counter()
-            visit_gram_diagonal(traced, lambda name, values: None)
+            dagpath.gram_diagonal(traced)
             taken.append(time.perf_counter() - start)
         size = traced.graph.num_parameters
         seconds[f"gram_diagonal, {size:,} parameters, seconds"] = statistics.median(taken[1:])

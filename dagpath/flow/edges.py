@@ -23,7 +23,7 @@ from dagpath.capture import CapturedGraph
 from dagpath.flow.blocks import Blocks, Edges
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
-from dagpath.flow.values import Call, Operand, plain
+from dagpath.flow.values import Call, Operand, mapped, plain
 
 CONSTANT = 1
 """The number of the constant node, of value 1."""
@@ -123,7 +123,7 @@ class EdgeFlow(fx.Interpreter):
         self.node = n
         result = super().run_node(n)
         self._on_node()
-        return pytree.tree_map_only((Nodes, EdgeWeights), lambda value: replace(value, node=n), result)
+        return mapped(result, (Nodes, EdgeWeights), lambda value: replace(value, node=n))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
@@ -142,7 +142,7 @@ class EdgeFlow(fx.Interpreter):
         if any(operand.data for operand in operands) or (any(o.params for o in operands) and rule.keeps_weights(call)):
             return self.barrier(call) if self.node in self._cut else rule.edges(self, call)
         try:
-            return pytree.tree_map_only(Tensor, EdgeWeights.constant, self.real_node(self.node))
+            return mapped(self.real_node(self.node), Tensor, EdgeWeights.constant)
         except NotConstantError:
             return self.inputs(call.output)
 
@@ -151,7 +151,7 @@ class EdgeFlow(fx.Interpreter):
         return EdgeWeights.constant(value) if isinstance(value, Tensor) else value
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.outputs = pytree.tree_map_only(Operand, self.nodes, args[0])
+        self.outputs = mapped(args[0], Operand, self.nodes)
         for leaf in pytree.tree_leaves(self.outputs):
             if isinstance(leaf, Tensor):
                 self._end(leaf)
@@ -221,10 +221,10 @@ class EdgeFlow(fx.Interpreter):
         if any(isinstance(operand, Nodes) for operand in operands):
             table = torch.cat([torch.zeros(1).long(), *(self.nodes(operand).flatten() for operand in operands)])
             params = any(operand.params for operand in operands)
-            return pytree.tree_map_only(Tensor, lambda taken: Nodes(table[taken], params), moved)
+            return mapped(moved, Tensor, lambda taken: Nodes(table[taken], params))
         weights = [operand for operand in operands if isinstance(operand, EdgeWeights)]
         flat = [weight.taken(torch.arange(1, math.prod(weight.shape) + 1)) for weight in weights]
-        return pytree.tree_map_only(Tensor, stacked(flat, -1).taken, moved)
+        return mapped(moved, Tensor, stacked(flat, -1).taken)
 
     # -- what operations call: nodes and edges -----------------------------------------------------------------------
 

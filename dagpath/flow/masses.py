@@ -17,18 +17,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import NOTHING, Call, Mass, plain
+from dagpath.flow.values import NOTHING, Call, Mass, leaves, mapped, plain
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
 """Values between 2**-h and 2**h are left alone: one operation moves them far less than the type's range over h."""
 
 
-FAST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""Memory formats by number of dimensions: float64 convolutions are a quarter faster in these on a CPU."""
+_FAST_LAYOUT = {(torch.float64, 4): torch.channels_last, (torch.float64, 5): torch.channels_last_3d}
+"""Memory formats by type and number of dimensions: float64 convolutions are a quarter faster in these on a CPU."""
+
+
+_LATER = object()
+"""Stands for a placeholder until something reads it: parameters whose masses are not all there at once share memory."""
 
 
 Coefficient = Callable[[Callable[[Mass], Tensor]], Tensor]
@@ -86,12 +89,12 @@ class MassFlow(fx.Interpreter):
 
     # -- what the mass of an edge is: for subclasses -----------------------------------------------------------------
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
-        """The masses of a parameter's elements: values, and the power of two beside them."""
+    def parameter(self, name: str) -> Mass:
+        """The masses of a parameter's elements."""
         raise NotImplementedError
 
-    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
-        """The masses of edges of constant weights: values, and the power of two beside them."""
+    def fixed(self, weights: Tensor) -> Mass:
+        """The masses of edges of constant weights."""
         raise NotImplementedError
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
@@ -128,16 +131,24 @@ class MassFlow(fx.Interpreter):
             return Mass(torch.stack(sums).sum(), exponent)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return _LATER
+        for source in n.all_input_nodes:
+            if self.env[source] is _LATER:
+                self.env[source] = self._run_now(source)
+        return self._run_now(n)
+
+    def _run_now(self, n: fx.Node) -> Any:
         self.node = n
-        result = super().run_node(n)
-        return pytree.tree_map_only(Mass, lambda mass: mass if mass.node else replace(mass, node=n), result)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        result = getattr(self, n.op)(n.target, args, kwargs)
+        return mapped(result, Mass, lambda mass: mass if mass.node else replace(mass, node=n))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
         if name is not None and self.parameters[name].is_floating_point():
-            values, exponent = self.parameter(name)
-            return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING, params=True)
+            return replace(self.parameter(name), params=True)
         if name is not None or str(target) in self.graph_inputs.tensors:
             return self.evaluated()
         return self.inputs(self.node.meta.get("val"))
@@ -157,7 +168,7 @@ class MassFlow(fx.Interpreter):
         return self.evaluated()
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.outputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Mass)]
+        self.outputs = leaves(args, Mass)
         self.sinks += self.outputs
 
     def evaluated(self) -> Any:
@@ -166,17 +177,17 @@ class MassFlow(fx.Interpreter):
         Raises:
             NotConstantError: it has no fixed value.
         """
-        return pytree.tree_map_only(Tensor, self.constant, self.real_node(self.node))
+        return mapped(self.real_node(self.node), Tensor, self.constant)
 
     def inputs(self, output: Any) -> Any:
         """Inputs of the network in the shape of ``output`` (the fake tensors of a node): masses of one."""
 
         def one(fake: Tensor) -> Mass:
-            layout = FAST_LAYOUT.get(fake.ndim, torch.contiguous_format)
+            layout = _FAST_LAYOUT.get((self.dtype, fake.ndim), torch.contiguous_format)
             ones = torch.ones(fake.shape, dtype=self.dtype, device=self.device)
             return Mass(ones.contiguous(memory_format=layout), data=True)
 
-        return pytree.tree_map_only(Tensor, one, output)
+        return mapped(output, Tensor, one)
 
     # -- what operations call --------------------------------------------------------------------------------------
 
@@ -185,8 +196,7 @@ class MassFlow(fx.Interpreter):
         tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
         tensor = tensor.abs() if tensor.is_complex() else tensor
         infinite = tensor.isinf()
-        values, exponent = self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
-        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
+        return self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
 
     def number(self, value: Any) -> Mass:
         """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
@@ -229,7 +239,7 @@ class MassFlow(fx.Interpreter):
         def convert(leaf: Any) -> Any:
             return self.shifted(leaf.values, leaf.exponent - exponent) if isinstance(leaf, Mass) else leaf
 
-        return pytree.tree_map_only(Tensor, lambda values: self.result(parents, values, exponent), call.run(convert))
+        return mapped(call.run(convert), Tensor, lambda values: self.result(parents, values, exponent))
 
     def barrier(self, call: Call) -> Any:
         """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""
@@ -258,7 +268,9 @@ class MassFlow(fx.Interpreter):
         """The power of two just above the largest absolute value."""
         if not values.numel():
             return NOTHING
-        low, high = values.detach().aminmax()
+        values = values.detach()
+        in_memory = sorted(range(values.ndim), key=values.stride, reverse=True)  # else aminmax makes a copy
+        low, high = values.permute(in_memory).aminmax()
         top = max(float(high), -float(low))
         return math.frexp(top)[1] if top else NOTHING
 

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.products import Product, settle
 from dagpath.flow.ties import Links, Tie
-from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
 
 _UNUSED = -2
 _PINNED = "a parameter that is used in a way that no rescaling can follow"
@@ -111,7 +110,7 @@ class NeuronFlow(fx.Interpreter):
         self.node, self._standing = n, []
         result = super().run_node(n)
         if self._standing:
-            first = pytree.tree_leaves(result)[0]
+            first = leaves(result, object)[0]
             self.places[n] = (compact(first), torch.cat(self._standing))
         if n.meta.get("escapes"):
             self._fix_all(result, "is written into a buffer or an input")
@@ -149,9 +148,8 @@ class NeuronFlow(fx.Interpreter):
         Raises:
             ValueError: the numbers have other shapes than the output.
         """
-        leaves = pytree.tree_leaves(numbers, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor)))
-        values = [leaf for leaf in leaves if isinstance(leaf, (Weight, Tensor))]
-        fakes = [fake for fake in pytree.tree_leaves(call.output) if isinstance(fake, Tensor)]
+        values = leaves(numbers, (Weight, Tensor))
+        fakes = leaves(call.output, Tensor)
         if [value.shape for value in values] != [fake.shape for fake in fakes]:
             raise ValueError(f"its rule gives {[tuple(v.shape) for v in values]}, it {[tuple(f.shape) for f in fakes]}")
         rounded = [value for value, fake in zip(values, fakes, strict=True) if not call.keeps_range(fake)]
@@ -166,7 +164,7 @@ class NeuronFlow(fx.Interpreter):
             self._fix_all(self.env[node], "is an output of the model")
 
     def _fix_all(self, values: Any, reason: str) -> None:
-        for value in pytree.tree_leaves(values, is_leaf=lambda leaf: isinstance(leaf, (Weight, Tensor))):
+        for value in leaves(values, (Weight, Tensor)):
             if isinstance(value, Weight):
                 self.pin(value)
             elif isinstance(value, Tensor):
@@ -176,7 +174,7 @@ class NeuronFlow(fx.Interpreter):
 
     def constant(self, output: Any) -> Any:
         """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
-        return pytree.tree_map_only(Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape), output)
+        return mapped(output, Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape))
 
     def fresh(self, count: int, weight: Weight | None, standing: bool = True) -> Tensor:
         """Numbers of ``count`` new neurons, fed through ``weight``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.masses import Coefficient, MassFlow
-from dagpath.flow.values import NOTHING, Mass, broadcast
+from dagpath.flow.values import NOTHING, Mass
 
 
 class PairFlow(MassFlow):
@@ -43,13 +44,16 @@ class PairFlow(MassFlow):
             (self._twin.__getitem__, Constants(second, others), Constants(second, others, records=True)),
         ]
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
+    def parameter(self, name: str) -> Mass:
         first, second = (tensors[name].to(self.device, self.dtype) for tensors in (self.parameters, self._others))
-        return first * second, 0
+        return self._mass(first * second)
 
-    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+    def _mass(self, values: Tensor) -> Mass:
+        return Mass(values, zero=self.exponent_of(values) == NOTHING)
+
+    def fixed(self, weights: Tensor) -> Mass:
         """Edges of the same constant weights in both networks."""
-        return weights.detach().to(self.device, self.dtype).square(), 0
+        return self._mass(weights.detach().to(self.device, self.dtype).square())
 
     def evaluated(self) -> Any:
         (find, constants, _), (find_other, other_constants, _) = self._readers
@@ -62,13 +66,11 @@ class PairFlow(MassFlow):
         if first is second or first.is_complex():
             return self.constant(first)
         values = first.detach().to(self.device, self.dtype) * second.detach().to(self.device, self.dtype)
-        values = values.masked_fill(~values.isfinite(), 0.0)
-        return Mass(values, zero=not bool(values.any()))
+        return self._mass(values.masked_fill(~values.isfinite(), 0.0))
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         first, second = (self._value(parts, *reader) for reader in self._readers)
-        values = first * second
-        return Mass(values, zero=self.exponent_of(values) == NOTHING)
+        return self._mass(first * second)
 
     def _value(
         self,
@@ -89,5 +91,4 @@ class PairFlow(MassFlow):
             for coefficient, weight in parts
             for factor in [coefficient(lambda mass: read(constants, mass))]
         ]
-        total: Tensor = torch.stack(broadcast(*terms)).sum(0)
-        return total.to(self.dtype)
+        return functools.reduce(torch.add, terms).to(self.dtype)

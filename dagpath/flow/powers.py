@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.masses import FAST_LAYOUT, Coefficient, MassFlow
-from dagpath.flow.values import NOTHING, Mass, broadcast
+from dagpath.flow.masses import Coefficient, MassFlow
+from dagpath.flow.values import NOTHING, Mass
 
 _SAFE = {torch.float64: 1000, torch.float32: 120}
 """Powers of two up to here, and down to their inverses, are in the range of the type."""
@@ -38,12 +40,11 @@ class PowerFlow(MassFlow):
         self.mixed = False
         self._on_gradient = on_gradient
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
-        values, exponent = self.fixed(self.parameters[name].detach())
-        return self._watched(name, values, exponent), exponent
+    def parameter(self, name: str) -> Mass:
+        return self._watched(name, self.fixed(self.parameters[name]))
 
-    def _watched(self, name: str, values: Tensor, exponent: int) -> Tensor:
-        visit = self._on_gradient
+    def _watched(self, name: str, mass: Mass) -> Mass:
+        visit, values, exponent = self._on_gradient, mass.values, mass.exponent
         if visit is not None:
             values.requires_grad_(True)
 
@@ -53,36 +54,37 @@ class PowerFlow(MassFlow):
                 visit(name, MassFlow.shifted(gradient, -exponent))
 
             values.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-        return values
+        return mass
 
-    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
+    def fixed(self, weights: Tensor) -> Mass:
         """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
-        layout = FAST_LAYOUT.get(weights.ndim, torch.preserve_format)
-        copy = weights.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
-        top = self.exponent_of(copy)
-        if top == NOTHING or abs(top * self.q) <= _SAFE[self.dtype]:
-            return (copy.square_() if self.q == 2 else copy.abs_().pow_(self.q)), 0
-        largest = float(copy.abs_().amax())
+        wide = weights.detach().to(self.device, self.dtype)
+        masses = wide.abs().pow_(self.q)
+        if abs(self.exponent_of(masses)) <= _SAFE[self.dtype]:
+            return Mass(masses)
+        masses = wide.abs()
+        largest = float(masses.amax()) if masses.numel() else 0.0
+        if largest == 0:
+            return Mass(masses, zero=True)
         exponent = math.floor(math.log2(largest) * self.q)
-        return copy.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent
+        return Mass(masses.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent)
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""
         known = [(coefficient(self.real), weight) for coefficient, weight in parts]
         if len(known) == 1:
-            (factor, weight), (values, exponent) = known[0], self.fixed(known[0][0])
-            if weight is not None:
-                values, exponent = values * weight.values, exponent + weight.exponent
-        else:
-            self.mixed |= all(bool(factor.any()) for factor, _ in known)
-            values, exponent = self.fixed(_sum(factor if w is None else factor * self.real(w) for factor, w in known))
-            for factor, weight in known:
-                if weight is not None and self.records:
-                    slope, other = self.fixed(factor)
-                    moved = (weight.values - weight.values.detach()) * slope
-                    values = values + self.shifted(moved, weight.exponent + other - exponent)
-        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(broadcast(*terms)).sum(0)
+            constant, weight = self.fixed(known[0][0]), known[0][1]
+            if weight is None:
+                return constant
+            values, exponent = constant.values * weight.values, constant.exponent + weight.exponent
+            return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
+        self.mixed |= all(bool(factor.any()) for factor, _ in known)
+        terms = (factor if weight is None else factor * self.real(weight) for factor, weight in known)
+        whole = self.fixed(functools.reduce(torch.add, terms))
+        values = whole.values
+        for factor, weight in known:
+            if weight is not None and self.records:
+                slope = self.fixed(factor)
+                moved = (weight.values - weight.values.detach()) * slope.values
+                values = values + self.shifted(moved, weight.exponent + slope.exponent - whole.exponent)
+        return replace(whole, values=values)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
+from dagpath.flow.values import mapped
 
 
 class RealFlow(fx.Interpreter):
@@ -30,7 +30,7 @@ class RealFlow(fx.Interpreter):
         return self.env
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, *pytree.tree_map(widened, (args, kwargs)))
+        return super().call_function(target, *mapped((args, kwargs), object, widened))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return widened(super().get_attr(target, args, kwargs))

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Call, Mass
+from dagpath.flow.values import Call, Mass, leaves, mapped
 
 _LARGEST = 32
 """Sums of this power are as good as the maximum for the weights of an interpolation: (1/3)^32 is 5e-16."""
@@ -105,19 +104,19 @@ class Responses:
         def operand(argument: fx.Node) -> Any:
             if argument not in data:
                 value = self._values(argument)
-                return pytree.tree_map_only(Tensor, lambda t: replace(flow.constant(t), node=argument), value)
+                return mapped(value, Tensor, lambda t: replace(flow.constant(t), node=argument))
 
             def filled(fake: Tensor) -> Mass:
                 values = torch.full(fake.shape, fill, dtype=torch.float64)
                 return Mass(values, zero=fill == 0, data=True, params=data[argument], node=argument)
 
-            return pytree.tree_map_only(Tensor, filled, argument.meta.get("val"))
+            return mapped(argument.meta.get("val"), Tensor, filled)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
         call = Call(node.target, args, dict(kwargs), node)  # type: ignore[arg-type]
         result = flow.barrier(call) if node in self._cut else self._rule(node.target).mass(flow, call)
-        leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: isinstance(leaf, Mass))
-        return [leaf if isinstance(leaf, Mass) else None for leaf in leaves], flow.sinks
+        found = leaves(result, object)
+        return [leaf if isinstance(leaf, Mass) else None for leaf in found], flow.sinks
 
 
 def _plain(mass: Mass | None) -> Tensor:

@@ -23,7 +23,7 @@ from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.responses import Response, Responses
 from dagpath.flow.structure import CONSTANT, Edges, Links, Segment, Structure
-from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact
+from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
 
 _OFFSET = 2
 """Node n has number n + 2, or minus that: smaller numbers say fixed, always zero and not used."""
@@ -116,21 +116,19 @@ class StructureFlow(NeuronFlow):
         cut = self.node in self._known_cut
         numbers = self._cut(call, "") if cut else self._rule(target).neurons(self, call)
         if self._moved:
-            numbers = pytree.tree_map_only(Tensor, self._replaced, numbers)
+            numbers = mapped(numbers, Tensor, self._replaced)
         data = {node: self._with_params[node] for node, value in self._operands.items() if _has_nodes(value)}
         if not data:
-            is_input = (
-                not any(map(_is_weight, pytree.tree_leaves(numbers, is_leaf=_is_weight))) and not self._is_constant()
-            )
-            return pytree.tree_map_only(Tensor, self._sourced, numbers) if is_input else numbers
+            is_input = not leaves(numbers, Weight) and not self._is_constant()
+            return mapped(numbers, Tensor, self._sourced) if is_input else numbers
         if self._used and self._reads is None:
             return numbers
         return self._responded(numbers, data, self._responses(self.node, data))
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        leaves = [leaf for leaf in pytree.tree_leaves(args, is_leaf=_is_weight) if isinstance(leaf, Tensor)]
+        tensors = leaves(args, Tensor)
         if self._recording:
-            for number, leaf in zip(self._allocate("output", len(leaves)), leaves, strict=True):
+            for number, leaf in zip(self._allocate("output", len(tensors)), tensors, strict=True):
                 self._end(number, leaf)
 
     def _is_constant(self) -> bool:
@@ -144,14 +142,14 @@ class StructureFlow(NeuronFlow):
     def _responded(self, numbers: Any, data: Mapping[fx.Node, bool], response: Response) -> Any:
         """The numbers that a call returned, after the constants that it multiplies by and adds, and what it cuts."""
         for operand in response.ended:
-            for leaf in pytree.tree_leaves(self._operands[operand]):
+            for leaf in leaves(self._operands[operand], object):
                 self._end(self._barrier_number(), leaf)
         if self._reads is not None:
-            self._normalize(pytree.tree_leaves(numbers)[0], response)
+            self._normalize(leaves(numbers, object)[0], response)
             return numbers
         (operand, *others) = (self._operands[node] for node in data)
-        leaves, spec = pytree.tree_flatten(numbers)
-        for index, (leaf, is_data) in enumerate(zip(leaves, response.data, strict=False)):
+        flat, spec = pytree.tree_flatten(numbers)
+        for index, (leaf, is_data) in enumerate(zip(flat, response.data, strict=False)):
             if not is_data:
                 continue
             found = leaf
@@ -160,8 +158,8 @@ class StructureFlow(NeuronFlow):
                 found = -operand.abs() if goes_on and operand.shape == leaf.shape else self._sourced(leaf)
             if response.factors:
                 found = self._multiplied(found, response.factors[index], response.constants[index])
-            leaves[index] = found
-        return pytree.tree_unflatten(leaves, spec)
+            flat[index] = found
+        return pytree.tree_unflatten(flat, spec)
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
@@ -420,12 +418,7 @@ def _nodes(numbers: Tensor) -> Tensor:
 
 
 def _has_nodes(value: Any) -> bool:
-    leaves = [leaf for leaf in pytree.tree_leaves(value, is_leaf=_is_weight) if isinstance(leaf, Tensor)]
-    return any(bool((compact(leaf).abs() > _OFFSET).any()) for leaf in leaves)
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Weight)
+    return any(bool((compact(leaf).abs() > _OFFSET).any()) for leaf in leaves(value, Tensor))
 
 
 def _largest(value: Tensor, shape: torch.Size, narrow: Sequence[int]) -> Tensor:

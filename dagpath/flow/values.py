@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 FIXED = 0
 """The neuron number of everything that keeps its scale: inputs, constants, results of unknown operations."""
@@ -131,16 +130,16 @@ class Call:
 
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
         """The arguments of the given type, those inside lists too, in their order."""
-        return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, kind)]
+        return leaves((self.args, self.kwargs), kind)
 
     def apart(self) -> Call:
         """The same call with a copy of every mass: one that is given twice can be told apart."""
-        args, kwargs = pytree.tree_map_only(Mass, replace, (self.args, self.kwargs))
+        args, kwargs = mapped((self.args, self.kwargs), Mass, replace)
         return Call(self.target, args, kwargs, self.node)
 
     def run(self, convert: Callable[[Any], Any]) -> Any:
         """Execute the operation itself on converted arguments."""
-        args, kwargs = pytree.tree_map(convert, (self.args, self.kwargs), is_leaf=_is_value)
+        args, kwargs = mapped((self.args, self.kwargs), object, convert)
         return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
 
 
@@ -161,12 +160,16 @@ _ANY_STRIDES: dict[Any, Callable[..., Any]] = {
 """Operations that refuse some memory layouts, and their equals that take all: expanded numbers have any layout."""
 
 
-def _is_value(value: Any) -> bool:
-    return isinstance(value, (Weight, Operand, Tensor))
+def mapped(tree: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
+    """The arguments or the results of calls (tuples, lists and dictionaries) with all that is of a type changed."""
+    return fx.node.map_aggregate(tree, lambda leaf: change(leaf) if isinstance(leaf, kind) else leaf)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree, is_leaf=_is_value)
+def leaves(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    """All that is of a type in the arguments or the results of calls, in their order."""
+    found: list[Any] = []
+    mapped(tree, kind, found.append)
+    return found
 
 
 _NUMBERS = (int, float, complex)

@@ -35,14 +35,16 @@ class CountFlow(MassFlow):
         self._modulus = modulus
         self._step = step
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
-        return torch.ones((), dtype=self.dtype, device=self.device).expand(self.parameters[name].shape), 0
+    def parameter(self, name: str) -> Mass:
+        shape = self.parameters[name].shape
+        return Mass(torch.ones((), dtype=self.dtype, device=self.device).expand(shape), zero=not shape.numel())
 
-    def fixed(self, weights: Tensor) -> tuple[Tensor, int]:
-        return (weights != 0).to(self.device, self.dtype), 0
+    def fixed(self, weights: Tensor) -> Mass:
+        edges = weights != 0
+        return Mass(edges.to(self.device, self.dtype), zero=not bool(edges.any()))
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
-        edges = [self.fixed(coefficient(self.real))[0] for coefficient, _ in parts]
+        edges = [self.fixed(coefficient(self.real)).values for coefficient, _ in parts]
         weight = parts[0][1]
         if len(parts) == 1 and weight is not None:
             return Mass(edges[0] * weight.values, weight.exponent)

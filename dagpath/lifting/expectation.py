@@ -23,14 +23,16 @@ class MomentFlow(PowerFlow):
         super().__init__(*graph, exponent=2, **options)
         self._moments = moments
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
-        return self._watched(name, self._moments[name].to(self.device, self.dtype, copy=True), 0), 0
+    def parameter(self, name: str) -> Mass:
+        moments = self._moments[name].to(self.device, self.dtype, copy=True)
+        return self._watched(name, Mass(moments, zero=self.exponent_of(moments) == NOTHING))
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for coefficient, weight in parts:
-            square = self.shifted(*self.fixed(coefficient(self.real)))
+            factor = self.fixed(coefficient(self.real))
+            square = self.shifted(factor.values, factor.exponent)
             total = total + (square if weight is None else square * self.shifted(weight.values, weight.exponent))
         return Mass(total, zero=self.exponent_of(total) == NOTHING)
 

@@ -42,7 +42,7 @@ def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], *
     for name, parameter in traced.model.named_parameters():
         values = found.pop(name, None)
         if values is None:
-            values = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+            values = torch.zeros(parameter.shape, dtype=options.get("dtype", torch.float64), device=parameter.device)
         if log:
             result[name] = values.log_().add_(exponent * math.log(2))
         else:
@@ -51,7 +51,7 @@ def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], *
 
 
 @plain_computation()
-def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
+def gram_diagonal(traced: TracedModel, log: bool = False, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The diagonal of the path Gram matrix, ``G_ee = Σ_{p ∋ e} (Φ_p / θ_e)²``, at the parameters' current values.
 
     G_ee is the squared mass that arrives at the source of e times the squared mass that leaves its destination, summed
@@ -63,13 +63,14 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
 
     Args:
         traced: the traced model.
-        log: return natural logarithms (-inf for zero), which are finite where G itself leaves float64.
+        log: return natural logarithms (-inf for zero), which are finite where G itself leaves the range of its type.
+        dtype: of the pass and the result, float64 or float32.
 
     Returns:
-        parameter name -> float64 tensor of its shape, in the order of ``model.named_parameters()``. Zero for
+        parameter name -> tensor of its shape, in the order of ``model.named_parameters()``. Zero for
         parameters that no path meets, such as the slope of a PReLU or a layer that eval mode does not use.
 
-    Cost: one forward and one backward pass in float64 at batch 1. Source: Lebeurrier, Vayer, Gribonval 2026.
+    Cost: one forward and one backward pass at batch 1. Source: Lebeurrier, Vayer, Gribonval 2026.
 
     Example:
         >>> import torch, dagpath
@@ -82,4 +83,4 @@ def gram_diagonal(traced: TracedModel, log: bool = False) -> dict[str, Tensor]:
         {'0.weight': [[9.0, 9.0]], '2.weight': [[18.0]], '2.bias': [1.0]}
     """
     require_traced(traced)
-    return collected_gradients(traced, log, PowerFlow, exponent=2)
+    return collected_gradients(traced, log, PowerFlow, exponent=2, dtype=dtype)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Mass
+from dagpath.flow.values import NOTHING, Mass, leaves, mapped
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ class LengthFlow(PowerFlow):
         return super().run_node(n)
 
     def inputs(self, output: Any) -> Any:
-        return pytree.tree_map_only(Mass, lambda mass: _parted(mass, {0: mass.values}), super().inputs(output))
+        return mapped(super().inputs(output), Mass, lambda mass: _parted(mass, {0: mass.values}))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        entering = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, PartedMass)]
+        entering = leaves((args, kwargs), PartedMass)
         start = len(self.sinks)
         whole = super().call_function(target, args, kwargs)
         if not entering:
@@ -71,7 +70,7 @@ class LengthFlow(PowerFlow):
         step = int(self.node in self.layers)
 
         def run(convert: Any) -> list[Mass]:
-            result = super(LengthFlow, self).call_function(*pytree.tree_map(convert, (target, args, kwargs)))
+            result = super(LengthFlow, self).call_function(target, *mapped((args, kwargs), object, convert))
             self.sinks[start:] = ends
             return _masses(result)
 
@@ -96,11 +95,11 @@ class LengthFlow(PowerFlow):
                         crossed = length + step
                         found[crossed] = found[crossed] + part if crossed in found else part
         given = iter(parts)
-        return pytree.tree_map_only(Mass, lambda mass: _parted(mass, next(given)), whole)
+        return mapped(whole, Mass, lambda mass: _parted(mass, next(given)))
 
 
 def _masses(tree: Any) -> list[Mass]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Mass)]
+    return leaves(tree, Mass)
 
 
 def _dual(values: Tensor, tangent: Tensor) -> Tensor:

@@ -74,8 +74,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     def _products(self, columns: Tensor, progress: bool = False) -> Tensor:
         """``Σ_p ∂Φ_p(θ) · DΦ_p(θ)[v]`` for each column v: a mixed second derivative of ``Σ_p Φ_p(a) Φ_p(b)``."""
         named = [(name, p) for name, p in self._traced.model.named_parameters() if p.is_floating_point()]
-        wide = [p.detach().to(torch.float64) for _, p in named]
-        first, second = ([p.clone().requires_grad_() for p in wide] for _ in range(2))
+        first, second = ([p.detach().to(self._dtype, copy=True).requires_grad_() for _, p in named] for _ in range(2))
         names = [name for name, _ in named]
         flow = self._traced.masses(
             PairFlow,
@@ -91,8 +90,8 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
         chunks = list(_chunks(columns.shape[1]))
         for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
-            parts = torch.split(columns[:, chunk].t(), [p.numel() for p in wide], dim=1)
-            seeds = [part.reshape(-1, *p.shape) for part, p in zip(parts, wide, strict=True)]
+            parts = torch.split(columns[:, chunk].t().to(self._dtype), [p.numel() for p in first], dim=1)
+            seeds = [part.reshape(-1, *p.shape) for part, p in zip(parts, first, strict=True)]
             outer = self._outer([inner[i] for i in live], first, [seeds[i] for i in live])
             result[:, chunk] = torch.cat([part.reshape(columns[:, chunk].shape[1], -1) for part in outer], 1).t()
         return torch.ldexp(result, torch.tensor(total.exponent, device=result.device))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dagpath.flow.powers import PowerFlow
+from dagpath.flow.values import Mass, leaves
 from dagpath.lifting.norms import check_power
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -42,14 +42,14 @@ class NeuronMassFlow(PowerFlow):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._places:
-            _watch(pytree.tree_leaves(result)[0].values, self._places[n], self.sums)
+            _watch(leaves(result, Mass)[0].values, self._places[n], self.sums)
         return result
 
-    def parameter(self, name: str) -> tuple[Tensor, int]:
-        masses, exponent = super().parameter(name)
+    def parameter(self, name: str) -> Mass:
+        mass = super().parameter(name)
         if name in self._fed:
-            _watch(masses, self._fed[name], self.sums)
-        return masses, exponent
+            _watch(mass.values, self._fed[name], self.sums)
+        return mass
 
 
 def _watch(masses: Tensor, neurons: Tensor, sums: Tensor) -> None:

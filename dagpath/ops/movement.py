@@ -14,7 +14,7 @@ from dagpath.flow.edge_values import EdgeWeights, Nodes
 from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, is_scaleless, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, is_scaleless, mapped, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -24,7 +24,7 @@ def move(call: Call, convert: Callable[[Any], Any]) -> Any:
         return call.run(convert)
     except (NotImplementedError, RuntimeError):
         moved = call.run(lambda leaf: _double(convert(leaf)))
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.long(), moved)
+        return mapped(moved, Tensor, lambda tensor: tensor.long())
 
 
 def _double(value: Any) -> Any:
@@ -39,7 +39,7 @@ class Movement(Operation):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if call.leaves(Weight) and not call.leaves(Tensor):
             moved = move(call, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
-            return pytree.tree_map_only(Tensor, lambda elements: Weight(elements.shape, elements=elements), moved)
+            return mapped(moved, Tensor, lambda elements: Weight(elements.shape, elements=elements))
         return move(call, flow.activation)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
@@ -184,7 +184,7 @@ def with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
         return argument
 
     def target(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(_Known, lambda leaf: leaf.value, (args, kwargs))
+        args, kwargs = mapped((args, kwargs), _Known, lambda leaf: leaf.value)
         return call.target(*args, **kwargs)
 
     nodes, named = fx.node.map_arg((call.node.args, call.node.kwargs), known)

@@ -15,6 +15,8 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight
 from dagpath.ops.base import Operation, Unknown, register
 
+_ONE = torch.ones(())
+
 
 class Normalization(Operation):
     """A normalization: its input is fixed, its affine output makes new neurons.
@@ -69,13 +71,13 @@ class Normalization(Operation):
             mass = flow.barrier_input(mass)
 
         def inverse_std(real: Callable[[Mass], Tensor]) -> Tensor:
-            return (real(call["running_var"]) + call["eps"]).rsqrt() if stored else torch.ones(())
+            return (real(call["running_var"]) + call["eps"]).rsqrt() if stored else _ONE
 
         def offset(real: Callable[[Mass], Tensor]) -> Tensor:
             return -real(call["running_mean"]) * inverse_std(real)
 
         parts: list[tuple[Coefficient, Mass | None]] = [(offset, weight)] if stored else []
-        parts += [(lambda _: torch.ones(()), bias)] if bias is not None else []
+        parts += [(lambda _: _ONE, bias)] if bias is not None else []
         scale = flow.edge([(inverse_std, weight)])
         constant = flow.edge(parts) if parts else flow.number(0.0)
         through = Mass(mass.values, mass.exponent + scale.exponent, mass.zero or scale.zero)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dagpath.flow.edge_values import EdgeWeights, Nodes
 from dagpath.flow.edges import EdgeFlow
@@ -102,8 +101,8 @@ def _first(x: Tensor) -> Tensor:
     return F.one_hot(x.argmax(-1), x.shape[-1])
 
 
+_SLICE = torch.ops.aten.slice.Tensor
 _ADAPTIVE_MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-_CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _adaptive_sizes(size: int, count: int) -> Tensor:
@@ -113,8 +112,7 @@ def _adaptive_sizes(size: int, count: int) -> Tensor:
 
 
 def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tensor:
-    """Sums over the windows of a pooling call, as a convolution with ones on every channel."""
-
+    """Sums over the windows of a pooling call, one dimension after the other."""
     kernel = setting(call, "kernel_size", 1, spatial)
     stride = strides(call, kernel)
     padding, dilation = (setting(call, name, default, spatial) for name, default in (("padding", 0), ("dilation", 1)))
@@ -123,9 +121,13 @@ def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tenso
         reach = (shape[dim] - 1) * stride[dim] + dilation[dim] * (kernel[dim] - 1) + 1
         size = x.shape[dim - spatial]
         pads = [padding[dim], reach - size - padding[dim], *pads]
-    flat = F.pad(x.reshape(-1, 1, *x.shape[-spatial:]), pads)
-    sums = _CONVOLUTION[spatial](flat, x.new_ones(1, 1, *kernel), stride=stride, dilation=dilation)
-    return sums.reshape(*x.shape[:-spatial], *sums.shape[-spatial:])
+    x = F.pad(x, pads)
+    for dim in range(spatial):
+        starts = range(0, kernel[dim] * dilation[dim], dilation[dim])
+        length = (shape[dim] - 1) * stride[dim] + 1
+        seen = (_SLICE(x, dim - spatial, start, start + length, stride[dim]) for start in starts)
+        x = functools.reduce(torch.add, seen)
+    return x
 
 
 class Reduce(Operation):
@@ -152,7 +154,7 @@ class Reduce(Operation):
         if isinstance(outputs, Tensor):
             return mixed.reshape(outputs.shape) if call.get("keepdim") else mixed
         values = mixed.reshape(outputs[0].shape) if call.get("keepdim") else mixed
-        return (values, *pytree.tree_leaves(flow.constant(list(outputs[1:]))))
+        return (values, *flow.constant(list(outputs[1:])))
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass = call["input"]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils import _pytree as pytree
 
 from dagpath.flow.constants import NotConstantError
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass, Weight
+from dagpath.flow.values import Call, Mass, Weight, mapped
 from dagpath.ops.base import Operation, Unknown, operation_name, register, registered
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
 from dagpath.ops.movement import Index, move, with_indices
@@ -44,16 +43,14 @@ class Rearrangement(Index):
             return (numbers + starts[id(leaf)]).view(leaf.values.shape)
 
         values = torch.cat([flow.shifted(mass.values, mass.exponent - exponent).flatten() for mass in masses])
-        return pytree.tree_map_only(
-            Tensor, lambda numbers: flow.result(masses, values[numbers], exponent), move(call, places)
-        )
+        return mapped(move(call, places), Tensor, lambda numbers: flow.result(masses, values[numbers], exponent))
 
 
 def _on_contiguous(call: Call) -> Call:
     """The call with contiguous tensors: what a user wrote for activations need not take any other layout."""
 
     def target(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+        args, kwargs = mapped((args, kwargs), Tensor, Tensor.contiguous)
         return call.target(*args, **kwargs)
 
     return Call(target, call.args, call.kwargs, call.node)
