@@ -148,7 +148,7 @@ class MassFlow(fx.Interpreter):
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
         if name is not None and self.parameters[name].is_floating_point():
-            return replace(self.parameter(name), params=True)
+            return replace(self.parameter(name), params=True, node=self.node)
         if name is not None or str(target) in self.graph_inputs.tensors:
             return self.evaluated()
         return self.inputs(self.node.meta.get("val"))
@@ -195,8 +195,7 @@ class MassFlow(fx.Interpreter):
         """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
         tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
         tensor = tensor.abs() if tensor.is_complex() else tensor
-        infinite = tensor.isinf()
-        return self.fixed(tensor.masked_fill(infinite, 0) if bool(infinite.any()) else tensor)
+        return self.fixed(tensor if math.isfinite(tensor.sum()) else tensor.masked_fill(tensor.isinf(), 0))
 
     def number(self, value: Any) -> Mass:
         """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
@@ -223,7 +222,7 @@ class MassFlow(fx.Interpreter):
             values = self.layer(values)
         values, shift = self.settled(values)
         data, params = any(parent.data for parent in parents), any(parent.params for parent in parents)
-        return Mass(values, exponent + (shift or 0), shift is None, data, params)
+        return Mass(values, exponent + (shift or 0), shift is None, data, params, self.node)
 
     def scaled(self, mass: Mass, values: Tensor, weight: Mass | None) -> Mass:
         """``values``, computed from ``mass`` at its exponent, times the mass of a constant weight."""
@@ -269,8 +268,9 @@ class MassFlow(fx.Interpreter):
         if not values.numel():
             return NOTHING
         values = values.detach()
-        in_memory = sorted(range(values.ndim), key=values.stride, reverse=True)  # else aminmax makes a copy
-        low, high = values.permute(in_memory).aminmax()
+        if not values.is_contiguous():  # aminmax would make a copy
+            values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))
+        low, high = values.aminmax()
         top = max(float(high), -float(low))
         return math.frexp(top)[1] if top else NOTHING
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.values import NOTHING, Mass
 
-_SAFE = {torch.float64: 1000, torch.float32: 120}
-"""Powers of two up to here, and down to their inverses, are in the range of the type."""
+_SAFE = {torch.float64: 2.0**960, torch.float32: 2.0**96}
+"""Sums of masses up to here, and down to its inverse, are far inside the range of the type; so are their terms."""
 
 
 class PowerFlow(MassFlow):
@@ -60,12 +60,12 @@ class PowerFlow(MassFlow):
         """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
         wide = weights.detach().to(self.device, self.dtype)
         masses = wide.abs().pow_(self.q)
-        if abs(self.exponent_of(masses)) <= _SAFE[self.dtype]:
+        if 1 / _SAFE[self.dtype] <= float(masses.sum()) <= _SAFE[self.dtype]:
             return Mass(masses)
         masses = wide.abs()
         largest = float(masses.amax()) if masses.numel() else 0.0
-        if largest == 0:
-            return Mass(masses, zero=True)
+        if largest == 0 or not math.isfinite(largest):
+            return Mass(masses, zero=largest == 0)
         exponent = math.floor(math.log2(largest) * self.q)
         return Mass(masses.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent)
 
