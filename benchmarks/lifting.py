@@ -3,8 +3,9 @@
     python benchmarks/lifting.py            prints the figures and writes benchmarks/results/lifting.json
 
 For a ResNet-50 at batch 1 and 224 x 224, in units of one float32 forward and backward pass of the model (path-norms: of
-one forward pass); a product with the Gram matrix in float64 is given in float64 passes too. Growth: the slope of the logarithm of the seconds of gram_diagonal, in float64, against that of the
-number of parameters, for multilayer perceptrons from 1e5 to 1e8 parameters.
+one forward pass); a product with the Gram matrix in float64 is given in float64 passes too. Growth: the slope of the
+logarithm of the seconds of gram_diagonal, in float64, against that of the number of parameters, for multilayer
+perceptrons from 1e5 to 1e8 parameters.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Call, Mass, leaves, mapped
+from dagpath.flow.values import Call, Mass, ldexp_, leaves, mapped
 
 _LARGEST = 32
 """Sums of this power are as good as the maximum for the weights of an interpolation: (1/3)^32 is 5e-16."""
@@ -122,7 +122,7 @@ class Responses:
 def _plain(mass: Mass | None) -> Tensor:
     if mass is None:
         return torch.zeros((), dtype=torch.float64)
-    return torch.ldexp(mass.values, torch.tensor(mass.exponent))
+    return ldexp_(mass.values.clone(), mass.exponent)
 
 
 def _is_one(values: Tensor) -> bool:

@@ -185,6 +185,16 @@ def is_scaleless(value: float | None) -> bool:
     return value is not None and (value == 0 or math.isinf(value))
 
 
+def ldexp_(tensor: Tensor, exponent: int) -> Tensor:
+    """``tensor · 2**exponent`` in place, by multiplications: :func:`torch.ldexp` takes ten times as long."""
+    step = 1000 if tensor.dtype == torch.float64 else 120
+    while exponent:
+        now = max(-step, min(step, exponent))
+        tensor.mul_(2.0**now)
+        exponent -= now
+    return tensor
+
+
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """:func:`torch.broadcast_tensors`, with types."""
     return tuple(torch.broadcast_tensors(*tensors))  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dagpath.flow.powers import PowerFlow
+from dagpath.flow.values import ldexp_
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -46,7 +47,7 @@ def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], *
         if log:
             result[name] = values.log_().add_(exponent * math.log(2))
         else:
-            result[name] = torch.ldexp(values, torch.tensor(exponent, device=values.device))
+            result[name] = ldexp_(values, exponent)
     return result
 
 

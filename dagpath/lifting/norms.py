@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Mass
+from dagpath.flow.values import Mass, ldexp_
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -79,5 +79,4 @@ def _norm(mass: Mass, p: float, log: bool) -> Tensor:
     if log:
         return (values.log() + mass.exponent * math.log(2)) / p
     whole, rest = divmod(mass.exponent / p, 1)
-    half = torch.tensor(whole // 2)  # in two steps, since 2**whole alone may leave the range
-    return torch.ldexp(torch.ldexp(values ** (1 / p) * 2.0**rest, half), whole - half)
+    return ldexp_(values ** (1 / p) * 2.0**rest, int(whole))

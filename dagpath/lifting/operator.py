@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dagpath.flow.pairs import PairFlow
+from dagpath.flow.values import ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -93,17 +94,17 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             parts = torch.split(columns[:, chunk].t().to(self._dtype), [p.numel() for p in first], dim=1)
             seeds = [part.reshape(-1, *p.shape) for part, p in zip(parts, first, strict=True)]
             outer = self._outer([inner[i] for i in live], first, [seeds[i] for i in live])
-            result[:, chunk] = torch.cat([part.reshape(columns[:, chunk].shape[1], -1) for part in outer], 1).t()
-        return torch.ldexp(result, torch.tensor(total.exponent, device=result.device))
+            for rows, part in zip(torch.split(result[:, chunk], [p.numel() for p in first]), outer, strict=True):
+                if part is not None:
+                    rows.copy_(part.reshape(rows.shape[1], rows.shape[0]).t())
+        return ldexp_(result, total.exponent)
 
     @staticmethod
-    def _outer(inner: list[Tensor], first: list[Tensor], seeds: list[Tensor]) -> list[Tensor]:
-        """Derivatives of ``Σ inner · seed`` by ``first``, for each of the seeds that are stacked along dimension 0."""
+    def _outer(inner: list[Tensor], first: list[Tensor], seeds: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """Derivatives of ``Σ inner · seed`` by ``first``, for each of the seeds along dimension 0; None for zero."""
         one = len(seeds[0]) == 1
         given = [seed[0] for seed in seeds] if one else seeds
-        found = torch.autograd.grad(inner, first, given, retain_graph=True, allow_unused=True, is_grads_batched=not one)
-        nothing = (seeds[0].new_zeros(len(seeds[0]), *p.shape) for p in first)
-        return [zeros if part is None else part.view_as(zeros) for part, zeros in zip(found, nothing, strict=True)]
+        return torch.autograd.grad(inner, first, given, retain_graph=True, allow_unused=True, is_grads_batched=not one)
 
     # -- what is known of the matrix -----------------------------------------------------------------------------------
 
