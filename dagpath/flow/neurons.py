@@ -8,7 +8,6 @@ a channel's positions share a number, so a number is stored once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +17,13 @@ from torch import Tensor, fx, nn
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants
+from dagpath.flow.elements import Elements
 from dagpath.flow.products import Product, settle
 from dagpath.flow.ties import Links, Tie
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
 
 _UNUSED = -2
+_SHARED = "a parameter that is used in several places"
 _PINNED = "a parameter that is used in a way that no rescaling can follow"
 
 
@@ -73,10 +74,7 @@ class NeuronFlow(fx.Interpreter):
         self._unknown = unknown
         self._shared = shared
         self.parameters = dict(model.named_parameters())
-        self._owners = [name for name, parameter in self.parameters.items() if parameter.numel()]
-        sizes = [self.parameters[name].numel() for name in self._owners]
-        self._starts = torch.tensor([0, *sizes]).cumsum(0)
-        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self._elements = Elements(self.parameters)
         self._computed: dict[str, Computed] = {}
         self.num_numbers = 0
         self.makers: list[tuple[fx.Node | None, int]] = []
@@ -312,15 +310,17 @@ class NeuronFlow(fx.Interpreter):
         for end in (dst, src):
             if torch.broadcast_shapes(end.shape, weight.shape) != weight.shape:  # type: ignore[no-untyped-call]
                 raise ValueError(f"ends of shape {tuple(end.shape)} for a parameter of shape {tuple(weight.shape)}")
-        name = weight.name or self._whole(weight)
+        name = self._elements.name_of(weight)
         if name is not None:
-            if weight.shape != self._shapes[name]:
-                dst, src = (compact(end.expand(weight.shape).reshape(self._shapes[name])) for end in (dst, src))
+            if weight.shape != self._elements.shapes[name]:
+                dst, src = (
+                    compact(end.expand(weight.shape).reshape(self._elements.shapes[name])) for end in (dst, src)
+                )
             known = self._ends.get(name, Ends(dst, src))
             self._ends[name] = Ends(self._merge(known.dst, dst), self._merge(known.src, src))
         else:
             elements = self.elements(weight)
-            for name, inside, local in self._by_parameter(elements):
+            for name, inside, local in self._elements.by_parameter(elements):
                 known = self._full_ends(name)
                 for stored, end in ((known.dst, dst), (known.src, src)):
                     flat, new = stored.view(-1), end.expand(elements.shape)[inside]
@@ -342,28 +342,12 @@ class NeuronFlow(fx.Interpreter):
         name = f"{formula} of " + (" and ".join(names) if all(names) else f"{len(self._computed)}")
         if name not in self._computed:
             self._computed[name] = Computed(parts, spread, self.node)
-            self._shapes[name] = shape
-            if shape.numel():
-                self._owners.append(name)
-                self._starts = torch.cat([self._starts, self._starts[-1:] + shape.numel()])
+            self._elements.add(name, shape)
         return Weight(shape, name)
 
     def elements(self, weight: Weight) -> Tensor:
         """The element numbers of a weight, as a tensor of its shape."""
-        if weight.elements is not None:
-            return weight.elements
-        assert weight.name is not None
-        start = int(self._starts[self._owners.index(weight.name)]) if math.prod(weight.shape) else 0
-        return torch.arange(start, start + math.prod(weight.shape)).view(weight.shape)
-
-    def _whole(self, weight: Weight) -> str | None:
-        """The parameter of which a weight is a mere view: all of its elements, in their order, in another shape."""
-        elements = self.elements(weight).reshape(-1)
-        if not len(elements):
-            return None
-        name = self._owners[int(torch.bucketize(elements[0], self._starts[:-1], right=True)) - 1]
-        whole = self.elements(Weight(self._shapes[name], name)).view(-1)
-        return name if torch.equal(elements, whole) else None
+        return self._elements.of(weight)
 
     def as_neurons(self, weight: Weight) -> Tensor:
         """A parameter that stands where an activation is expected: one neuron per element, fed by the constant 1."""
@@ -392,7 +376,7 @@ class NeuronFlow(fx.Interpreter):
         for name, computed in reversed(self._computed.items()):
             if name in self._ends:
                 self.node = computed.node
-                ends, shape = self._ends[name], self._shapes[name]
+                ends, shape = self._ends[name], self._elements.shapes[name]
                 computed.spread(ends.dst.expand(shape), ends.src.expand(shape))
 
     def finish(self) -> dict[str, Ends]:
@@ -407,7 +391,7 @@ class NeuronFlow(fx.Interpreter):
                     ends = self._ends[weight.name]
                     self._tie_ends(ends.dst, ends.src, reason)
                 continue
-            for name, _, local in self._by_parameter(self.elements(weight)):
+            for name, _, local in self._elements.by_parameter(self.elements(weight)):
                 if name in self._computed:
                     self._pins += [(part, node, reason) for part in self._computed[name].parts]
                 elif name in self._ends:
@@ -433,7 +417,7 @@ class NeuronFlow(fx.Interpreter):
         return merged
 
     def _full_ends(self, name: str) -> Ends:
-        shape = self._shapes[name]
+        shape = self._elements.shapes[name]
         known = self._ends.get(name)
         if known is None:
             known = Ends(torch.full(shape, _UNUSED), torch.full(shape, _UNUSED))
@@ -441,15 +425,3 @@ class NeuronFlow(fx.Interpreter):
             known = Ends(known.dst.expand(shape).contiguous(), known.src.expand(shape).contiguous())
         self._ends[name] = known
         return known
-
-    def _by_parameter(self, elements: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """(parameter, mask over ``elements``, their flat positions in the parameter), for each parameter met."""
-        owners = torch.bucketize(elements.contiguous(), self._starts[:-1], right=True) - 1
-        result = []
-        for owner in sorted(set(owners.flatten().tolist())):
-            inside = owners == owner
-            result.append((self._owners[owner], inside, elements[inside] - self._starts[owner]))
-        return result
-
-
-_SHARED = "a parameter that is used in several places"

@@ -338,15 +338,15 @@ class StructureFlow(NeuronFlow):
         self._used = True
         order = self._next()
         values = None if node is None else self._values(node).detach().expand(weight.shape)
-        name = weight.name or self._whole(weight)
+        name = self._elements.name_of(weight)
         if name is not None and name not in self._computed:
-            shape = self._shapes[name]
+            shape = self._elements.shapes[name]
             if weight.shape != shape:
                 dst, src = (compact(end.expand(weight.shape).reshape(shape)) for end in (dst, src))
             values = self.parameters[name].detach() if values is None else values.reshape(shape)
             self._edges.append(Edges(self.node, order, name, None, _nodes(dst), _nodes(src), values))
             return
-        for owner, inside, local in self._by_parameter(self.elements(weight)):
+        for owner, inside, local in self._elements.by_parameter(self.elements(weight)):
             if owner in self._computed:
                 self._check_plain(owner, node)
                 self._spread_order.setdefault(self._computed[owner].node, order)
@@ -402,7 +402,7 @@ class StructureFlow(NeuronFlow):
         computed = self._computed[name]
         if node is None or node is computed.node:
             return
-        ones = torch.ones(self._shapes[name], device=next(iter(self.parameters.values())).device)
+        ones = torch.ones(self._elements.shapes[name], device=next(iter(self.parameters.values())).device)
         factor = Constants(self._captured.eval, self.parameters, known={computed.node: ones})(node)
         if not bool((factor == 1).all()):
             raise UnsupportedOpError(
