@@ -62,6 +62,7 @@ class NeuronGraph:
         num_neurons: number of neurons.
         num_groups: number of free scale groups, those that may be rescaled.
         num_parameters: number of elements of all parameters.
+        num_edges: number of those that are edges between neurons; a bias is an edge from the constant neuron.
         group_of: LongTensor [num_neurons]; 0 where the neuron is fixed, else its free group, 1 .. num_groups.
         ends: parameter name -> group numbers at both ends of its edges, each broadcastable to the parameter. The
             factor of an element is ``λ[dst] / λ[src]``.
@@ -89,6 +90,7 @@ class NeuronGraph:
         self.cut = frozenset(flow.cut)
         self.kept = dict(flow.kept)
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
+        self.num_edges = flow.num_edges()
 
         links = Links(flow.ties, flow.num_numbers + 1)
         group_of = torch.from_numpy(links.groups())

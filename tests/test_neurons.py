@@ -40,6 +40,16 @@ def test_hidden_units_of_an_mlp_are_free_and_its_outputs_fixed():
     assert graph.group_of.tolist() == [*range(1, 10), 0, 0]
 
 
+def test_edges_are_the_elements_that_lead_from_neuron_to_neuron():
+    net = Net(
+        lambda m, x: m.head(F.prelu(m.stem(x), m.slope) + m.table[:1]), stem=nn.Linear(3, 4), head=nn.Linear(4, 2)
+    )
+    net.slope, net.table = nn.Parameter(torch.rand(4)), nn.Parameter(torch.randn(6, 4))
+    graph = dagpath.trace(net, torch.zeros(1, 3)).graph
+    assert graph.num_edges == (12 + 4) + 4 + (8 + 2)  # no slopes, and one row of the table
+    assert graph.num_parameters == graph.num_edges + 4 + 20
+
+
 def test_incidence_has_the_signs_of_both_ends():
     net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
     incidence = dagpath.trace(net, torch.zeros(1, 1)).graph.incidence()

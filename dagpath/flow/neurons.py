@@ -366,6 +366,13 @@ class NeuronFlow(fx.Interpreter):
         """Is the parameter an edge between neurons anywhere?"""
         return name in self._ends
 
+    def num_edges(self) -> int:
+        """How many elements of the model's parameters are edges between neurons."""
+        known = [
+            (self.parameters[name].numel(), ends.dst) for name, ends in self._ends.items() if name in self.parameters
+        ]
+        return sum(size // dst.numel() * int((dst != _UNUSED).sum()) for size, dst in known if size)
+
     # -- the result ------------------------------------------------------------------------------------------------
 
     def spread_computed(self) -> None:
