@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dagpath.solver.checks import check_limits
 from dagpath.solver.matrix import Array
 from dagpath.solver.preconditioner import LONGEST, SeparableHessian
 from dagpath.solver.problem import Point, Problem, Solution
@@ -50,7 +51,11 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
             at most ``10 tol``. The gradient alone says little of groups whose masses are tiny beside the others', but
             ``converged`` speaks of it alone: in directions that no mass holds the distance has no meaning.
         max_iter: most steps; None for 200.
+
+    Raises:
+        ValueError: tol is not positive, or max_iter no integer of at least 0.
     """
+    check_limits(tol, max_iter)
     began = time.perf_counter()
     with np.errstate(all="ignore"):
         first = problem.at(np.zeros(problem.num_groups))
