@@ -118,8 +118,8 @@ def _anneal(run: _Run, start: Point, tol: float, most: int) -> _Run:
         z = z * (power / previous)
         run = _Run(run.point, run.iterations + found.iterations, run.products + found.products)
     found = _minimize(problem.at(z.clip(-problem.bound, problem.bound)), tol, most - run.iterations, torch.float64)
-    small = run.point.optimality <= tol
-    better = found.point if found.finished or not (small and found.point.optimality > tol) else run.point
+    ends = found.point, run.point
+    better = found.point if found.finished else min(ends, key=lambda end: (end.optimality > tol, end.value))
     return _Run(better, run.iterations + found.iterations, run.products + found.products)
 
 
