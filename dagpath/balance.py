@@ -13,7 +13,8 @@ from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
 from dagpath.solver import round_to_powers_of_two, solve
-from dagpath.solver.problem import DEFAULT_BOUND, check_bound
+from dagpath.solver.checks import check_bound, check_limits
+from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -75,11 +76,8 @@ def balance(
     """
     require_traced(traced)
     start = time.perf_counter()
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}")
+    check_limits(tol, max_iter)
     check_bound(bound)
-    if max_iter is not None and max_iter < 0:
-        raise ValueError(f"max_iter must be at least 0, got {max_iter}")
     chosen = criterion_of(criterion)
     check_values(traced)
     where = torch.device(device) if device is not None else _device_of(traced)

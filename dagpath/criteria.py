@@ -122,7 +122,8 @@ class EquiNorm:
     whose gradient, ``p`` times (incoming − outgoing) / sum, says the same whatever the scale of the parameters. The
     optimality is the largest ``|incoming − outgoing| / sum`` of a group, p-th powers summed. Biases are incoming.
     Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep λ = 1: their parameters
-    could be shrunk without end.
+    could be shrunk without end. A parameter whose p-th power is less than 1e-308 of that of the largest counts as zero:
+    for p of 50 or more :class:`RangeEqualization`, which has no such limit, is the better choice.
 
     Attributes:
         p: the exponent, at least 1. The default, 2, is weight balancing.
@@ -171,7 +172,8 @@ class RangeEqualization:
 
     The limit of :class:`EquiNorm` for p → ∞, used before quantization, where the range of a layer's weights sets its
     step. Biases are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep
-    λ = 1. The objective is the largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality.
+    λ = 1. The objective is the largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality;
+    the part of it that the bound keeps from shrinking does not count in either.
 
     Source: Nagel, van Baalen, Blankevoort, Welling 2019 (cross-layer equalization).
 

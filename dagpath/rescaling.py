@@ -54,7 +54,7 @@ class Rescaling:
             value, but for themselves, meets (p in the formulas); for norms and ranges, those that are not zero.
         iterations: iterations of the solver.
         products: its Hessian products.
-        converged: did the solver reach its tolerance?
+        converged: did the solver reach its tolerance? True where none ran.
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
         bound: the largest ``|log λ|`` that was allowed.

@@ -1,5 +1,6 @@
 """Balancing problems that are hard: masses far apart, long chains, stars, groups on their own."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -71,6 +72,14 @@ def test_newton_converges_on_sparse_graphs_with_cycles(spread):
     solution = solve_newton(elements.path_conditioning())
     assert solution.converged
     assert plain_optimality(elements, solution.z.numpy(), 20 * math.log(2)) <= 2e-9
+
+
+@pytest.mark.parametrize("spread", [1, 2, 10])
+def test_stopping_early_keeps_what_was_reached(spread):
+    problem = chain(np.random.default_rng(0), 5, 40, spread).path_conditioning()
+    values = [solve_newton(problem, max_iter=most).objective[1] for most in range(25)]
+    assert values[0] == problem.at(np.zeros(200)).value > values[1]
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize("seed", range(5))

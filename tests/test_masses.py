@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 from torch import nn
 
 import dagpath
@@ -102,6 +103,22 @@ def test_bad_sparse_problems_are_refused(rows, masses, options, message):
         Problem.from_incidence(incidence, torch.tensor(masses), **options)
 
 
+def test_zeros_that_a_sparse_matrix_stores_are_no_ends():
+    stored = csr_array((np.array([1.0, 0, 1, -1, -1]), np.array([0, 1, 1, 0, 1]), np.array([0, 2, 4, 5])), shape=(3, 2))
+    masses, same = np.array([1.0, 2.0, 5.0]), csr_array(stored.toarray())
+    here, there = (Problem.from_incidence(B, masses, SumOuter(), 1.0) for B in (stored, same))
+    assert (here.matrix.to_scipy() != there.matrix.to_scipy()).nnz == 0
+
+
+def test_the_linear_term_may_be_an_array_like_the_masses():
+    incidence, linear = csr_array(np.array([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])), np.array([0.5, -1.0])
+    here, there = (
+        solve_newton(Problem.from_incidence(incidence, np.ones(3), SumOuter(), 1.0, term)).z
+        for term in (linear, torch.from_numpy(linear))
+    )
+    assert torch.equal(here, there)
+
+
 def test_an_incidence_matrix_that_is_not_sparse_is_refused():
     with pytest.raises(ValueError, match="must be 2-D sparse CSR"):
         Problem.from_incidence(torch.eye(2), torch.ones(2))
@@ -159,11 +176,15 @@ def test_groups_of_any_integer_type_are_taken():
     [
         (([[1.0, -2.0]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
         (([[1.0, math.nan]], [1], [2, 3]), ([], [], []), "block 0: masses must be finite and at least 0"),
-        (([[1.0, 2.0]], [1], [2]), ([], [], []), r"block 0 have masses of shape \(1, 2\)"),
+        (
+            ([[1.0, 2.0]], [1], [2]),
+            ([], [], []),
+            r"block 0: masses of shape \(1, 2\) do not fit groups of shapes \(1,\) and \(1,\)",
+        ),
         (([[1.0, 2.0]], [1], [2, 4]), ([], [], []), "block 0: src groups must lie between 0 and 3"),
         (([[1.0, 2.0]], [1], [2, 2]), ([], [], []), "names a group twice"),
         (([[1.0]], [1], [2]), ([1.0], [-1], [0]), "the entries: dst groups must lie between 0 and 3"),
-        (([[1.0]], [1], [2]), ([1.0, 2.0], [1], [0]), "the entries have masses of shape"),
+        (([[1.0]], [1], [2]), ([1.0, 2.0], [1], [0]), "the entries: masses of shape"),
         (([[1.0]], [1], [2]), ([1.0, 2.0], [1, 1], [0, 0]), "a pair of groups twice"),
     ],
 )
@@ -186,13 +207,20 @@ def test_bad_problems_are_refused():
         ({"scale": math.nan}, ValueError, "scale must be positive and finite, got nan"),
         ({"linear": torch.zeros(2)}, ValueError, r"linear must have shape \(1,\)"),
         ({"linear": torch.tensor([math.nan])}, ValueError, "linear must be finite"),
+        ({"offset": math.nan}, ValueError, "offset must be finite, got nan"),
+        ({"outer": SumOuter}, TypeError, r"outer is an instance: pass SumOuter\(\), not SumOuter"),
     ):
         with pytest.raises(error, match=message):
             Problem(**{**good, **change})
     with pytest.raises(ValueError, match=r"z must have shape \(1,\), one for each group, got \(2,\)"):
         Problem(**good).at(np.zeros(2))
-    with pytest.raises(ValueError, match="p must be finite and at least 0, got -1"):
-        LogOuter(-1.0)
+    for p in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"p must be positive and finite, got {p}"):
+            LogOuter(p)
+    with pytest.raises(ValueError, match="size must be at least 1, the fixed group, got 0"):
+        GroupMatrix.of(0, [], torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0))
+    with pytest.raises(TypeError, match=r"matrix must be what GroupMatrix.of .* got Tensor"):
+        RangeProblem(torch.ones(2, 2))
     with pytest.raises(ValueError, match="num_groups must be at least 0, got -1"):
         MassAggregator(-1)
     with pytest.raises(ValueError, match="path-conditioning criterion only"):
@@ -203,3 +231,32 @@ def test_bad_problems_are_refused():
         solve(RangeProblem(matrix), "coordinate")
     with pytest.raises(TypeError, match="expected a Problem or a RangeProblem, got Tensor"):
         solve(nothing)
+
+
+@pytest.mark.parametrize("z", [[1e6, 1e6], [0.0, math.nan], [-math.inf, 0.0]])
+def test_no_value_is_given_where_exponentials_leave_the_range(z):
+    """Both ends of the second element move alike, and ``inf · 0`` is no mass."""
+    ends = torch.tensor([[1, 2], [0, 1]])
+    problem = Problem(GroupMatrix.of(3, [], *ends, torch.tensor([1.0, 5.0])), SumOuter(), 1.0, torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match=r"\|z\| must be at most 350 everywhere, got "):
+        problem.at(torch.tensor(z))
+    assert problem.at(torch.full((2,), 350.0)).value == pytest.approx(math.exp(350))
+
+
+@pytest.mark.parametrize("solve", [solve_newton, solve_coordinate, RangeProblem.solve])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tol": 0.0}, "tol must be positive, got 0.0"),
+        ({"tol": math.nan}, "tol must be positive, got nan"),
+        ({"max_iter": -1}, "max_iter must be an integer of at least 0, or None, got -1"),
+        ({"max_iter": 2.5}, "max_iter must be an integer of at least 0, or None, got 2.5"),
+    ],
+)
+def test_every_solver_refuses_limits_that_mean_nothing(solve, options, message):
+    masses = MassAggregator(2)
+    masses.add(torch.ones(3), torch.tensor([1, 2, 0]), torch.tensor([0, 1, 2]))
+    ranges = solve is RangeProblem.solve
+    problem = RangeProblem(masses.matrix()) if ranges else Problem.path_conditioning(masses)
+    with pytest.raises(ValueError, match=message):
+        solve(problem, **options)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import dagpath
 from dagpath.solver import (
+    GroupMatrix,
     LogOuter,
     MassAggregator,
     Problem,
@@ -80,6 +81,39 @@ def test_rounding_equal_ranges_takes_the_better_of_the_nearest_powers_and_no_res
         assert value == problem.value(rounded) == min(problem.value(nearest), problem.value(none))
         kept += problem.value(none) < problem.value(nearest)
     assert kept > 0
+
+
+def test_an_outer_function_that_overflows_is_too_much_not_an_error():
+    class Exponential:
+        """ψ(S) = exp(S); math.exp raises beyond the range of float64."""
+
+        def value(self, total):
+            return math.exp(total)
+
+        slope = curvature = value
+
+    matrix = GroupMatrix.of(2, [], torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([300.0, 500.0]))
+    problem = Problem(matrix, Exponential(), 1.0, torch.zeros(1), 1.0, offset=0.0)
+    with pytest.raises(OverflowError):
+        Exponential().value(800.0)
+    assert problem.at(np.zeros(1)).value == math.inf
+    small = Problem(matrix.divided(2.0), Exponential(), 1.0, torch.zeros(1), 1e300)
+    rounded, value = round_to_powers_of_two(small, solve_newton(small).z)
+    assert (rounded.tolist(), value) == ([0.0], math.exp(400.0))
+
+
+def test_a_point_that_is_none_is_not_rounded():
+    elements = in_and_out(np.random.default_rng(0), 4, 8, 2)
+    for problem in (
+        hand_built(0, SumOuter(), 1.0, 1.0).problem,
+        RangeProblem(elements.collected(largest=True).matrix()),
+    ):
+        groups = problem.num_groups
+        with pytest.raises(ValueError, match=rf"z must have shape \({groups},\), one for each group"):
+            round_to_powers_of_two(problem, np.zeros(groups + 1))
+        with pytest.raises(ValueError, match="got nan at index 0"):
+            round_to_powers_of_two(problem, torch.full((groups,), math.nan))
+        assert round_to_powers_of_two(problem, torch.zeros(groups))[0].dtype == np.float64
 
 
 def test_elements_within_a_group_do_not_move_the_rounding():

@@ -28,7 +28,8 @@ def solve(
         max_iter: most iterations; None for the solver's default.
 
     Raises:
-        ValueError: the solver is unknown, or cannot solve this problem.
+        ValueError: the solver is unknown, or cannot solve this problem; tol is not positive, or max_iter no integer of
+            at least 0.
         TypeError: it is no problem.
     """
     if solver not in SOLVERS:

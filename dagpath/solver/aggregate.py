@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dagpath.solver.matrix import Block, GroupMatrix, checked_groups, checked_masses
+from dagpath.solver.checks import checked_groups, checked_masses
+from dagpath.solver.matrix import Block, GroupMatrix
 
 
 class MassAggregator:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
+from dagpath.solver.checks import check_limits
 from dagpath.solver.matrix import Array, GroupMatrix
 from dagpath.solver.problem import LogOuter, Problem, Solution
 
@@ -33,8 +34,12 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
         tol: stop when ``‖∇F‖∞ ≤ tol · scale`` after a sweep.
         max_iter: most sweeps; None for 10,000.
 
+    Raises:
+        ValueError: it is another problem, tol is not positive, or max_iter no integer of at least 0.
+
     Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1.
     """
+    check_limits(tol, max_iter)
     if not isinstance(problem.outer, LogOuter) or problem.kappa != -2:
         raise ValueError("the coordinate solver minimizes the path-conditioning criterion only; use solver='newton'")
     start = time.perf_counter()

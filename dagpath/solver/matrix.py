@@ -18,6 +18,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
+from dagpath.solver.checks import checked_groups, checked_masses
+
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
@@ -198,6 +200,8 @@ class GroupMatrix:
         Raises:
             ValueError: a mass is negative or not finite, a group is out of range or repeated, or shapes do not fit.
         """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, the fixed group, got {size}")
         fits = masses.ndim == 1 and dst.shape == src.shape == masses.shape
         entries = _checked("the entries", Block(masses, dst, src), size, fits)
         if len(torch.unique(entries.dst * size + entries.src)) < len(entries.dst):
@@ -305,33 +309,9 @@ class GroupMatrix:
 def _checked(name: str, block: Block, size: int, fits: bool) -> Block:
     if not fits:
         ends = f"{tuple(block.dst.shape)} and {tuple(block.src.shape)}"
-        raise ValueError(f"{name} have masses of shape {tuple(block.masses.shape)} and groups of shapes {ends}")
+        raise ValueError(f"{name}: masses of shape {tuple(block.masses.shape)} do not fit groups of shapes {ends}")
     dst, src = (checked_groups(f"{name}: {end}", getattr(block, end), size) for end in ("dst", "src"))
     return Block(checked_masses(f"{name}: ", block.masses), dst, src)
-
-
-def checked_masses(name: str, masses: Tensor) -> Tensor:
-    """Masses in double precision, without their history; a ValueError that begins with the name if they are none."""
-    if masses.is_complex():
-        raise ValueError(f"{name}masses must be real, got {masses.dtype}")
-    masses = masses.detach().double()
-    if masses.numel() and not (bool(masses.min() >= 0) and bool(torch.isfinite(masses.sum()))):
-        bad = (~((masses >= 0) & torch.isfinite(masses))).nonzero()
-        found = f"{float(masses[tuple(bad[0])])} at index {tuple(bad[0].tolist())}" if len(bad) else "inf as their sum"
-        raise ValueError(f"{name}masses must be finite and at least 0, and so must their sum; got {found}")
-    return masses
-
-
-def checked_groups(name: str, groups: Tensor, size: int) -> Tensor:
-    """Groups as int64; a ValueError that begins with the name if they are not integers from 0 to size − 1."""
-    if not groups.numel():
-        return groups.long()
-    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
-        raise ValueError(f"{name} groups must be integers, got {groups.dtype}")
-    low, high = int(groups.min()), int(groups.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} groups must lie between 0 and {size - 1}; these are from {low} to {high}")
-    return groups.long()
 
 
 class SeparableMatrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.linalg import splu
+from torch import Tensor
 
+from dagpath.solver.checks import check_bound, check_limits, checked_z
 from dagpath.solver.matrix import Array, GroupMatrix, Index
-from dagpath.solver.problem import DEFAULT_BOUND, Solution, check_bound
+from dagpath.solver.problem import DEFAULT_BOUND, Solution
 
 _SLACK = 1e-13
 """Relative rounding error of z: a smaller gain is none."""
@@ -54,11 +57,21 @@ class RangeProblem:
     measure: str = "largest |log max in − log max out|"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.matrix, GroupMatrix):
+            raise TypeError(f"matrix must be what GroupMatrix.of returns, got {type(self.matrix).__name__}")
         check_bound(self.bound)
 
-    def value(self, z: Array) -> float:
-        """The largest ``|log max_in − log max_out|`` of a group at z, [num_groups], which the bound lets shrink."""
-        return self._imbalance(np.append(0.0, z))
+    @property
+    def num_groups(self) -> int:
+        return self.matrix.layout.size - 1
+
+    def value(self, z: Array | Tensor) -> float:
+        """The largest ``|log max_in − log max_out|`` of a group at z, [num_groups], which the bound lets shrink.
+
+        Raises:
+            ValueError: z has another shape, or is NaN somewhere.
+        """
+        return self._imbalance(np.append(0.0, checked_z(z, self.num_groups, math.inf)))
 
     def solve(self, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
         """Strategy iteration (Hoffman and Karp 1966).
@@ -72,7 +85,11 @@ class RangeProblem:
         Args:
             tol: stop when no ``|log max_in − log max_out|`` that the bound lets shrink is larger.
             max_iter: most changes of choices; None for 1,000. Layered graphs take about ten, whatever their width.
+
+        Raises:
+            ValueError: tol is not positive, or max_iter no integer of at least 0.
         """
+        check_limits(tol, max_iter)
         start = time.perf_counter()
         play, iterations = _Play(self), 0
         z, before = play.z, self._imbalance(play.z)

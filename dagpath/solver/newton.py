@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dagpath.solver.checks import check_limits
 from dagpath.solver.matrix import Array
 from dagpath.solver.preconditioner import LONGEST, SeparableHessian
 from dagpath.solver.problem import Point, Problem, Solution
@@ -50,7 +51,11 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
             at most ``10 tol``. The gradient alone says little of groups whose masses are tiny beside the others', but
             ``converged`` speaks of it alone: in directions that no mass holds the distance has no meaning.
         max_iter: most steps; None for 200.
+
+    Raises:
+        ValueError: tol is not positive, or max_iter no integer of at least 0.
     """
+    check_limits(tol, max_iter)
     began = time.perf_counter()
     with np.errstate(all="ignore"):
         first = problem.at(np.zeros(problem.num_groups))
@@ -113,8 +118,8 @@ def _anneal(run: _Run, start: Point, tol: float, most: int) -> _Run:
         z = z * (power / previous)
         run = _Run(run.point, run.iterations + found.iterations, run.products + found.products)
     found = _minimize(problem.at(z.clip(-problem.bound, problem.bound)), tol, most - run.iterations, torch.float64)
-    small = run.point.optimality <= tol
-    better = found.point if found.finished or not (small and found.point.optimality > tol) else run.point
+    ends = found.point, run.point
+    better = found.point if found.finished else min(ends, key=lambda end: (end.optimality > tol, end.value))
     return _Run(better, run.iterations + found.iterations, run.products + found.products)
 
 

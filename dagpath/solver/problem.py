@@ -24,6 +24,7 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from dagpath.solver.aggregate import MassAggregator
+from dagpath.solver.checks import check_bound, checked_z
 from dagpath.solver.matrix import Array, GroupMatrix, Masses, SeparableMatrix
 
 DEFAULT_BOUND = 20 * math.log(2)
@@ -34,11 +35,6 @@ _SMALL = 1e-100
 their sum would leave the range of float64."""
 
 
-def check_bound(bound: float) -> None:
-    if not bound > 0:
-        raise ValueError(f"bound must be positive, got {bound}")
-
-
 class Outer(Protocol):
     """An increasing function ψ of the total mass S > 0, such that ψ of a sum of exponentials is convex.
 
@@ -46,7 +42,7 @@ class Outer(Protocol):
     """
 
     def value(self, total: float) -> float:
-        """ψ(S)."""
+        """ψ(S); an OverflowError counts as infinity."""
 
     def slope(self, total: float) -> float:
         """ψ'(S), positive."""
@@ -62,14 +58,14 @@ class LogOuter:
     Convex in z (a sum of exponentials is log-convex), though not in S.
 
     Attributes:
-        p: factor, at least 0; for path conditioning, the number of live elements.
+        p: factor, positive; for path conditioning, the number of live elements.
     """
 
     p: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < math.inf:
-            raise ValueError(f"p must be finite and at least 0, got {self.p}")
+        if not 0 < self.p < math.inf:
+            raise ValueError(f"p must be positive and finite, got {self.p}")
 
     def value(self, total: float) -> float:
         return self.p * math.log(total)
@@ -104,7 +100,7 @@ class Problem:
             divided by the largest, and the offset says so.
         outer: ψ.
         kappa: κ, not zero; under a rescaling ``λ = exp(z)`` a mass is multiplied by ``(λ_dst / λ_src)**κ``.
-        linear: c, [num_groups].
+        linear: c, [num_groups]; kept in float64.
         scale: what the gradient is divided by: ``optimality = ‖∇F‖∞ / scale``.
         bound: largest ``|z|``; cut to ``350 / |κ|``, beyond which ``exp(κ z)`` leaves the range of float64.
         offset: constant added to F.
@@ -138,10 +134,13 @@ class Problem:
     def __post_init__(self) -> None:
         if not isinstance(self.matrix, GroupMatrix):
             raise TypeError(f"matrix must be what GroupMatrix.of returns, got {type(self.matrix).__name__}")
+        if isinstance(self.outer, type):
+            raise TypeError(f"outer is an instance: pass {self.outer.__name__}(), not {self.outer.__name__}")
         missing = [name for name in ("value", "slope", "curvature") if not hasattr(self.outer, name)]
         if missing:
             raise TypeError(f"outer must have methods value, slope and curvature; {self.outer!r} has no {missing[0]}")
         check_bound(self.bound)
+        object.__setattr__(self, "linear", torch.as_tensor(self.linear, dtype=torch.float64).detach())
         if self.linear.shape != (self.matrix.layout.size - 1,):
             groups = self.matrix.layout.size - 1
             raise ValueError(f"linear must have shape ({groups},), one for each group, got {tuple(self.linear.shape)}")
@@ -149,6 +148,8 @@ class Problem:
             raise ValueError("linear must be finite")
         if not (math.isfinite(self.kappa) and self.kappa):
             raise ValueError(f"kappa must be finite and not zero, got {self.kappa}")
+        if not math.isfinite(self.offset):
+            raise ValueError(f"offset must be finite, got {self.offset}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive and finite, got {self.scale}")
         object.__setattr__(self, "bound", min(self.bound, _LARGEST_EXPONENT / abs(self.kappa)))
@@ -159,12 +160,19 @@ class Problem:
     @cached_property
     def costs(self) -> Array:
         """c on the host."""
-        array: Array = self.linear.detach().double().cpu().numpy()
+        array: Array = self.linear.cpu().numpy()
         return array
 
     @property
     def num_groups(self) -> int:
         return len(self.linear)
+
+    def mass_term(self, total: float) -> float:
+        """ψ of a total mass: 0 where there is none, infinite beyond the range of float64."""
+        try:
+            return self.outer.value(total) if total > 0 else 0.0
+        except OverflowError:  # what math.exp and powers raise; a step that leads there is too long, not an error
+            return math.inf
 
     @staticmethod
     def path_conditioning(masses: MassAggregator, bound: float = DEFAULT_BOUND, offset: float = 0.0) -> Problem:
@@ -175,7 +183,7 @@ class Problem:
         p = masses.num_live
         return Problem(
             masses.matrix(),
-            LogOuter(p),
+            LogOuter(max(p, 1)),
             kappa=-2.0,
             linear=2 * masses.balance[1:],
             scale=max(p, 1),
@@ -191,7 +199,7 @@ class Problem:
         masses: Tensor | Array,
         outer: Outer | None = None,
         kappa: float = -2.0,
-        linear: Tensor | None = None,
+        linear: Tensor | Array | None = None,
         bound: float = DEFAULT_BOUND,
         scale: float | None = None,
     ) -> Problem:
@@ -203,8 +211,8 @@ class Problem:
             masses: a, [num_elements], a tensor or NumPy array, finite and at least 0.
             outer: ψ; None for path conditioning, ``p log S`` with p the number of positive masses.
             kappa: κ.
-            linear: c, [num_groups]; None for ``−κ Bᵀ1`` over the elements of positive mass, if ``outer`` is None,
-                else 0.
+            linear: c, [num_groups], a tensor or NumPy array; None for ``−κ Bᵀ1`` over the elements of positive mass, if
+                ``outer`` is None, else 0.
             bound: largest ``|z|``.
             scale: what the gradient is measured against; None for the number of positive masses.
 
@@ -226,17 +234,17 @@ class Problem:
         aggregator = MassAggregator(incidence.shape[1], masses.device)
         aggregator.add(masses, dst, src)
         p = aggregator.num_live
-        if linear is None:
-            linear = -kappa * aggregator.balance[1:] * (outer is None)
-        outer = LogOuter(p) if outer is None else outer
+        default = -kappa * aggregator.balance[1:] * (outer is None)
+        linear = default if linear is None else torch.as_tensor(linear)
+        outer = LogOuter(max(p, 1)) if outer is None else outer
         scale = max(p, 1) if scale is None else scale
         return Problem(aggregator.matrix(), outer, kappa, linear, scale, bound, live=p)
 
     def to_scipy(self) -> tuple[Any, Array]:
         """B and a of the summed masses: ``scipy.sparse.csr_array`` [n, num_groups] and float64 [n].
 
-        One row for each pair of groups with a mass; :meth:`from_incidence` takes both back, with the outer function and
-        the linear term of this problem.
+        One row for each pair of groups with a mass; :meth:`from_incidence` takes both back, with the outer function, κ,
+        the linear term, the bound and the scale of this problem; the offset, a constant, is left out.
         """
         matrix = self.matrix.to_scipy()
         matrix.eliminate_zeros()
@@ -254,11 +262,9 @@ class Problem:
         """The objective and its gradient at z, [num_groups].
 
         Raises:
-            ValueError: z has another shape.
+            ValueError: z has another shape, or ``exp(κ z)`` leaves the range of float64 (``|κ z| > 350``).
         """
-        if tuple(z.shape) != (self.num_groups,):
-            raise ValueError(f"z must have shape ({self.num_groups},), one for each group, got {tuple(z.shape)}")
-        return Point(self, self.matrix, np.asarray(z, dtype=np.float64))
+        return Point(self, self.matrix, checked_z(z, self.num_groups, _LARGEST_EXPONENT / abs(self.kappa)))
 
 
 def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,16 +276,17 @@ def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
         parts = tuple(torch.from_numpy(part) for part in (incidence.indptr, incidence.indices, incidence.data))
     else:
         kind = incidence.layout if isinstance(incidence, Tensor) else type(incidence).__name__
-        raise ValueError(f"the incidence matrix must be 2-D sparse CSR, a tensor or a SciPy array, got {kind}")
+        raise ValueError(
+            f"the incidence matrix must be 2-D sparse CSR, a tensor or a SciPy array, got {kind}; convert it"
+        )
     if tuple(masses.shape) != tuple(incidence.shape[:1]):
         raise ValueError(f"masses must have shape ({incidence.shape[0]},), one per row, got {tuple(masses.shape)}")
     crow, column, value = (part.to(masses.device) for part in parts)
     row = torch.repeat_interleave(torch.arange(len(masses), device=masses.device), crow.diff())
-    for sign in (1, -1):
-        counts = torch.bincount(row[value == sign], minlength=len(masses))
-        if bool((counts > 1).any()) or bool(((value != 1) & (value != -1)).any()):
-            bad = int((counts > 1).nonzero()[0]) if bool((counts > 1).any()) else int(row[value.abs() != 1][0])
-            raise ValueError(f"row {bad} of the incidence matrix must have at most one +1 and one -1, nothing else")
+    repeated = [torch.bincount(row[value == sign]) > 1 for sign in (1, -1)]
+    bad = torch.cat([row[(value.abs() != 1) & (value != 0)], *(rows.nonzero()[:, 0] for rows in repeated)])
+    if len(bad):
+        raise ValueError(f"row {int(bad[0])} of the incidence matrix must have at most one +1 and one -1, nothing else")
     ends = torch.zeros(2, len(masses), dtype=torch.long, device=masses.device)
     for end, sign in zip(ends, (1, -1), strict=True):
         end[row[value == sign]] = column[value == sign].long() + 1
@@ -317,9 +324,7 @@ class Point:
         self.rows = np.bincount(layout.rows.groups, self.row_sums, layout.size)
         self.columns = np.bincount(layout.columns.groups, self.column_sums, layout.size)
         self.total = float(self.rows.sum())
-        self.value = problem.offset + float(problem.costs @ z)
-        if self.total > 0:
-            self.value += problem.outer.value(self.total)
+        self.value = problem.offset + float(problem.costs @ z) + problem.mass_term(self.total)
 
     @cached_property
     def difference(self) -> Array:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from dagpath.solver.checks import checked_z
 from dagpath.solver.matrix import Array
 from dagpath.solver.maxima import RangeProblem
 from dagpath.solver.problem import Point, Problem
@@ -30,9 +31,12 @@ def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array | Tensor) -
     Returns:
         z, and the objective there.
 
+    Raises:
+        ValueError: z has another shape, or is NaN somewhere.
+
     Cost: two passes over the masses for each round of improvement, of which there are few.
     """
-    most, z = math.floor(problem.bound / _UNIT), np.asarray(z)
+    most, z = math.floor(problem.bound / _UNIT), checked_z(z, problem.num_groups, math.inf)
     starts = np.rint(z / _UNIT).clip(-most, most) * _UNIT, np.zeros_like(z)
     if isinstance(problem, RangeProblem):
         return min(((start, problem.value(start)) for start in starts), key=lambda pair: pair[1])
@@ -67,9 +71,8 @@ def _best_changes(point: Point, most: int) -> tuple[Array, Array]:
     for sign in (1.0, -1.0):
         factor = math.exp(sign * problem.kappa * _UNIT)
         totals = point.total + point.rows[1:] * (factor - 1) + point.columns[1:] * (1 / factor - 1)
-        values = np.array([problem.outer.value(total) if total > 0 else 0.0 for total in totals.tolist()])
-        now = problem.outer.value(point.total) if point.total > 0 else 0.0
-        change = values - now + sign * _UNIT * problem.costs
+        values = np.array([problem.mass_term(total) for total in totals.tolist()])
+        change = values - problem.mass_term(point.total) + sign * _UNIT * problem.costs
         changes.append(np.where(np.abs(np.rint(point.z / _UNIT) + sign) <= most, change, np.inf))
     up, down = changes
     return np.minimum(up, down), np.where(up <= down, 1.0, -1.0)
