@@ -390,3 +390,38 @@ def test_norms_of_high_order_stay_in_range(seed, p):
     shares = dagpath.path_mass(traced, p)
     assert bool(((shares >= 0) & (shares <= 1 + 1e-9)).all())
     assert float(shares.max()) > 0.5  # one path dominates
+
+
+class Derived(nn.Module):
+    """A weight that is used twice after something was computed of it, a product with itself, and parts of one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.w = kind, nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+        self.head = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "transposed":
+            w = self.w.t()
+            return self.head(torch.relu(x @ w) @ w)
+        if self.kind == "matrix product":
+            return self.head(x @ (self.w @ self.w))
+        if self.kind == "square":
+            return self.head(x @ (self.w * self.w))
+        if self.kind == "split":
+            a, b = self.w.split([1, 2], dim=1)
+            return self.head(torch.cat([torch.relu(x @ a), x @ b], 1))
+        return self.head(torch.relu(x @ self.w)[:, self.order])
+
+
+@pytest.mark.parametrize("kind", ["transposed", "matrix product", "square", "split", "integer parameter"])
+def test_the_diagonal_and_the_products_of_the_gram_operator_are_exact_for_derived_weights(kind):
+    traced = dagpath.trace(Derived(kind), torch.zeros(1, 3, dtype=torch.float64))
+    jacobian = dagpath.PathLifting(traced).jacobian().to_dense()
+    expected = jacobian.T @ jacobian
+    gram = dagpath.gram(traced)
+    assert torch.allclose(gram.to_dense(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(gram.diagonal(), expected.diagonal(), rtol=1e-12, atol=1e-12)
+    assert gram.trace() == pytest.approx(float(expected.trace()), rel=1e-12)
