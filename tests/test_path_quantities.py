@@ -425,3 +425,43 @@ def test_the_diagonal_and_the_products_of_the_gram_operator_are_exact_for_derive
     assert torch.allclose(gram.to_dense(), expected, rtol=1e-12, atol=1e-12)
     assert torch.allclose(gram.diagonal(), expected.diagonal(), rtol=1e-12, atol=1e-12)
     assert gram.trace() == pytest.approx(float(expected.trace()), rel=1e-12)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float, dropout: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.dropout, self.factor = nn.Linear(3, 2).double(), nn.Dropout(dropout), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.linear(x)).mean(1, keepdim=True)) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("other", "x", "match"),
+    [
+        (Scaled(0.25), torch.zeros(1, 3), r"mul.* at .*0\.5.* in the first, .*0\.25.* in the second"),
+        (Scaled(0.5), torch.zeros(1, 4, 3), r"\(1, 3\).* in the first, .*\(1, 4, 3\)"),
+        (nn.Linear(3, 2), torch.zeros(1, 3), "'linear.weight' has shape .* is absent in the second"),
+    ],
+)
+def test_the_path_metric_names_what_differs_in_two_architectures(other, x, match):
+    first = dagpath.trace(Scaled(0.5), torch.zeros(1, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=match):
+        dagpath.path_metric(first, dagpath.trace(other.double(), x.double()))
+
+
+def test_what_only_train_mode_uses_makes_no_other_architecture():
+    a, b = (dagpath.trace(Scaled(0.5, dropout), torch.zeros(1, 3).double()) for dropout in (0.1, 0.5))
+    assert dagpath.path_metric(a, b) == 0
+
+
+def test_the_distance_of_a_network_with_a_weight_that_is_no_number_is_none():
+    model, other = Scaled(0.5), Scaled(0.5)
+    with torch.no_grad():
+        other.linear.weight[0, 0] = math.nan
+    a, b = (dagpath.trace(net, torch.zeros(1, 3, dtype=torch.float64)) for net in (model, other))
+    for p in (1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert math.isnan(dagpath.path_metric(a, b, p=p))
