@@ -15,13 +15,14 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from dagpath.flow.pairs import PairFlow
-from dagpath.flow.values import ldexp_
+from dagpath.flow.values import is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel, require_traced
+from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
 _MOST_DENSE = 20_000
 _COLUMNS = 64
+_NO_COMPLEX = "the path Gram matrix is real, got a complex vector: multiply its real and its imaginary part"
 
 
 class GramOperator(LinearOperator):  # type: ignore[misc]
@@ -55,6 +56,8 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             return super().dot(x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise ValueError(f"expected a vector or matrix of {self.shape[0]} rows, got shape {tuple(x.shape)}")
+        if x.is_complex():
+            raise TypeError(_NO_COMPLEX)
         product = self._products(x.detach().to(self._device, torch.float64).reshape(len(x), -1))
         return product.to(x.device).reshape(x.shape)
 
@@ -66,6 +69,8 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return self._matmat(x.reshape(-1, 1)).reshape(x.shape)
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(x):
+            raise TypeError(_NO_COMPLEX)
         columns = torch.from_numpy(np.array(x, dtype=np.float64)).to(self._device)
         return self._products(columns).cpu().numpy()
 
@@ -187,15 +192,17 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             **options: passed on to ``eigsh``.
 
         Raises:
-            ValueError: k is below 1 or not below the number of parameters, or the dense matrix would be too large.
+            ValueError: k is no integer, below 1 or not below the number of parameters, the dense matrix would be too
+                large, or a parameter is not finite.
         """
+        require_finite(self._traced.model)
         if k is None:
             dense: np.ndarray = torch.linalg.eigvalsh(self.to_dense()).cpu().numpy()
             return dense
-        if not 1 <= k < self.shape[0]:
-            raise ValueError(f"k must be at least 1 and below the {self.shape[0]} parameters, got {k}")
+        if not is_count(k) or k >= self.shape[0]:
+            raise ValueError(f"k must be an integer of at least 1 and below the {self.shape[0]} parameters, got {k!r}")
         start = np.random.default_rng(0).standard_normal(self.shape[0])
-        found: np.ndarray = eigsh(self, k, which=which, return_eigenvectors=False, **{"v0": start, **options})
+        found: np.ndarray = eigsh(self, int(k), which=which, return_eigenvectors=False, **{"v0": start, **options})
         return np.sort(found)
 
     def condition_number(self) -> float:
@@ -204,9 +211,14 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         G is singular along every rescaling and in every dead parameter. Eigenvalues below ``p · eps`` of the largest
         count as zero. NaN if all are zero.
         """
-        values = self.eigvalsh()
-        live = values[values > values[-1] * len(values) * np.finfo(np.float64).eps] if len(values) else values
+        live = live_eigenvalues(self.eigvalsh())
         return float(live[-1] / live[0]) if len(live) else math.nan
+
+
+def live_eigenvalues(values: np.ndarray) -> np.ndarray:
+    """Those above ``len(values) · eps`` of the largest: the others are zero but for rounding."""
+    live: np.ndarray = values[values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps]
+    return live
 
 
 def _occurrences(operand: fx.Node, call: fx.Node) -> int:
@@ -247,4 +259,5 @@ def gram(traced: TracedModel, dtype: torch.dtype = torch.float64) -> GramOperato
         10
     """
     require_traced(traced)
+    require_dtype(dtype)
     return GramOperator(traced, dtype)
