@@ -16,9 +16,9 @@ from dagpath.lifting import (
     path_norm,
 )
 from dagpath.ops import register_op
-from dagpath.paths import PathLifting
+from dagpath.paths import Path, PathLifting
 from dagpath.paths.conserved import conserved_quantities
-from dagpath.paths.top import Path, top_paths
+from dagpath.paths.top import ChannelPath, top_paths
 from dagpath.rescale import rescale_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BalanceError",
     "CaptureError",
+    "ChannelPath",
     "DagpathError",
     "EquiNorm",
     "GramOperator",

@@ -16,8 +16,9 @@ import torch
 
 from dagpath.lifting import gram, path_mass
 from dagpath.lifting import path_length_profile as length_profile
+from dagpath.lifting.operator import live_eigenvalues
 from dagpath.rescaling import Rescaling
-from dagpath.trace import TracedModel, require_traced
+from dagpath.trace import TracedModel, require_finite, require_traced
 
 try:
     from matplotlib import pyplot as plt
@@ -118,13 +119,14 @@ def gram_spectrum(traced: TracedModel, rescaling: Rescaling | None = None, ax: A
         ax: where to draw.
 
     Raises:
-        ValueError: the model is too large, or the rescaling is of another trace.
+        ValueError: the model is too large, a parameter is not finite, or the rescaling is of another trace.
 
     Cost: one pair of backward passes for every 64 parameters, and the eigenvalues of dense matrices.
     """
     require_traced(traced)
     if rescaling is not None and rescaling.traced.graph is not traced.graph:
         raise ValueError("the rescaling was found for another trace: pass rescaling.traced")
+    require_finite(traced.model)
     dense = gram(traced).to_dense()
     spectra = [("before", dense, BLUE, "o")]
     if rescaling is not None:
@@ -134,12 +136,11 @@ def gram_spectrum(traced: TracedModel, rescaling: Rescaling | None = None, ax: A
         spectra.append(("after", dense / d[:, None] / d[None, :], ORANGE, "^"))
     ax = _axes(ax)
     for label, matrix, color, marker in spectra:
-        values = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
-        live = values[values > values[0] * len(values) * np.finfo(np.float64).eps]
+        live = live_eigenvalues(torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy())
         condition = f"{live[0] / live[-1]:.1e}" if len(live) else "none"
         ax.plot(
             range(1, len(live) + 1),
-            live / live.mean(),
+            live / (live.mean() if len(live) else 1.0),
             color=color,
             marker=marker,
             markevery=max(1, len(live) // 12),
@@ -196,4 +197,4 @@ def _name_rows(ax: Axes, names: list[str]) -> None:
     step = max(1, math.ceil(len(names) / 80))
     rows = list(itertools.islice(enumerate(names), 0, None, step))
     ax.set_yticks([row for row, _ in rows], [name for _, name in rows], fontsize=7)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)

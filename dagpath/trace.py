@@ -57,7 +57,12 @@ class TracedModel:
         Args:
             kind: the class of the pass, which says what the mass of a path is.
             **options: its own options, and ``parameters`` in place of the model's own at their current values.
+
+        Raises:
+            ValueError: ``dtype`` is not float64 or float32, or a parameter is on the meta device.
         """
+        require_values(self.model)
+        require_dtype(options.get("dtype", torch.float64))
         parameters = options.pop("parameters", None) or {name: p.detach() for name, p in self.model.named_parameters()}
         return kind(self.captured.eval, parameters, operation_of, self.graph.cut, self.graph.kept, **options)
 
@@ -92,6 +97,7 @@ class TracedModel:
             >>> graph.name(graph.num_nodes - 1)
             '3 linear[0]'
         """
+        require_values(self.model)
         decided = self.graph.cut, self.graph.kept
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         return UnrolledGraph(self.captured.eval, parameters, operation_of, *decided, device, progress)
@@ -137,6 +143,7 @@ class TracedModel:
 
 @plain_computation()
 def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
+    require_values(model)
     return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
 
 
@@ -146,6 +153,32 @@ def require_traced(traced: object) -> None:
         raise TypeError(
             f"expected a TracedModel, got {type(traced).__name__}: make one with dagpath.trace(model, example_inputs)"
         )
+
+
+def require_values(model: nn.Module) -> None:
+    """Raise ValueError if a parameter is on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"the parameter {name!r} is on the meta device, where it has no values: load them first")
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError if a parameter has no values, or values that are not finite."""
+    require_values(model)
+    for name, parameter in model.named_parameters():
+        bad = torch.nonzero(~torch.isfinite(parameter.detach()))
+        if len(bad):
+            first = tuple(bad[0].tolist())
+            raise ValueError(
+                f"the parameter {name!r} has {len(bad)} values that are not finite, the first at {first}: "
+                f"{parameter[first].item()}"
+            )
+
+
+def require_dtype(dtype: object) -> None:
+    """Raise ValueError for a type that passes over masses do not compute in."""
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
 
 
 @uncollected()

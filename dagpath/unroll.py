@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from dagpath.capture import CapturedGraph
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.blocks import Run
 from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
+from dagpath.flow.powers import checked_power
 from dagpath.graph import Site, site_of
 from dagpath.state import plain_computation
 
@@ -27,7 +27,7 @@ _LIMB = 32
 """Bits of a digit of an exact count: sums of 2**31 digits fit into int64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Level:
     """The nodes that the longest path reaches with the same number of edges.
 
@@ -38,6 +38,9 @@ class Level:
 
     nodes: range
     weights: Tensor
+
+    def __repr__(self) -> str:
+        return f"Level(nodes {self.nodes.start} to {self.nodes.stop - 1}, {self.weights.values().numel():,} edges)"
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,6 @@ class UnrolledGraph:
         device: torch.device | str | None,
         progress: bool,
     ) -> None:
-        without_values = [name for name, parameter in parameters.items() if parameter.is_meta]
-        if without_values:
-            raise ValueError(f"the parameter {without_values[0]!r} is on the meta device: it has no values to unroll")
         calls = len(graph.module.graph.nodes)
         with tqdm(total=calls, desc="unrolling", unit="call", disable=not progress, leave=False) as bar:
             flow = EdgeFlow(graph, parameters, rule, cut, kept, bar.update)
@@ -277,7 +277,7 @@ class UnrolledGraph:
 
         Cost: one product of a sparse matrix and a vector per level.
         """
-        return self._forward_mass(_exponent(p))
+        return self._forward_mass(checked_power(p))
 
     @plain_computation()
     def _forward_mass(self, p: float) -> Tensor:
@@ -295,7 +295,7 @@ class UnrolledGraph:
 
         Cost: one product of a sparse matrix and a vector per level.
         """
-        return self._backward_mass(_exponent(p))
+        return self._backward_mass(checked_power(p))
 
     @plain_computation()
     def _backward_mass(self, p: float) -> Tensor:
@@ -377,12 +377,6 @@ class UnrolledGraph:
 
 def _brackets(index: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, index))}]" if index else ""
-
-
-def _exponent(p: float) -> float:
-    if not (isinstance(p, (int, float)) and 1 <= p < math.inf):
-        raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
-    return float(p)
 
 
 def describe(node: fx.Node) -> str:

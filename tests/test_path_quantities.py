@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -255,6 +256,7 @@ def test_the_expected_gram_diagonal_is_the_mean_of_sampled_networks():
         ({"0.weight": -1.0, "0.bias": 1.0}, "-1.0"),
         ({"0.weight": torch.ones(3), "0.bias": 1.0}, r"\(3,\)"),
         ({"0.weight": 1.0, "0.bias": float("nan")}, "nan"),
+        ({"0.weight": 1.0, "0.bias": torch.tensor([1.0, math.inf])}, "got inf"),
         ({"0.weight": 1.0, "0.bias": 1.0, "typo": 1.0}, "typo"),
     ],
 )
@@ -390,3 +392,170 @@ def test_norms_of_high_order_stay_in_range(seed, p):
     shares = dagpath.path_mass(traced, p)
     assert bool(((shares >= 0) & (shares <= 1 + 1e-9)).all())
     assert float(shares.max()) > 0.5  # one path dominates
+
+
+class Derived(nn.Module):
+    """A weight that is used twice after something was computed of it, a product with itself, and parts of one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.w = kind, nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+        self.head = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "transposed":
+            w = self.w.t()
+            return self.head(torch.relu(x @ w) @ w)
+        if self.kind == "matrix product":
+            return self.head(x @ (self.w @ self.w))
+        if self.kind == "square":
+            return self.head(x @ (self.w * self.w))
+        if self.kind == "split":
+            a, b = self.w.split([1, 2], dim=1)
+            return self.head(torch.cat([torch.relu(x @ a), x @ b], 1))
+        return self.head(torch.relu(x @ self.w)[:, self.order])
+
+
+@pytest.mark.parametrize("kind", ["transposed", "matrix product", "square", "split", "integer parameter"])
+def test_the_diagonal_and_the_products_of_the_gram_operator_are_exact_for_derived_weights(kind):
+    traced = dagpath.trace(Derived(kind), torch.zeros(1, 3, dtype=torch.float64))
+    jacobian = dagpath.PathLifting(traced).jacobian().to_dense()
+    expected = jacobian.T @ jacobian
+    gram = dagpath.gram(traced)
+    assert torch.allclose(gram.to_dense(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(gram.diagonal(), expected.diagonal(), rtol=1e-12, atol=1e-12)
+    assert gram.trace() == pytest.approx(float(expected.trace()), rel=1e-12)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float, dropout: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.dropout, self.factor = nn.Linear(3, 2).double(), nn.Dropout(dropout), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.linear(x)).mean(1, keepdim=True)) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("other", "x", "match"),
+    [
+        (Scaled(0.25), torch.zeros(1, 3), r"mul.* at .*0\.5.* in the first, .*0\.25.* in the second"),
+        (Scaled(0.5), torch.zeros(1, 4, 3), r"\(1, 3\).* in the first, .*\(1, 4, 3\)"),
+        (nn.Linear(3, 2), torch.zeros(1, 3), "'linear.weight' has shape .* is absent in the second"),
+    ],
+)
+def test_the_path_metric_names_what_differs_in_two_architectures(other, x, match):
+    first = dagpath.trace(Scaled(0.5), torch.zeros(1, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=match):
+        dagpath.path_metric(first, dagpath.trace(other.double(), x.double()))
+
+
+def test_what_only_train_mode_uses_makes_no_other_architecture():
+    a, b = (dagpath.trace(Scaled(0.5, dropout), torch.zeros(1, 3).double()) for dropout in (0.1, 0.5))
+    assert dagpath.path_metric(a, b) == 0
+
+
+def test_the_distance_of_a_network_with_a_weight_that_is_no_number_is_none():
+    model, other = Scaled(0.5), Scaled(0.5)
+    with torch.no_grad():
+        other.linear.weight[0, 0] = math.nan
+    a, b = (dagpath.trace(net, torch.zeros(1, 3, dtype=torch.float64)) for net in (model, other))
+    for p in (1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert math.isnan(dagpath.path_metric(a, b, p=p))
+
+
+def test_paths_to_very_many_outputs_are_counted_exactly():
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(100 if index else 1, 100) for index in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = []
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+                found.append(x[:, :1].expand(-1, 300_001))
+            return torch.cat(found, 1)
+
+    to_a_neuron = list(itertools.accumulate(range(5), lambda paths, _: 100 * paths + 1, initial=2))
+    assert dagpath.path_count(dagpath.trace(Repeated(), torch.zeros(1, 1))) == 300_001 * sum(to_a_neuron)
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        dagpath.path_norm,
+        dagpath.path_count,
+        dagpath.path_length_profile,
+        dagpath.path_mass,
+        dagpath.gram_diagonal,
+        dagpath.conserved_quantities,
+        dagpath.PathLifting,
+        lambda traced: dagpath.gram(traced).diagonal(),
+        lambda traced: dagpath.top_paths(traced, 1),
+        lambda traced: dagpath.path_metric(traced, traced),
+        lambda traced: traced.unroll(),
+        lambda traced: traced.graph.adjacency(),
+        lambda traced: traced.graph.to_networkx(),
+    ],
+)
+def test_quantities_of_a_model_without_values_name_the_parameter(quantity):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    traced = dagpath.trace(model, torch.zeros(1, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device"):
+        quantity(traced)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, "float64"])
+def test_passes_of_another_type_are_refused(dtype):
+    traced = dagpath.trace(nn.Linear(2, 1), torch.zeros(1, 2))
+    for quantity in (dagpath.path_norm, dagpath.gram_diagonal, dagpath.gram):
+        with pytest.raises(ValueError, match=f"dtype must be torch.float64 or torch.float32, got {dtype!r}"):
+            quantity(traced, dtype=dtype)
+
+
+@pytest.mark.parametrize("p", [np.float32(2), np.int64(2), Fraction(2)])
+def test_a_power_is_any_real_number(p):
+    traced = dagpath.trace(nn.Linear(2, 1), torch.zeros(1, 2))
+    assert dagpath.path_norm(traced, p=p) == dagpath.path_norm(traced, p=2.0)
+    assert torch.equal(dagpath.path_mass(traced, p=p), dagpath.path_mass(traced, p=2.0))
+    assert traced.unroll().path_norm(p) == pytest.approx(dagpath.path_norm(traced, p=2.0), rel=1e-12)
+
+
+def broken(value: float) -> dagpath.TracedModel:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[2].weight[0, 1] = value
+    return dagpath.trace(model, torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        lambda traced: dagpath.top_paths(traced, 3),
+        lambda traced: dagpath.gram(traced).eigvalsh(),
+        lambda traced: dagpath.gram(traced).eigvalsh(2),
+        lambda traced: dagpath.gram(traced).condition_number(),
+    ],
+)
+def test_what_sorts_paths_or_solves_refuses_weights_that_are_not_finite(quantity, value):
+    with pytest.raises(ValueError, match=rf"'2.weight' has 1 .* not finite, the first at \(0, 1\): {value}"):
+        quantity(broken(value))
+
+
+def test_the_gram_matrix_refuses_complex_vectors_and_no_number_of_eigenvalues():
+    gram = dagpath.gram(dagpath.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
+    for vector in (np.zeros(6, dtype=complex), torch.zeros(6, dtype=torch.complex128)):
+        with pytest.raises(TypeError, match="complex"):
+            gram @ vector
+    for k in (0, 6, 2.5, "two"):
+        with pytest.raises(ValueError, match=f"k must be an integer .* got {k!r}"):
+            gram.eigvalsh(k)
+    assert len(gram.eigvalsh(np.int64(2))) == 2

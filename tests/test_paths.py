@@ -262,3 +262,31 @@ def test_an_input_that_is_no_tensor():
     lifting = dagpath.PathLifting(dagpath.trace(nn.Linear(1, 1), torch.zeros(1, 1)))
     with pytest.raises(TypeError, match=r"x must be a Tensor or a tuple .*, got list"):
         lifting.activations([[0.0]])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), r"input 'input_1' has dtype torch.int64, .* traced with torch.float32"),
+        (torch.zeros(1, 2, dtype=torch.complex64), r"input 'input_1' has dtype torch.complex64"),
+        (torch.zeros(0, 2), r"input 'input_1' has shape \[0, 2\]: there must be at least one example"),
+    ],
+)
+def test_inputs_of_another_type_and_of_no_example_are_named(x, message):
+    lifting = dagpath.PathLifting(dagpath.trace(nn.Sequential(nn.Linear(2, 1)), torch.zeros(1, 2)))
+    for use in (lifting.realize, lifting.activations, lifting.inputs):
+        with pytest.raises(ValueError, match=message):
+            use(x)
+
+
+def test_a_complex_parameter_has_no_path_values():
+    traced = dagpath.trace(nn.Linear(2, 2, dtype=torch.complex64), torch.zeros(1, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'weight' is torch\.complex64"):
+        dagpath.PathLifting(traced)
+
+
+def test_a_network_without_parameters_has_an_empty_basis():
+    lifting = dagpath.PathLifting(dagpath.trace(nn.ReLU(), torch.zeros(1, 3)))
+    assert len(lifting) == 3
+    assert repr(lifting.basis()) == "BasisPaths(0 paths of 0 parameters)"
+    assert lifting.basis().to_scipy().shape == (0, 0)

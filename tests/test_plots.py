@@ -93,3 +93,14 @@ def test_every_picture_draws_into_the_axes_it_is_given(traced):
         assert function(ax) is ax
         assert isinstance(function(None), Axes)
         ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2, bias=False)])
+def test_networks_without_parameters_or_without_mass_have_pictures(model):
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    traced = dagpath.trace(model, torch.zeros(1, 2))
+    for draw in (plots.path_length_profile, plots.mass_per_layer, plots.gram_spectrum, plots.layer_graph):
+        ax = draw(traced)
+        assert isinstance(ax, Axes)
+        ax.figure.canvas.draw()

@@ -36,7 +36,7 @@ def paths_of(net: RandomNet) -> dict[tuple, float]:
     return found
 
 
-def element_keys(path: dagpath.Path) -> tuple:
+def element_keys(path: dagpath.ChannelPath) -> tuple:
     return tuple((element.parameter, element.index) for element in path.elements)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,17 @@ from dagpath.flow.values import NOTHING, Mass
 
 _SAFE = {torch.float64: 2.0**960, torch.float32: 2.0**96}
 """Sums of masses up to here, and down to its inverse, are far inside the range of the type; so are their terms."""
+
+
+def checked_power(p: Any) -> float:
+    """p as a float.
+
+    Raises:
+        ValueError: it makes no norm.
+    """
+    if not (isinstance(p, numbers.Real) and 1 <= float(p) < math.inf):
+        raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
+    return float(p)
 
 
 class PowerFlow(MassFlow):

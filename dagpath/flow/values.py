@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -173,6 +174,11 @@ def leaves(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:
 
 
 _NUMBERS = (int, float, complex)
+
+
+def is_count(value: object) -> bool:
+    """Is it an integer of at least 1, Python's or NumPy's?"""
+    return isinstance(value, numbers.Integral) and int(value) >= 1
 
 
 def plain(value: Any) -> float | None:

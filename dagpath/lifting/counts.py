@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from dagpath.flow.masses import Coefficient, MassFlow
+from dagpath.flow.powers import checked_power
 from dagpath.flow.values import Mass, broadcast
 from dagpath.lifting.lengths import LengthFlow
-from dagpath.lifting.norms import check_power
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -52,6 +53,10 @@ class CountFlow(MassFlow):
 
     def layer(self, values: Tensor) -> Tensor:
         return values * self._step
+
+    def total(self) -> Mass:
+        whole = super().total()
+        return whole if self._modulus is None else replace(whole, values=self.settled(whole.values)[0])
 
     def settled(self, values: Tensor) -> tuple[Tensor, int | None]:
         if self._modulus is None:
@@ -123,8 +128,7 @@ def path_length_profile(traced: TracedModel, p: float | None = None, progress: b
     """
     require_traced(traced)
     if p is not None:
-        check_power(p)
-        return dict(traced.masses(LengthFlow, exponent=p, progress=progress).shares())
+        return dict(traced.masses(LengthFlow, exponent=checked_power(p), progress=progress).shares())
     flow = traced.masses(CountFlow)
     flow.total()
     longest = _longest_chain(traced.fx, flow.layers)
@@ -160,7 +164,7 @@ def _exact_sums(traced: TracedModel, steps: Sequence[int], progress: bool) -> li
                 for prime, _ in zip(_primes_below(2**size), range(rounds), strict=False):
                     values = []
                     for step in steps:
-                        values.append(int(traced.masses(CountFlow, modulus=prime, step=step).total().values) % prime)
+                        values.append(int(traced.masses(CountFlow, modulus=prime, step=step).total().values))
                         bar.update()
                     residues = _interpolated(values, steps, prime)
                     inverse = pow(modulus, -1, prime)

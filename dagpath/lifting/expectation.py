@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ def expected_gram_diagonal(
     Raises:
         ValueError: a parameter has no moment, one that is unknown has, or moments are negative, not finite or of
             another shape.
+        TypeError: a moment is neither a number nor a tensor.
 
     Cost: one forward and one backward pass in float64 at batch 1.
 
@@ -84,10 +86,14 @@ def expected_gram_diagonal(
 def _checked(traced: TracedModel, second_moments: Mapping[str, float | Tensor], name: str) -> Tensor:
     if name not in second_moments:
         raise ValueError(f"second_moments has no entry for {name!r}")
-    moment = torch.as_tensor(second_moments[name], dtype=torch.float64)
+    given = second_moments[name]
+    if not isinstance(given, (Tensor, numbers.Real)):
+        raise TypeError(f"the moments of {name!r} must be a number or a Tensor, got {type(given).__name__}")
+    moment = torch.as_tensor(given, dtype=torch.float64)
     shape = traced.graph.shapes[name]
     if moment.ndim and moment.shape != shape:
         raise ValueError(f"the moments of {name!r} have shape {tuple(moment.shape)}, the parameter {tuple(shape)}")
-    if not bool(((moment >= 0) & moment.isfinite()).all()):
-        raise ValueError(f"the moments of {name!r} must be finite and not negative, got {float(moment.min())}")
+    bad = moment[~((moment >= 0) & moment.isfinite())]
+    if len(bad):
+        raise ValueError(f"the moments of {name!r} must be finite and not negative, got {float(bad[0])}")
     return moment.expand(shape)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from dagpath.flow.pairs import PairFlow
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Mass
+from dagpath.flow.values import NOTHING, Call, Mass, leaves
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
+from dagpath.unroll import describe
 
 
 @plain_computation()
@@ -33,7 +37,8 @@ def path_metric(traced_a: TracedModel, traced_b: TracedModel, p: float = 2, log:
         log: return the natural logarithm, which is finite where the distance itself leaves float64.
 
     Raises:
-        ValueError: another p, or the architectures differ.
+        ValueError: another p, or the architectures differ: operations, their numbers (a constant factor, a kernel
+            size), or shapes, those of the example inputs among them. The message names the first difference.
 
     Warns:
         UserWarning: p is 1 and the result is an upper bound.
@@ -53,13 +58,38 @@ def path_metric(traced_a: TracedModel, traced_b: TracedModel, p: float = 2, log:
     """
     for traced in (traced_a, traced_b):
         require_traced(traced)
-    calls = [[(node.op, str(node.target)) for node in traced.fx.graph.nodes] for traced in (traced_a, traced_b)]
-    if calls[0] != calls[1] or traced_a.graph.shapes != traced_b.graph.shapes:
-        raise ValueError("the two models have different architectures: their captured graphs or parameters differ")
+    _check_alike(traced_a, traced_b)
     if p not in (1, 2):
         raise ValueError(f"the path metric is known for p = 1 and p = 2, got {p!r}")
     logarithm = _euclidean(traced_a, traced_b) if p == 2 else _taxicab(traced_a, traced_b)
     return logarithm if log else float(torch.tensor(logarithm, dtype=torch.float64).exp())
+
+
+def _check_alike(a: TracedModel, b: TracedModel) -> None:
+    """Raise ValueError unless two models have the same parameters, and the same calls on tensors of the same shapes."""
+    differ = "the two models have different architectures: "
+    for name in a.graph.shapes | b.graph.shapes:
+        one, other = (t.graph.shapes.get(name) for t in (a, b))
+        if one != other:
+            texts = ("is absent" if shape is None else f"has shape {tuple(shape)}" for shape in (one, other))
+            raise ValueError(f"{differ}{name!r} {' in the first and '.join(texts)} in the second")
+    for first, second in itertools.zip_longest(a.fx.graph.nodes, b.fx.graph.nodes):
+        if first is None or second is None or _facts(first) != _facts(second):
+            texts = ("nothing" if node is None else f"{describe(node)} {_facts(node)[1:]}" for node in (first, second))
+            raise ValueError(f"{differ}{' in the first, '.join(texts)} in the second")
+
+
+def _facts(node: fx.Node) -> tuple[Any, ...]:
+    """What a call does: operation, operands and numbers, and the shapes of what it returns."""
+    arguments: dict[str, Any] = {"": (node.args, node.kwargs)}
+    if hasattr(node.target, "_schema"):
+        arguments = dict(Call(node.target, node.args, dict(node.kwargs), node).arguments)  # type: ignore[arg-type]
+        for name in ("momentum", "p") if "dropout" in str(node.target) else ("momentum",):  # eval mode has no use
+            arguments.pop(name, None)
+    found = pytree.tree_leaves(list(arguments.values()))
+    operands = tuple(str(leaf) for leaf in found if isinstance(leaf, (fx.Node, int, float, str)))
+    returned = leaves(node.meta.get("val"), Tensor)
+    return node.op, str(node.target), operands, tuple(tuple(leaf.shape) for leaf in returned)
 
 
 def _euclidean(a: TracedModel, b: TracedModel) -> float:
@@ -100,10 +130,10 @@ def _same_constants(a: TracedModel, b: TracedModel) -> bool:
 
 
 def _log_sum(masses: Sequence[Mass], signs: Sequence[float]) -> float:
-    """``log Σ sign · mass``; a sum below zero by rounding counts as zero."""
+    """``log Σ sign · mass``; a sum below zero by rounding counts as zero, and NaN stays NaN."""
     top = max(mass.magnitude for mass in masses)
     if top == NOTHING:
         return -math.inf
     terms = [sign * float(mass.values) * 2.0 ** (mass.exponent - top) for mass, sign in zip(masses, signs, strict=True)]
     total = math.fsum(terms)
-    return math.log(total) + top * math.log(2) if total > 0 else -math.inf
+    return math.log(total) + top * math.log(2) if not total <= 0 else -math.inf

@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.powers import PowerFlow
+from dagpath.flow.powers import PowerFlow, checked_power
 from dagpath.flow.values import Mass, ldexp_
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
-
-
-def check_power(p: Any) -> None:
-    """Raise ValueError for a p that makes no norm."""
-    if not (isinstance(p, (int, float)) and 1 <= p < math.inf):
-        raise ValueError(f"p must be a finite number of at least 1, got {p!r}")
 
 
 @plain_computation()
@@ -65,7 +59,7 @@ def path_norm(
         tensor([[18.]], dtype=torch.float64)
     """
     require_traced(traced)
-    check_power(p)
+    p = checked_power(p)
     flow = traced.masses(PowerFlow, exponent=p, dtype=dtype)
     total = flow.total()
     if not per_output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor
+from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from dagpath.flow.pairs import PairFlow
-from dagpath.flow.values import ldexp_
+from dagpath.flow.values import is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel, require_traced
+from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
 _MOST_DENSE = 20_000
 _COLUMNS = 64
+_NO_COMPLEX = "the path Gram matrix is real, got a complex vector: multiply its real and its imaginary part"
 
 
 class GramOperator(LinearOperator):  # type: ignore[misc]
@@ -54,6 +56,8 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             return super().dot(x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise ValueError(f"expected a vector or matrix of {self.shape[0]} rows, got shape {tuple(x.shape)}")
+        if x.is_complex():
+            raise TypeError(_NO_COMPLEX)
         product = self._products(x.detach().to(self._device, torch.float64).reshape(len(x), -1))
         return product.to(x.device).reshape(x.shape)
 
@@ -65,6 +69,8 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return self._matmat(x.reshape(-1, 1)).reshape(x.shape)
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(x):
+            raise TypeError(_NO_COMPLEX)
         columns = torch.from_numpy(np.array(x, dtype=np.float64)).to(self._device)
         return self._products(columns).cpu().numpy()
 
@@ -74,14 +80,16 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     @plain_computation()
     def _products(self, columns: Tensor, progress: bool = False) -> Tensor:
         """``Σ_p ∂Φ_p(θ) · DΦ_p(θ)[v]`` for each column v: a mixed second derivative of ``Σ_p Φ_p(a) Φ_p(b)``."""
-        named = [(name, p) for name, p in self._traced.model.named_parameters() if p.is_floating_point()]
-        first, second = ([p.detach().to(self._dtype, copy=True).requires_grad_() for _, p in named] for _ in range(2))
-        names = [name for name, _ in named]
+        whole = {name: p.detach() for name, p in self._traced.model.named_parameters()}
+        sizes = [p.numel() for p in whole.values()]
+        known = [index for index, p in enumerate(whole.values()) if p.is_floating_point()]
+        names = [list(whole)[index] for index in known]
+        first, second = ([whole[name].to(self._dtype, copy=True).requires_grad_() for name in names] for _ in range(2))
         flow = self._traced.masses(
             PairFlow,
-            others=dict(zip(names, second, strict=True)),
+            others=whole | dict(zip(names, second, strict=True)),
             dtype=self._dtype,
-            parameters=dict(zip(names, first, strict=True)),
+            parameters=whole | dict(zip(names, first, strict=True)),
         )
         total = flow.total()
         result = torch.zeros_like(columns)
@@ -91,12 +99,13 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
         chunks = list(_chunks(columns.shape[1]))
         for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
-            parts = torch.split(columns[:, chunk].t().to(self._dtype), [p.numel() for p in first], dim=1)
-            seeds = [part.reshape(-1, *p.shape) for part, p in zip(parts, first, strict=True)]
+            parts = torch.split(columns[:, chunk].t().to(self._dtype), sizes, dim=1)
+            seeds = [parts[index].reshape(-1, *p.shape) for index, p in zip(known, first, strict=True)]
             outer = self._outer([inner[i] for i in live], first, [seeds[i] for i in live])
-            for rows, part in zip(torch.split(result[:, chunk], [p.numel() for p in first]), outer, strict=True):
+            rows = torch.split(result[:, chunk], sizes)
+            for index, part in zip(known, outer, strict=True):
                 if part is not None:
-                    rows.copy_(part.reshape(rows.shape[1], rows.shape[0]).t())
+                    rows[index].copy_(part.reshape(-1, sizes[index]).t())
         return ldexp_(result, total.exponent)
 
     @staticmethod
@@ -111,7 +120,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     def diagonal(self) -> Tensor:
         """The diagonal of G, float64 [num_parameters].
 
-        One forward and one backward pass; where a parameter is used by several calls, one product for every 64 of its
+        One forward and one backward pass; where a parameter is used more than once, one product for every 64 of its
         elements more, since one path may meet it twice.
         """
         values = gram_diagonal(self._traced)
@@ -134,9 +143,21 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return torch.cat(found)
 
     def _used_repeatedly(self) -> set[str]:
+        """Parameters that reach activations more than once, directly or in what is computed of parameters alone."""
         graph = self._traced.captured.eval
-        placeholders = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
-        return {name for key, name in graph.parameters.items() if len(placeholders[key].users) > 1}
+        nodes = list(graph.module.graph.nodes)
+        constant: set[fx.Node] = set()
+        for node in nodes:
+            given = node.name in graph.parameters or node.name in graph.tensors
+            if given if node.op == "placeholder" else all(operand in constant for operand in node.all_input_nodes):
+                constant.add(node)
+        uses: dict[fx.Node, int] = {}
+        for node in (node for node in reversed(nodes) if node in constant):
+            each = [_occurrences(node, user) * uses.get(user, 1) for user in node.users]
+            is_split = all(user.target is operator.getitem for user in node.users)
+            uses[node] = max(each, default=0) if is_split else sum(each)
+        placeholders = {node.name: node for node in nodes if node.op == "placeholder"}
+        return {name for key, name in graph.parameters.items() if uses[placeholders[key]] > 1}
 
     def trace(self) -> float:
         """The sum of the diagonal: the sum of all eigenvalues."""
@@ -171,15 +192,17 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             **options: passed on to ``eigsh``.
 
         Raises:
-            ValueError: k is below 1 or not below the number of parameters, or the dense matrix would be too large.
+            ValueError: k is no integer, below 1 or not below the number of parameters, the dense matrix would be too
+                large, or a parameter is not finite.
         """
+        require_finite(self._traced.model)
         if k is None:
             dense: np.ndarray = torch.linalg.eigvalsh(self.to_dense()).cpu().numpy()
             return dense
-        if not 1 <= k < self.shape[0]:
-            raise ValueError(f"k must be at least 1 and below the {self.shape[0]} parameters, got {k}")
+        if not is_count(k) or k >= self.shape[0]:
+            raise ValueError(f"k must be an integer of at least 1 and below the {self.shape[0]} parameters, got {k!r}")
         start = np.random.default_rng(0).standard_normal(self.shape[0])
-        found: np.ndarray = eigsh(self, k, which=which, return_eigenvectors=False, **{"v0": start, **options})
+        found: np.ndarray = eigsh(self, int(k), which=which, return_eigenvectors=False, **{"v0": start, **options})
         return np.sort(found)
 
     def condition_number(self) -> float:
@@ -188,9 +211,21 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         G is singular along every rescaling and in every dead parameter. Eigenvalues below ``p · eps`` of the largest
         count as zero. NaN if all are zero.
         """
-        values = self.eigvalsh()
-        live = values[values > values[-1] * len(values) * np.finfo(np.float64).eps] if len(values) else values
+        live = live_eigenvalues(self.eigvalsh())
         return float(live[-1] / live[0]) if len(live) else math.nan
+
+
+def live_eigenvalues(values: np.ndarray) -> np.ndarray:
+    """Those above ``len(values) · eps`` of the largest: the others are zero but for rounding."""
+    live: np.ndarray = values[values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps]
+    return live
+
+
+def _occurrences(operand: fx.Node, call: fx.Node) -> int:
+    """How often a call has this operand."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((call.args, call.kwargs), found.append)
+    return found.count(operand)
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -224,4 +259,5 @@ def gram(traced: TracedModel, dtype: torch.dtype = torch.float64) -> GramOperato
         10
     """
     require_traced(traced)
+    require_dtype(dtype)
     return GramOperator(traced, dtype)

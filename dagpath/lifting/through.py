@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dagpath.flow.powers import PowerFlow
+from dagpath.flow.powers import PowerFlow, checked_power
 from dagpath.flow.values import Mass, leaves
-from dagpath.lifting.norms import check_power
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -97,10 +96,9 @@ def path_mass(traced: TracedModel, p: float = 2) -> Tensor:
         tensor([0.2000, 0.8000, 1.0000], dtype=torch.float64)
     """
     require_traced(traced)
-    check_power(p)
     graph = traced.graph
     options = {"places": graph.places, "fed": graph.fed, "num_neurons": graph.num_neurons}
-    flow = traced.masses(NeuronMassFlow, exponent=p, **options)
+    flow = traced.masses(NeuronMassFlow, exponent=checked_power(p), **options)
     total = flow.total()
     if total.values.requires_grad and not total.zero:
         torch.autograd.backward(total.values)

@@ -17,7 +17,7 @@ from dagpath.trace import TracedModel, require_traced
 _NEVER = torch.iinfo(torch.int32).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BasisPaths:
     """Basis paths of a network, one for each class of parameter elements.
 
@@ -46,6 +46,9 @@ class BasisPaths:
     leaving: Tensor
     log_values: Tensor
     signs: Tensor
+
+    def __repr__(self) -> str:
+        return f"BasisPaths({self.num_paths:,} paths of {len(self.class_of):,} parameters)"
 
     @property
     def num_paths(self) -> int:
@@ -215,8 +218,8 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
         traced: the traced model.
 
     Cost: one forward and one backward pass, and a few over the parameters, with 60 bytes per element; seconds for a
-    ResNet-50. Source: Meng et al., ICLR 2019,
-    for chains of layers of one width; here for the scale groups of any network.
+    ResNet-50. Source: Meng et al., ICLR 2019, for chains of layers of one width; here for the scale groups of any
+    network.
 
     Example:
         >>> import torch, dagpath
@@ -243,16 +246,22 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
         entry[name][index] = torch.where(on_path, entered, known)
         leave[name][index] = torch.where(on_path, torch.maximum(leave[name][index], left), leave[name][index])
     ends = traced.graph.ends
+    none = torch.zeros(0, dtype=torch.int32)
     dst, src = (
         torch.cat(
-            [getattr(ends[name], end).to(torch.int32).expand(p.shape).reshape(-1) for name, p in parameters.items()]
+            [
+                none,
+                *(
+                    getattr(ends[name], end).to(torch.int32).expand(p.shape).reshape(-1)
+                    for name, p in parameters.items()
+                ),
+            ]
         )
         for end in ("dst", "src")
     )
-    values = torch.cat([parameter.detach().cpu().reshape(-1) for parameter in parameters.values()])
-    return choose_basis(
-        dst, src, torch.cat(list(entry.values())), torch.cat(list(leave.values())), values, traced.graph.num_groups
-    )
+    entered, left = (torch.cat([none, *times.values()]) for times in (entry, leave))
+    values = torch.cat([torch.zeros(0), *(parameter.detach().cpu().reshape(-1) for parameter in parameters.values())])
+    return choose_basis(dst, src, entered, left, values, traced.graph.num_groups)
 
 
 def _times(structure: Structure) -> Tensor:

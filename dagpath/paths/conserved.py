@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel, require_traced
+from dagpath.trace import TracedModel, require_traced, require_values
 
 
 @plain_computation()
@@ -35,6 +35,7 @@ def conserved_quantities(traced: TracedModel) -> Tensor:
         [6.0, 6.0]
     """
     require_traced(traced)
+    require_values(traced.model)
     found = torch.zeros(traced.graph.num_groups + 1, dtype=torch.float64)
     for name, parameter in traced.model.named_parameters():
         squares = parameter.detach().to("cpu", torch.float64).square()

@@ -17,7 +17,7 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
     Dimension 0 is the batch if the graph takes one example and returns one; other graphs take their inputs as a whole.
 
     Raises:
-        ValueError: an input is missing, or has another shape than the traced one.
+        ValueError: an input is missing, has another shape or kind of type than the traced one, or no example.
     """
     given = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
@@ -36,6 +36,12 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
             raise ValueError(f"input {name!r} must be a Tensor of shape {_text(shape, batched)}, got {value!r}")
         if value.ndim != len(shape) or value.shape[int(batched) :] != shape[int(batched) :]:
             raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {_text(shape, batched)}")
+        if _kind(value) != _kind(expected[name]):
+            raise ValueError(
+                f"input {name!r} has dtype {value.dtype}, the model was traced with {expected[name].dtype}"
+            )
+        if batched and value.shape[:1] == (0,):
+            raise ValueError(f"input {name!r} has shape {list(value.shape)}: there must be at least one example")
         if batched and value.ndim:
             size = value.shape[0] if size is None else size
             if value.shape[0] != size:
@@ -49,6 +55,13 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
         return value[index : index + 1] if isinstance(value, Tensor) and value.ndim else value
 
     return [{name: example(value, index) for name, value in inputs.items()} for index in range(size)]
+
+
+def _kind(tensor: Tensor) -> str:
+    """Tensors of one kind are computed in one type."""
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "integer"
 
 
 def _is_one_example(graph: CapturedGraph, shapes: list[Any]) -> bool:

@@ -25,7 +25,7 @@ from dagpath.unroll import UnrolledGraph, describe
 
 @dataclass(frozen=True)
 class Path:
-    """A path from an input, or the constant 1, to an output.
+    """A path from an input, or the constant 1, to an output: one scalar activation after the other.
 
     Attributes:
         value: Φ, the product of the weights on it.
@@ -66,7 +66,7 @@ class PathLifting:
 
     Raises:
         TypeError: ``traced`` is not a traced model.
-        ValueError: there are more paths than the limit; the message has the exact number.
+        ValueError: there are more paths than the limit (the message has the exact number), or a parameter is complex.
 
     Cost: unrolling, and memory for paths times their length. Source: Gonon et al., ICLR 2024, definitions of the
     path-lifting and the path-activations.
@@ -94,6 +94,9 @@ class PathLifting:
 
     def __init__(self, traced: TracedModel, limit: int = 100_000) -> None:
         require_traced(traced)
+        for name, parameter in traced.model.named_parameters():
+            if parameter.is_complex():
+                raise ValueError(f"the parameter {name!r} is {parameter.dtype}: values of paths are real")
         count = path_count(traced)
         if count > limit:
             raise ValueError(
@@ -187,7 +190,8 @@ class PathLifting:
             kwargs: its keyword arguments.
 
         Raises:
-            ValueError: an input has another shape than the traced one; the message says which.
+            ValueError: an input has another shape than the traced one, or another kind of type (integers for real
+                numbers), or no example; the message says which.
             TypeError: ``x`` is neither a tensor nor a tuple.
             UnsupportedOpError: an operation cuts paths; the message says which and where.
         """

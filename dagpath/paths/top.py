@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dagpath.flow.structure import CONSTANT, Structure
+from dagpath.flow.values import is_count
 from dagpath.lifting import path_norm
 from dagpath.paths.alive import alive_elements, masses_with
 from dagpath.paths.search import Search, Step
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel, require_traced
+from dagpath.trace import TracedModel, require_finite, require_traced
 
 _MARK = 50
 """Elements of a path that is looked for have the value 2**_MARK, all others zero: a path through fewer of them is far
@@ -37,8 +38,8 @@ class Element:
 
 
 @dataclass(frozen=True)
-class Path:
-    """A path of the network and its value.
+class ChannelPath:
+    """A path through channels: all copies of a path at different positions of the feature maps.
 
     Attributes:
         neurons: names of the neurons that it crosses, as ``module.channel``, from its source (the name of an input,
@@ -62,7 +63,7 @@ class Path:
 
 
 @plain_computation()
-def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Path]:
+def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[ChannelPath]:
     """The k heaviest paths of a network, those of the largest ``|Φ|``, at the parameters' current values.
 
     A path is a sequence of neurons with a parameter element before each. Two elements of one kernel make two paths.
@@ -84,7 +85,7 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Path]:
         The paths, heaviest first. Fewer than k where the network has fewer of a value above zero.
 
     Raises:
-        ValueError: k is below 1.
+        ValueError: k is no integer or below 1, or a parameter is not finite.
         UnsupportedOpError: a weight is made of parameters in a way that no edges have.
 
     Cost: one pass over all parameters (the heaviest path to each neuron, vectorized per layer), a search whose steps
@@ -105,8 +106,9 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Path]:
         input → 0.0 → 2.0: 4, share 1.40e-01
     """
     require_traced(traced)
-    if not isinstance(k, int) or k < 1:
+    if not is_count(k):
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+    require_finite(traced.model)
     structure = traced.graph.structure()
     layers = traced.graph.layers(structure)
     log_norm = path_norm(traced, 2, log=True)
@@ -116,7 +118,7 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Path]:
         layer = layers[bisect.bisect_right(starts, node) - 1]
         return layer.name(node - layer.start)
 
-    def described(steps: list[Step]) -> Path:
+    def described(steps: list[Step]) -> ChannelPath:
         through = [step for step in steps if step.parameter]
         shapes = (traced.graph.shapes[step.parameter] for step in through)
         places = (np.unravel_index(step.element, tuple(shape)) for step, shape in zip(through, shapes, strict=True))
@@ -127,10 +129,10 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Path]:
         log_value = sum(step.log_value for step in steps)
         neurons = (name(steps[0].src), *(name(step.dst) for step in through))
         value, share = _exp(log_value), _exp(2 * (log_value - log_norm))
-        return Path(neurons, tuple(elements), name(steps[-1].dst), value, log_value, share)
+        return ChannelPath(neurons, tuple(elements), name(steps[-1].dst), value, log_value, share)
 
-    paths = itertools.islice(_that_fit(traced, structure), k)
-    return [described(steps) for steps in tqdm(paths, "paths", k, disable=not progress, delay=1, leave=False)]
+    paths = itertools.islice(_that_fit(traced, structure), int(k))
+    return [described(steps) for steps in tqdm(paths, "paths", int(k), disable=not progress, delay=1, leave=False)]
 
 
 def _exp(log: float) -> float:
