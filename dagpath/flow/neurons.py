@@ -220,10 +220,11 @@ class NeuronFlow(fx.Interpreter):
             self.kept[self.node] = int(may_be_free[1])
             return results[self.kept[self.node]]
         first, second = broadcast(*(compact(result) for result in results))
-        numbers = self._new_numbers(first.numel(), None).view(first.shape)
-        result = torch.where((first == ZERO) | (second == ZERO), ZERO, numbers)
-        self._products.append(Product(self.node, factors, (first, second), result))
-        return result.expand(torch.broadcast_shapes(*(result.shape for result in results)))  # type: ignore[no-untyped-call]
+        pairs, inverse = torch.unique((first + 1) * (self.num_numbers + 2) + second + 1, return_inverse=True)
+        firsts, seconds = pairs // (self.num_numbers + 2) - 1, pairs % (self.num_numbers + 2) - 1
+        numbers = torch.where((firsts == ZERO) | (seconds == ZERO), ZERO, self._new_numbers(len(pairs), None))
+        self._products.append(Product(self.node, factors, (firsts, seconds), numbers))
+        return numbers[inverse].expand(torch.broadcast_shapes(*(result.shape for result in results)))  # type: ignore[no-untyped-call]
 
     def _keep(self, product: Product, index: int) -> None:
         self.node = product.node
