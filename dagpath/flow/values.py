@@ -206,6 +206,21 @@ def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.broadcast_tensors(*tensors))  # type: ignore[no-untyped-call]
 
 
+def expanded(tensor: Tensor) -> Tensor:
+    """``tensor`` with the dimensions along which it is constant made so by their stride, 0: later operations on it are
+    then as cheap as on what it repeats.
+    """
+    shape = tensor.shape
+    for dim, size in enumerate(shape):
+        if (
+            size > 1
+            and tensor.stride(dim)
+            and torch.equal(tensor.narrow(dim, 1, size - 1), tensor.narrow(dim, 0, size - 1))
+        ):
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.expand(shape)
+
+
 def compact(tensor: Tensor, dims: Iterable[int] | None = None) -> Tensor:
     """``tensor`` with its expanded (stride 0) dimensions narrowed to size 1, among ``dims`` or everywhere."""
     for dim in range(tensor.ndim) if dims is None else dims:

@@ -14,7 +14,7 @@ from dagpath.flow.edge_values import EdgeWeights, Nodes
 from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, is_scaleless, mapped, plain
+from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, expanded, is_scaleless, mapped, plain
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -40,7 +40,7 @@ class Movement(Operation):
         if call.leaves(Weight) and not call.leaves(Tensor):
             moved = move(call, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
             return mapped(moved, Tensor, lambda elements: Weight(elements.shape, elements=elements))
-        return move(call, flow.activation)
+        return mapped(move(call, flow.activation), Tensor, expanded)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return flow.linear(call)
