@@ -1,5 +1,6 @@
 """dagpath: the neuron graph of any PyTorch ReLU network, its path quantities, and the rescaling that balances it."""
 
+from dagpath import optim
 from dagpath.balance import balance, random_rescaling
 from dagpath.criteria import EquiNorm, PathConditioning, RangeEqualization
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
@@ -48,6 +49,7 @@ __all__ = [
     "expected_gram_diagonal",
     "gram",
     "gram_diagonal",
+    "optim",
     "path_count",
     "path_length_profile",
     "path_mass",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,23 +13,82 @@ from torch import Tensor
 from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
 from dagpath.rescaling import Rescaling
-from dagpath.solver import round_to_powers_of_two, solve
+from dagpath.solver import SOLVERS, round_to_powers_of_two, solve
 from dagpath.solver.checks import check_bound, check_limits
 from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 
-@plain_computation()
+@dataclass(frozen=True)
+class BalanceOptions:
+    """The options of :func:`balance`, which says what they mean; bad ones are refused at once."""
+
+    criterion: str | Criterion = "pathcond"
+    solver: str = "newton"
+    tol: float = 1e-9
+    max_iter: int | None = None
+    power_of_two: bool = False
+    bound: float = DEFAULT_BOUND
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        criterion_of(self.criterion)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"unknown solver {self.solver!r}; known are {', '.join(map(repr, SOLVERS))}")
+        check_limits(self.tol, self.max_iter)
+        check_bound(self.bound)
+
+    @plain_computation()
+    def minimize(self, traced: TracedModel) -> Rescaling:
+        """What :func:`balance` returns, without its warning."""
+        require_traced(traced)
+        start = time.perf_counter()
+        check_values(traced)
+        where = torch.device(self.device) if self.device is not None else _device_of(traced)
+        problem = criterion_of(self.criterion).problem(traced, self.bound, where)
+        posed = time.perf_counter()
+        solution = solve(problem, self.solver, self.tol, self.max_iter)
+        z, after = solution.z, solution.objective[1]
+        if self.power_of_two:
+            rounded, after = round_to_powers_of_two(problem, z)
+            z = torch.from_numpy(rounded)
+        end = time.perf_counter()
+        return Rescaling(
+            traced,
+            z,
+            self.power_of_two,
+            (solution.objective[0], after),
+            solution.optimality,
+            problem.measure,
+            problem.live,
+            solution.iterations,
+            solution.products,
+            solution.converged,
+            end - start,
+            {"masses": posed - start, "solve": end - posed},
+            problem.bound,
+            after - solution.objective[1] if self.power_of_two else 0.0,
+        )
+
+    def shortfall(self, rescaling: Rescaling) -> str:
+        """Where the solver stopped, if that was short of the tolerance."""
+        return (
+            f"the {self.solver} solver stopped after {rescaling.iterations} iterations at an optimality of "
+            f"{rescaling.optimality:.1e} ({rescaling.measure}), above the tolerance of {self.tol:.1e}; the rescaling "
+            "is valid but not optimal"
+        )
+
+
 def balance(
     traced: TracedModel,
-    criterion: str | Criterion = "pathcond",
-    solver: str = "newton",
-    tol: float = 1e-9,
-    max_iter: int | None = None,
-    power_of_two: bool = False,
-    bound: float = DEFAULT_BOUND,
-    device: torch.device | str | None = None,
+    criterion: str | Criterion = BalanceOptions.criterion,
+    solver: str = BalanceOptions.solver,
+    tol: float = BalanceOptions.tol,
+    max_iter: int | None = BalanceOptions.max_iter,
+    power_of_two: bool = BalanceOptions.power_of_two,
+    bound: float = BalanceOptions.bound,
+    device: torch.device | str | None = BalanceOptions.device,
 ) -> Rescaling:
     """Find the rescaling of every free neuron that minimizes a criterion. The model is not touched.
 
@@ -39,7 +99,7 @@ def balance(
         traced: the traced model.
         criterion: ``"pathcond"``, ``"equinorm"``, ``"range"``, an object such as :class:`PathConditioning`, or one of
             your own (:class:`dagpath.criteria.Criterion`).
-        solver: ``"newton"``, or ``"coordinate"`` for the published algorithm, which is for path conditioning only.
+        solver: ``"newton"``, or ``"coordinate"`` for the published algorithms of path conditioning and of equal norms.
         tol: stop when the optimality is at most this: ``‖∇F‖∞ / p`` for path conditioning, with p live parameters; the
             largest ``|incoming − outgoing| / sum`` for equal norms; the largest ``|log max_in − log max_out|`` for
             equal ranges; ``‖∇F‖∞`` in units of its ``scale`` for a criterion of your own. All count only what the
@@ -74,44 +134,11 @@ def balance(
         >>> rescaling.converged, rescaling.objective[1] < rescaling.objective[0]
         (True, True)
     """
-    require_traced(traced)
-    start = time.perf_counter()
-    check_limits(tol, max_iter)
-    check_bound(bound)
-    chosen = criterion_of(criterion)
-    check_values(traced)
-    where = torch.device(device) if device is not None else _device_of(traced)
-    problem = chosen.problem(traced, bound, where)
-    posed = time.perf_counter()
-    solution = solve(problem, solver, tol, max_iter)
-    if not solution.converged:
-        warnings.warn(
-            f"the {solver} solver stopped after {solution.iterations} iterations at an optimality of "
-            f"{solution.optimality:.1e} ({problem.measure}), above the tolerance of {tol:.1e}; the rescaling is valid "
-            "but not optimal",
-            stacklevel=3,  # the caller's line, beyond the context manager
-        )
-    z, after = solution.z, solution.objective[1]
-    if power_of_two:
-        rounded, after = round_to_powers_of_two(problem, z)
-        z = torch.from_numpy(rounded)
-    end = time.perf_counter()
-    return Rescaling(
-        traced,
-        z,
-        power_of_two,
-        (solution.objective[0], after),
-        solution.optimality,
-        problem.measure,
-        problem.live,
-        solution.iterations,
-        solution.products,
-        solution.converged,
-        end - start,
-        {"masses": posed - start, "solve": end - posed},
-        problem.bound,
-        after - solution.objective[1] if power_of_two else 0.0,
-    )
+    options = BalanceOptions(criterion, solver, tol, max_iter, power_of_two, bound, device)
+    rescaling = options.minimize(traced)
+    if not rescaling.converged:
+        warnings.warn(options.shortfall(rescaling), stacklevel=2)
+    return rescaling
 
 
 @plain_computation()

@@ -141,14 +141,12 @@ class EquiNorm:
 
     p: float = 2.0
 
-    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem:
-        """The criterion at the parameters' current values, as numbers.
-
-        Raises:
-            ValueError: p is below 1 or not finite.
-        """
+    def __post_init__(self) -> None:
         if not 1 <= self.p < math.inf:
             raise ValueError(f"p must be at least 1 and finite, got {self.p}")
+
+    def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem:
+        """The criterion at the parameters' current values, as numbers."""
         largest, masses = _magnitudes(traced, device)
         summed = MassAggregator(traced.graph.num_groups, device)
         for values, dst, src in masses:
@@ -219,9 +217,16 @@ def _reached(num_groups: int, links: list[tuple[Tensor, Tensor, Tensor]]) -> Ten
     while count < int(reached.sum()):
         count = int(reached.sum())
         for live, to, start in links:
-            hit = live & reached[start]
-            reached[to.expand(hit.shape)[hit]] = True
+            if not bool(reached[to].all()):
+                reached[_per_entry(to, live & reached[start])] = True
     return reached
+
+
+def _per_entry(to: Tensor, hit: Tensor) -> Tensor:
+    """The entries of ``to``, which broadcasts to the shape of ``hit``, that meet a hit."""
+    to = to.reshape((1,) * (hit.ndim - to.ndim) + to.shape)
+    repeated = [dim for dim in range(hit.ndim) if to.shape[dim] == 1]
+    return to[hit.any(repeated, keepdim=True) if repeated else hit]
 
 
 _BY_NAME: dict[str, type[Criterion]] = {

@@ -79,6 +79,7 @@ class NeuronGraph:
             shape, for the parameters that lead into neurons without a place.
         kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
+        movable: names of parameters with an element that enters or leaves a free group.
     """
 
     def __init__(self, flow: NeuronFlow, structure: Callable[[NeuronGraph], Structure]) -> None:
@@ -96,6 +97,7 @@ class NeuronGraph:
         group_of = torch.from_numpy(links.groups())
         self.num_groups = int(group_of.max())
         self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
+        self.movable = {name for name, end in self.ends.items() if bool(end.dst.any()) or bool(end.src.any())}
 
         self.sites = [site_of(node) for node, _ in flow.makers if node is not None]
         index = itertools.count()

@@ -16,7 +16,8 @@ from dagpath.balance import balance
 from dagpath.capture import run, with_batch
 from dagpath.criteria import Criterion
 from dagpath.errors import VerificationError
-from dagpath.rescaling import Rescaling, transaction
+from dagpath.multiply import transaction
+from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -80,7 +81,7 @@ def rescale_(
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []
     balanced = time.perf_counter()
-    with transaction(dict(model.named_parameters())):
+    with transaction(model.parameters()):
         before = [run(model, inputs, training) for training, inputs in checks]
         applying = time.perf_counter()
         rescaling.apply_()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dagpath.errors import BalanceError
-from dagpath.flow.neurons import Ends
+from dagpath.multiply import Moving, multiply_
+from dagpath.optimizer_state import moving_state
 from dagpath.report import table
 from dagpath.state import unwrap
 from dagpath.trace import TracedModel
@@ -31,9 +32,6 @@ _FOUND = (
     "rounding_loss",
 )
 """What is saved beside the factors."""
-_SMALLER = "rescale by less (a smaller bound of balance or rescale_, a smaller sigma of random_rescaling)"
-_CHUNK = 1 << 18
-"""Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,36 +155,114 @@ class Rescaling:
         found = json.loads(metadata["dagpath.rescaling"])
         return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])})
 
-    @torch.no_grad()
-    def apply_(self, model: nn.Module | None = None) -> nn.Module:
+    def apply_(self, model: nn.Module | None = None, optimizers: Iterable[Optimizer] = ()) -> nn.Module:
         """Multiply the parameters in place. All or nothing: if it fails, every parameter is bitwise what it was.
 
         Data types, devices, storages and ``requires_grad`` stay. Parameters with ``requires_grad=False`` are rescaled
         too: the function would change otherwise. Gradients in ``.grad`` and an optimizer's state still belong to the
-        old parameters. The outputs are not compared here; :func:`rescale_` does that.
+        old parameters, unless the optimizer is given or :meth:`apply_to_optimizer_` follows. The outputs are not
+        compared here; :func:`rescale_` does that.
 
         Args:
             model: a model with the same parameters as the traced one, for instance a copy; None for the traced one.
+            optimizers: optimizers of the model whose state is carried along, as :meth:`apply_to_optimizer_` does; all
+                or nothing for parameters and state together.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: the model's parameters have other names or shapes.
-            BalanceError: a product leaves the range of the parameter's type, or, where all factors are powers of two,
+            ValueError: the model's parameters have other names or shapes, or an optimizer has state that is not known.
+            BalanceError: a product leaves the range of its type, or, of parameters where all factors are powers of two,
                 is not exact in it (a subnormal number).
 
-        Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile.
+        Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile. The same for each buffer
+        of an optimizer.
         """
-        model = self.traced.model if model is None else model
-        parameters = dict(unwrap(model).named_parameters())
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        _check_same(shapes, self.traced.graph.shapes)
-        scales = self._scales()
-        with transaction(parameters):
-            for name, parameter in parameters.items():
-                _multiply_(name, parameter, self.traced.graph.ends[name], scales, self.power_of_two)
-        return model
+        parameters = self._parameters(model)
+        moving = [Moving(name, name, parameter, 1, self.power_of_two) for name, parameter in parameters.items()]
+        for optimizer in optimizers:
+            moving += moving_state(optimizer, self._movable(parameters))
+        self._multiply_(moving)
+        return self.traced.model if model is None else model
+
+    def apply_to_optimizer_(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
+        r"""Carry the state of an optimizer along, after :meth:`apply_` has multiplied the parameters. All or nothing.
+
+        Where a parameter θ is multiplied by μ, its gradient g is divided by μ. Afterwards the state is the one that the
+        optimizer would have, had it been given the gradients g / μ of the rescaled model all along:
+
+        ============================  ================================================  ================================
+        optimizer                     buffer                                            is multiplied by
+        ============================  ================================================  ================================
+        SGD, Muon                     momentum_buffer                                   1/μ
+        Adam, AdamW                   exp_avg                                           1/μ
+        \                             exp_avg_sq, max_exp_avg_sq                        1/μ²
+        NAdam, RAdam                  exp_avg                                           1/μ
+        \                             exp_avg_sq                                        1/μ²
+        Adamax                        exp_avg, exp_inf (a largest \|g\|)                1/μ
+        RMSprop                       square_avg                                        1/μ²
+        \                             grad_avg                                          1/μ
+        \                             momentum_buffer (of g / sqrt(square_avg))         1
+        Adagrad                       sum (the initial value is one more square)        1/μ²
+        Adadelta                      square_avg                                        1/μ²
+        \                             acc_delta (of g · sqrt(acc_delta / square_avg))   1
+        Rprop                         prev (the last gradient)                          1/μ
+        \                             step_size (depends on signs only)                 1
+        ASGD                          ax (an average of parameters)                     μ
+        all                           .grad, where it is not None                       1/μ
+        all                           step counters                                     1
+        ============================  ================================================  ================================
+
+        Subclasses count as the optimizer that they extend; :func:`dagpath.optim.register_state` adds others. The
+        gradient of an L2 penalty (``weight_decay`` of SGD) that a buffer remembers is a past gradient like any other.
+        Where a step adds ``eps`` to what is divided by (Adamax, RMSprop, Adadelta), buffers that do so are exact as far
+        as ``eps`` is negligible. Gradients are carried along too, for one may be accumulating. What the optimizer keeps
+        for parameters that are not the model's, or that no rescaling reaches, is left alone, and so are learning rates.
+
+        Args:
+            optimizer: one that holds parameters of the model; empty state, before the first step, is fine.
+            model: the model that :meth:`apply_` was given; None for the traced one.
+
+        Raises:
+            TypeError: it is no ``torch.optim.Optimizer``.
+            ValueError: an optimizer or a buffer that is not known (L-BFGS and Adafactor, whose state is not one number
+                for each element, are not), or a buffer that has another shape than its parameter; the message names
+                them. Nothing is changed.
+            BalanceError: a product leaves the range of the buffer's type. Nothing is changed.
+
+        Cost: reads and writes each buffer once; a copy of them is held meanwhile.
+
+        Source: the chain rule; Stock, Graham, Gribonval, Jégou 2019 divide the momentum of SGD in their code.
+
+        Example:
+            >>> import torch, dagpath
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            >>> net(torch.randn(5, 4)).square().sum().backward()
+            >>> optimizer.step()
+            >>> momentum = optimizer.state[net[2].weight]["momentum_buffer"]
+            >>> before = momentum.clone()
+            >>> rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)))
+            >>> _ = rescaling.apply_()
+            >>> rescaling.apply_to_optimizer_(optimizer)
+            >>> torch.allclose(momentum, before / rescaling.multipliers()["2.weight"].float())
+            True
+        """
+        self._multiply_(moving_state(optimizer, self._movable(self._parameters(model))))
+
+    def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
+        model = self.traced.model if model is None else unwrap(model)
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
+        return parameters
+
+    def _movable(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        movable = self.traced.graph.movable
+        return {name: parameter for name, parameter in parameters.items() if name in movable}
+
+    def _multiply_(self, moving: Iterable[Moving]) -> None:
+        multiply_(moving, self.traced.graph.ends, self._scales())
 
     def summary(self, layers: bool = False) -> str:
         """What was found, as a table.
@@ -258,22 +334,6 @@ class Rescaling:
         return torch.cat([scales.new_ones(1), scales]).cpu()
 
 
-class transaction:  # noqa: N801 (a context manager, used like a function)
-    """Keep copies of parameters; put them back, bitwise, if the block raises or is interrupted."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            with torch.no_grad():
-                for parameter, saved in self._saved:
-                    parameter.copy_(saved)
-
-
 def _figure(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.6g}"
 
@@ -290,39 +350,3 @@ def _check_same(shapes: Mapping[str, torch.Size], traced: Mapping[str, torch.Siz
     for name in shapes:
         if name not in traced:
             raise ValueError(f"the model is not the traced one: it has a parameter {name!r} more")
-
-
-def _multiply_(name: str, parameter: Tensor, ends: Ends, scales: Tensor, exact: bool) -> None:
-    dst, src = (scales[end].to(parameter.device) for end in (ends.dst, ends.src))
-    if bool((dst == 1).all()) and bool((src == 1).all()):
-        return
-    for rows in _row_chunks(parameter):
-        part = parameter[rows]
-        product = part.double() * _rows_of(dst, rows, parameter) / _rows_of(src, rows, parameter)
-        part.copy_(product)
-        if exact and not torch.equal(part.double(), product):
-            raise BalanceError(
-                f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
-                f"{float(dst.max() / src.min()):.3g}, values leave the range in which {parameter.dtype} is exact; "
-                f"{_SMALLER}, with power_of_two=False, or in a wider type"
-            )
-        if not bool(torch.isfinite(part).all()):
-            raise BalanceError(
-                f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
-                f"{parameter.dtype}; {_SMALLER}, or convert the model to a wider type first"
-            )
-
-
-def _row_chunks(parameter: Tensor) -> Iterator[slice | tuple[()]]:
-    """Slices of the first dimension that hold about ``_CHUNK`` elements each."""
-    if parameter.ndim == 0:
-        yield ()
-        return
-    step = max(1, _CHUNK * len(parameter) // max(parameter.numel(), 1))
-    for start in range(0, len(parameter), step):
-        yield slice(start, start + step)
-
-
-def _rows_of(end: Tensor, rows: slice | tuple[()], parameter: Tensor) -> Tensor:
-    """The part of a broadcastable tensor that meets ``parameter[rows]``."""
-    return end[rows] if end.ndim == parameter.ndim and end.ndim and end.shape[0] > 1 else end

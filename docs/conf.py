@@ -10,6 +10,7 @@ version = release = dagpath.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.doctest"]
 exclude_patterns = ["_build", "*.inc"]
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning", "transformers", "accelerate"]
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -13,7 +13,7 @@ from test_top_paths import paths_of
 from torch import nn
 
 import dagpath
-from dagpath.paths.basis import BasisPaths, basis_paths, choose_basis
+from dagpath.paths.basis import BasisPaths, ElementOrder, basis_paths, choose_basis
 
 from networks import BruteForce, Net, RandomNet
 
@@ -79,7 +79,7 @@ def test_basis_paths_of_a_random_dag_are_independent_and_make_every_path(seed):
     src, dst, groups = random_dag(seed)
     entry = torch.where(dst > 0, dst, groups + 1).to(torch.int32)
     torch.manual_seed(seed)
-    basis = choose_basis(dst, src, entry, src, torch.randn(len(src), dtype=torch.float64), groups)
+    basis = choose_basis(ElementOrder(dst, src, entry, src, groups), torch.randn(len(src), dtype=torch.float64))
     matrix = basis.to_scipy().toarray()
     assert basis.num_paths == matrix.shape[1] == len(src) - groups
     assert np.linalg.matrix_rank(matrix) == basis.num_paths
@@ -87,6 +87,36 @@ def test_basis_paths_of_a_random_dag_are_independent_and_make_every_path(seed):
     assert {tuple(column) for column in matrix.T} <= {tuple(path) for path in paths}
     for path in paths:
         np.testing.assert_array_equal(decomposition(basis, path), path)
+
+
+def exponents(basis: BasisPaths, path: np.ndarray) -> np.ndarray:
+    """The path's value is the product of the basis paths' values to these powers."""
+    found = np.zeros(basis.num_paths)
+    for element in np.flatnonzero(path):
+        found[basis.class_of[element]] += path[element]
+        group = int(basis.dst[element])
+        if group:
+            found[basis.group_class[group]] -= path[element]
+    return found
+
+
+@settings(max_examples=200)
+@given(seeds)
+def test_the_chain_rule_and_the_ratios_of_all_paths_hold_on_random_dags(seed):
+    src, dst, groups = random_dag(seed)
+    entry = torch.where(dst > 0, dst, groups + 1).to(torch.int32)
+    torch.manual_seed(seed)
+    theta = torch.randn(len(src), dtype=torch.float64)
+    basis = choose_basis(ElementOrder(dst, src, entry, src, groups), theta)
+    paths = np.stack(all_paths(src, dst))
+    powers = np.stack([exponents(basis, path) for path in paths])
+    values = np.prod(theta.numpy() ** paths, axis=1)
+    slopes = np.random.default_rng(seed).standard_normal(len(paths))  # L = Σ slope · value
+    flows = torch.from_numpy((slopes * values) @ paths)
+    np.testing.assert_allclose(basis.path_flows(flows).numpy(), (slopes * values) @ powers, rtol=1e-9, atol=1e-9)
+    ratios = torch.rand(basis.num_paths, dtype=torch.float64) + 0.5
+    moved = np.prod((theta * basis.multipliers(ratios)).numpy() ** paths, axis=1)
+    np.testing.assert_allclose(moved, values * np.prod(ratios.numpy() ** powers, axis=1), rtol=1e-9, atol=0)
 
 
 @settings(max_examples=60)

@@ -79,3 +79,19 @@ def test_the_unrolled_graph_gives_the_same_quantities():
     for name, values in found.gram_diagonal().items():
         torch.testing.assert_close(values.cpu(), expected.gram_diagonal()[name], rtol=1e-10, atol=0)
     torch.testing.assert_close(found.backward_mass(1).cpu(), expected.backward_mass(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True, "amsgrad": True}])
+def test_the_state_of_an_optimizer_is_carried_along_where_it_is(options):
+    model, x = network().cuda(), torch.randn(2, 3, 12, 12, device="cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **options)
+    model(x).square().sum().backward()
+    optimizer.step()
+    before = copy.deepcopy([optimizer.state[p] for p in model.parameters()])
+    rescaling = dagpath.random_rescaling(dagpath.trace(model, x), power_of_two=True)
+    rescaling.apply_(optimizers=[optimizer])
+    for old, parameter, factor in zip(before, model.parameters(), rescaling.multipliers().values(), strict=True):
+        new, factor = optimizer.state[parameter], factor.cuda().float()
+        assert torch.equal(new["exp_avg"], old["exp_avg"] / factor)
+        assert torch.equal(new["exp_avg_sq"], old["exp_avg_sq"] / factor**2)
+        assert torch.equal(new["step"], old["step"])

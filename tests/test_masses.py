@@ -223,7 +223,7 @@ def test_bad_problems_are_refused():
         RangeProblem(torch.ones(2, 2))
     with pytest.raises(ValueError, match="num_groups must be at least 0, got -1"):
         MassAggregator(-1)
-    with pytest.raises(ValueError, match="path-conditioning criterion only"):
+    with pytest.raises(ValueError, match="logarithms of sums only, not SumOuter"):
         solve_coordinate(Problem(**good))
     with pytest.raises(ValueError, match="unknown solver 'nwton'; known are 'newton', 'coordinate'"):
         solve(Problem(**good), "nwton")

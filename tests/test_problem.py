@@ -116,9 +116,9 @@ def test_single_entries_and_blocks_give_the_same_minimum(seed, outer, kappa):
 
 
 @settings(max_examples=60)
-@given(seeds, st.sampled_from([0.3, 1.0, 5.0]), st.sampled_from([0.4, 3.0, 13.8]))
-def test_coordinate_descent_reaches_the_same_minimum(seed, p, bound):
-    problem = hand_built(seed, LogOuter(p), -2.0, bound).problem
+@given(seeds, st.sampled_from([0.3, 1.0, 5.0]), kappas, st.sampled_from([0.4, 3.0, 13.8]))
+def test_coordinate_descent_reaches_the_same_minimum(seed, p, kappa, bound):
+    problem = hand_built(seed, LogOuter(p), kappa, bound).problem
     newton, coordinate = solve_newton(problem), solve_coordinate(problem)
     assert coordinate.converged
     assert coordinate.objective == pytest.approx(newton.objective, rel=1e-8, abs=1e-8)

@@ -347,7 +347,7 @@ def test_an_interruption_while_verifying_restores_everything(error, raised):
 
 
 def test_an_interruption_while_applying_restores_everything(monkeypatch):
-    from dagpath import rescaling as module
+    from dagpath import multiply as module
 
     net = mlp(3, 4, 4, 2)
     found = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 3)))

@@ -124,11 +124,11 @@ class MassFlow(fx.Interpreter):
         """The sum over all paths, as a mass of one entry."""
         self.run_graph()
         with torch.set_grad_enabled(self.records):
-            exponent = max((sink.magnitude for sink in self.sinks), default=NOTHING)
-            if exponent == NOTHING:
+            if not self.sinks:
                 return Mass(torch.zeros((), dtype=self.dtype, device=self.device), zero=True)
+            exponent = self.common(self.sinks)  # a sum of zero has derivatives too: those by the zeros of a last layer
             sums = [self.shifted(sink.values, sink.exponent - exponent).sum() for sink in self.sinks]
-            return Mass(torch.stack(sums).sum(), exponent)
+            return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":

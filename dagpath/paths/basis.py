@@ -127,7 +127,39 @@ class BasisPaths:
         return result
 
 
-def choose_basis(dst: Tensor, src: Tensor, entry: Tensor, leave: Tensor, values: Tensor, num_groups: int) -> BasisPaths:
+@dataclass(frozen=True)
+class ElementOrder:
+    """Where each element of the parameters stands, whatever their values. All tensors are on the CPU.
+
+    Attributes:
+        dst, src: int32 [m], the groups at the ends of each element, 0 for fixed ends.
+        entry: int32 [m], when the neuron that the element leads into is computed: numbers that grow along paths.
+            Negative where no path meets the element.
+        leave: int32 [m], when the neuron that it reads is computed.
+        num_groups: how many free groups there are.
+    """
+
+    dst: Tensor
+    src: Tensor
+    entry: Tensor
+    leave: Tensor
+    num_groups: int
+
+
+def choose_skeleton(order: ElementOrder, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``s(γ)`` and ``t(γ)`` of :func:`choose_basis`, int64 [groups + 1] each; -1 where there is none."""
+    logs, elements = _candidates(order, values)
+    entering = _chains(elements, order.dst, order.src, order.entry, logs, values, order.num_groups)[0]
+    leaving = _chains(elements, order.src, order.dst, -order.leave, logs, values, order.num_groups)[0]
+    return entering, leaving
+
+
+def _candidates(order: ElementOrder, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of all elements, and those that a chain may begin with."""
+    return values.to(torch.float64).abs().log(), torch.nonzero((order.entry >= 0) & (order.dst != order.src))[:, 0]
+
+
+def choose_basis(order: ElementOrder, values: Tensor) -> BasisPaths:
     """Basis paths whose chains are the heaviest among those that enter each group first and leave it last.
 
     A group may stand at several places of the network (a residual stream). It is entered where it begins, and left
@@ -135,20 +167,16 @@ def choose_basis(dst: Tensor, src: Tensor, entry: Tensor, leave: Tensor, values:
     one that makes the heaviest chain is chosen, which is the same in all networks that differ by a rescaling.
 
     Args:
-        dst, src: int32 [m], the groups at the ends of each element, 0 for fixed ends.
-        entry: int32 [m], when the neuron that the element leads into is computed: any numbers that grow along paths.
-            Negative where no path meets the element.
-        leave: int32 [m], when the neuron that it reads is computed.
+        order: where the elements stand.
         values: [m], the elements.
-        num_groups: how many free groups there are.
     """
-    logs = values.to(torch.float64).abs().log()
-    elements = torch.nonzero((entry >= 0) & (dst != src))[:, 0]
-    entering, log_in, sign_in = _chains(elements, dst, src, entry, logs, values, num_groups)
-    leaving, log_out, sign_out = _chains(elements, src, dst, -leave, logs, values, num_groups)
+    dst, src, entry, leave = order.dst, order.src, order.entry, order.leave
+    logs, elements = _candidates(order, values)
+    entering, log_in, sign_in = _chains(elements, dst, src, entry, logs, values, order.num_groups)
+    leaving, log_out, sign_out = _chains(elements, src, dst, -leave, logs, values, order.num_groups)
     groups = torch.nonzero(entering >= 0)[:, 0]
     class_of = torch.arange(len(dst))
-    skeleton, representative = _identified(entering[groups], leaving[groups])
+    skeleton, representative = identified(entering[groups], leaving[groups])
     class_of[skeleton] = representative
     class_of[entry < 0] = -1
     is_first = class_of == torch.arange(len(dst))
@@ -196,7 +224,7 @@ def _chains(
     return chosen, log_chain, sign_chain
 
 
-def _identified(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+def identified(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
     """The skeleton's elements and for each the first of those that it shares its basis path with."""
     skeleton, inverse = torch.unique(torch.cat([entering, leaving]), return_inverse=True)
     rows, columns = inverse.view(2, -1).numpy()
@@ -229,6 +257,17 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
         22
     """
     require_traced(traced)
+    parameters = traced.model.parameters()
+    values = torch.cat([torch.zeros(0), *(parameter.detach().cpu().reshape(-1) for parameter in parameters)])
+    return choose_basis(element_order(traced), values)
+
+
+@plain_computation()
+def element_order(traced: TracedModel) -> ElementOrder:
+    """Where each parameter element of a model stands.
+
+    Cost: one forward and one backward pass and the structure of the network; seconds for a ResNet-50.
+    """
     structure = traced.graph.structure()
     alive = alive_elements(traced, structure)
     computed = _times(structure)
@@ -260,8 +299,7 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
         for end in ("dst", "src")
     )
     entered, left = (torch.cat([none, *times.values()]) for times in (entry, leave))
-    values = torch.cat([torch.zeros(0), *(parameter.detach().cpu().reshape(-1) for parameter in parameters.values())])
-    return choose_basis(dst, src, entered, left, values, traced.graph.num_groups)
+    return ElementOrder(dst, src, entered, left, traced.graph.num_groups)
 
 
 def _times(structure: Structure) -> Tensor:

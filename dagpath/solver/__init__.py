@@ -23,7 +23,8 @@ def solve(
 
     Args:
         problem: a :class:`Problem`, or a :class:`RangeProblem`, which has a method of its own.
-        solver: ``"newton"`` or ``"coordinate"`` (path conditioning only); leave it at ``"newton"`` for equal ranges.
+        solver: ``"newton"`` or ``"coordinate"`` (path conditioning and equal norms); leave it at ``"newton"`` for equal
+            ranges.
         tol: stop when the optimality is at most this.
         max_iter: most iterations; None for the solver's default.
 

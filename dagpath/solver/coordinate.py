@@ -1,4 +1,4 @@
-"""Cyclic coordinate descent: the published algorithm of path conditioning, the reference for the others."""
+"""Cyclic coordinate descent: the published algorithms of path conditioning and of equal norms."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ from dagpath.solver.problem import LogOuter, Problem, Solution
 def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
     """Minimize over one group after the other, exactly, in sweeps.
 
-    With all groups but one fixed and ``x = exp(2 z)`` for that one, the objective is
+    With all groups but one fixed and ``x = exp(−κ z)`` for that one, the objective is
     ``p log(c/x + b x + d) + A log x`` with the in-sum c and out-sum b of the masses without its factor, the rest d and
-    A = (live elements in) − (live elements out); its minimum is the positive root of
-    ``(p + A) b x² + A d x + (A − p) c = 0``. A group with only in- or only out-elements has its minimum where the
+    ``A = −(linear cost) / κ``, for path conditioning (live elements in) − (live elements out); its minimum is the
+    positive root of ``(p + A) b x² + A d x + (A − p) c = 0``. Without a linear cost that is ``x² = c/b``: what enters
+    the group becomes equal to what leaves it. A group with only in- or only out-elements has its minimum where the
     bound or the quadratic puts it.
 
     Groups that follow each other and share no element do not meet in each other's sums b and c, which are therefore
     taken at once; only the total, one number, goes from one to the next. The iterates are those of one group at a time.
 
     Args:
-        problem: a path-conditioning problem (``LogOuter``, κ = −2).
+        problem: one with a logarithm outside (``LogOuter``): path conditioning (κ = −2) or equal norms (κ = p).
         tol: stop when ``‖∇F‖∞ ≤ tol · scale`` after a sweep.
         max_iter: most sweeps; None for 10,000.
 
     Raises:
         ValueError: it is another problem, tol is not positive, or max_iter no integer of at least 0.
 
-    Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1.
+    Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1; Stock, Graham, Gribonval, Jégou 2019, Algorithm 1, for equal
+    norms.
     """
     check_limits(tol, max_iter)
-    if not isinstance(problem.outer, LogOuter) or problem.kappa != -2:
-        raise ValueError("the coordinate solver minimizes the path-conditioning criterion only; use solver='newton'")
+    if not isinstance(problem.outer, LogOuter):
+        raise ValueError(
+            f"the coordinate solver minimizes logarithms of sums only, not {type(problem.outer).__name__}; use "
+            "solver='newton'"
+        )
     start = time.perf_counter()
-    surplus = problem.costs / 2
+    kappa, bound = problem.kappa, problem.bound
+    largest = math.exp(abs(kappa) * bound) * (1 + 1e-12)  # a little above, so that what is at the bound is cut to it
+    surplus = -problem.costs / kappa
     batches = list(_batches(problem.matrix))
     first = problem.at(np.zeros(problem.num_groups))
     point, sweeps = first.without_idle(), 0
@@ -51,45 +58,50 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
         z = np.append(0.0, point.z)
         total = point.total
         for batch in batches:
-            inflow, outflow = batch.into @ np.exp(2 * z), batch.out_of @ np.exp(-2 * z)
+            inflow, outflow = batch.into @ np.exp(-kappa * z), batch.out_of @ np.exp(kappa * z)
             part = slice(batch.first, batch.first + len(inflow))
-            z[part], total = _minimize_in_turn(
-                problem.outer.p, total, z[part], inflow, outflow, surplus[batch.first - 1 :], problem.bound
+            x, total = _minimize_in_turn(
+                problem.outer.p,
+                total,
+                np.exp(-kappa * z[part]),
+                inflow,
+                outflow,
+                surplus[batch.first - 1 :],
+                largest,
             )
+            z[part] = np.clip(-np.log(x) / kappa, -bound, bound)
         point, sweeps = problem.at(z[1:]), sweeps + 1
     reached, seconds = point.optimality, time.perf_counter() - start
     return Solution(torch.from_numpy(point.z), (first.value, point.value), reached, sweeps, 0, reached <= tol, seconds)
 
 
 def _minimize_in_turn(
-    p: float, total: float, z: Array, inflow: Array, outflow: Array, surplus: Array, bound: float
+    p: float, total: float, x: Array, inflow: Array, outflow: Array, surplus: Array, largest: float
 ) -> tuple[Array, float]:
-    """Minimize over groups that share no element; their new z, and the new total."""
-    found = z.copy()
+    """Minimize over groups that share no element; their new x, and the new total."""
+    found = x.copy()
     for index, (old, mass_in, mass_out, a) in enumerate(
-        zip(np.exp(2 * z).tolist(), inflow.tolist(), outflow.tolist(), surplus.tolist(), strict=False)
+        zip(x.tolist(), inflow.tolist(), outflow.tolist(), surplus.tolist(), strict=False)
     ):
         if mass_in == 0 and mass_out == 0:
             continue
         rest = max(total - mass_in / old - mass_out * old, 0.0)
-        x = _best_factor(p, a, mass_in, mass_out, rest, bound)
-        found[index] = math.log(x) / 2
-        total = mass_in / x + mass_out * x + rest
+        best = found[index] = _best_factor(p, a, mass_in, mass_out, rest, largest)
+        total = mass_in / best + mass_out * best + rest
     return found, total
 
 
-def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float, bound: float) -> float:
-    """The x > 0 that minimizes ``p log(inflow/x + outflow·x + rest) + a log x``, within the bound on ``log(x)/2``."""
+def _best_factor(p: float, a: float, inflow: float, outflow: float, rest: float, largest: float) -> float:
+    """The x that minimizes ``p log(inflow/x + outflow·x + rest) + a log x``, between 1/largest and largest."""
     quadratic, linear, constant = (p + a) * outflow, a * rest, (a - p) * inflow
-    low, high = math.exp(-2 * bound), math.exp(2 * bound)
     root = math.sqrt(max(linear * linear - 4 * quadratic * constant, 0.0))
     if linear >= 0:  # the form of the root that does not cancel
         numerator, denominator = -2 * constant, linear + root
     else:
         numerator, denominator = root - linear, 2 * quadratic
     if denominator <= 0:  # the derivative, whose sign is that of the quadratic, has no zero at a positive x
-        return low if quadratic + linear + constant > 0 else high
-    return min(max(numerator / denominator, low), high)
+        return 1 / largest if quadratic + linear + constant > 0 else largest
+    return min(max(numerator / denominator, 1 / largest), largest)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Multiplying tensors by the factors of a rescaling, in place, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dagpath.errors import BalanceError
+from dagpath.flow.neurons import Ends
+
+_SMALLER = "rescale by less (a smaller bound of balance or rescale_, a smaller sigma of random_rescaling)"
+_CHUNK = 1 << 18
+"""Elements that are multiplied at a time, in float64: few enough to stay in the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moving:
+    """A tensor that is multiplied by the factors of a parameter to a power.
+
+    Attributes:
+        parameter: the name of the parameter.
+        label: what it is, for messages.
+        tensor: of the parameter's shape.
+        power: of the factors.
+        exact: must the products be exact?
+    """
+
+    parameter: str
+    label: str
+    tensor: Tensor
+    power: float
+    exact: bool = False
+
+
+@torch.no_grad()
+def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor) -> None:
+    """Multiply each tensor once, element by element, by ``(scales[dst] / scales[src]) ** power``.
+
+    Args:
+        moving: what to multiply; a tensor that is named twice is multiplied once.
+        ends: parameter name -> groups at both ends of its elements.
+        scales: float64, λ of every group, the fixed group in front.
+
+    Raises:
+        BalanceError: a product leaves the range of its type, or should be exact and is not. Nothing is changed.
+    """
+    once = {id(item.tensor): item for item in moving}.values()
+    with transaction(item.tensor for item in once):
+        for item in once:
+            _multiply_(item, ends[item.parameter], scales**item.power)
+
+
+class transaction:  # noqa: N801 (a context manager, used like a function)
+    """Keep copies of tensors; put them back, bitwise, if the block raises or is interrupted."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            with torch.no_grad():
+                for tensor, saved in self._saved:
+                    tensor.copy_(saved)
+
+
+def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
+    name, tensor = moving.label, moving.tensor
+    dst, src = (scales[end].to(tensor.device) for end in (ends.dst, ends.src))
+    if bool((dst == 1).all()) and bool((src == 1).all()):
+        return
+    for rows in _row_chunks(tensor):
+        part = tensor[rows]
+        product = part.double() * _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
+        part.copy_(product)
+        if moving.exact and not torch.equal(part.double(), product):
+            raise BalanceError(
+                f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
+                f"{float(dst.max() / src.min()):.3g}, values leave the range in which {tensor.dtype} is exact; "
+                f"{_SMALLER}, with power_of_two=False, or in a wider type"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise BalanceError(
+                f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
+                f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first"
+            )
+
+
+def _row_chunks(tensor: Tensor) -> Iterator[slice | tuple[()]]:
+    """Slices of the first dimension that hold about ``_CHUNK`` elements each."""
+    if tensor.ndim == 0:
+        yield ()
+        return
+    step = max(1, _CHUNK * len(tensor) // max(tensor.numel(), 1))
+    for start in range(0, len(tensor), step):
+        yield slice(start, start + step)
+
+
+def _rows_of(end: Tensor, rows: slice | tuple[()], tensor: Tensor) -> Tensor:
+    """The part of a broadcastable tensor that meets ``tensor[rows]``."""
+    return end[rows] if end.ndim == tensor.ndim and end.ndim and end.shape[0] > 1 else end

@@ -1,0 +1,52 @@
+"""Which parameters of a traced model an optimizer moves in path space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagpath.trace import TracedModel
+
+
+def check_rates(lr: float, momentum: float = 0.0) -> None:
+    """Raise ValueError for a learning rate or a momentum out of range."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be finite and not negative, got {lr}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+
+
+def check_steps(name: str, steps: object) -> None:
+    """Raise for what is no positive number of steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"{name} must be a number of steps, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"{name} must be at least 1, got {steps}")
+
+
+def inverse_of(values: Tensor) -> Tensor:
+    """1 / values, and zero where that is infinite."""
+    inverse = 1 / values
+    return torch.where(inverse.isinf(), 0.0, inverse)
+
+
+def trained_edges(traced: TracedModel) -> dict[str, Tensor]:
+    """The parameters that are edges between neurons and require gradients, by name."""
+    named = traced.model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and name not in traced.graph.not_edges}
+
+
+def parameter_groups(traced: TracedModel) -> list[dict[str, Any]]:
+    """One group of the trained edges, ``paths`` set; another of the other parameters that require gradients."""
+    edges = trained_edges(traced)
+    others = [p for name, p in traced.model.named_parameters() if p.requires_grad and name not in edges]
+    return [{"params": list(edges.values()), "paths": True}, *([{"params": others}] if others else [])]
+
+
+def refuse_sparse(optimizer: str, groups: list[dict[str, Any]]) -> None:
+    """Raise RuntimeError if a gradient is sparse."""
+    if any(p.grad is not None and p.grad.is_sparse for group in groups for p in group["params"]):
+        raise RuntimeError(f"{optimizer} does not take sparse gradients: make the embedding with sparse=False")
