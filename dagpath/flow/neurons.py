@@ -265,9 +265,10 @@ class NeuronFlow(fx.Interpreter):
         dims = [dim for dim in dims if numbers.shape[dim] > 1]
         if not dims or not numbers.numel():
             return numbers
-        result = numbers.amax(dims, keepdim=True)
-        self.tie(numbers, result, reason)
-        return result
+        small = compact(numbers)
+        result = small.amax(dims, keepdim=True)
+        self.tie(small, result, reason)
+        return result.expand([1 if dim in dims else size for dim, size in enumerate(numbers.shape)])
 
     def per_channel(self, numbers: Tensor, axis: int, reason: str) -> Tensor:
         """One number per entry of ``axis``: all other dimensions are mixed. Zeros count as fixed."""
