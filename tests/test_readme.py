@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import textwrap
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def test_all_code_of_the_page_on_the_solver_is_run():
     text = (ROOT / "docs/solver.rst").read_text()
     assert ">>> " in text
     assert not re.search(r"code-block|::\n\n", text.replace(".. math::\n\n", ""))
+
+
+def test_the_losses_in_the_documentation_are_those_of_the_result_file():
+    losses = json.loads((ROOT / "benchmarks/results/train.json").read_text())["figures"]["losses"]
+    text = (ROOT / "docs/training.rst").read_text()
+    rows = {
+        "SGD": "SGD",
+        'GSGD, ``skeleton="ones"``': "GSGD, ones",
+        'GSGD, ``skeleton="heaviest"``': "GSGD, heaviest",
+        "PathSGD, ``every=10``": "PathSGD, every 10",
+    }
+    for label, method in rows.items():
+        shown = re.search(rf"^{re.escape(label)} +(\S+) (\S+)$", text, re.MULTILINE)
+        assert shown is not None, label
+        found = [statistics.median(losses[f"{network}, {method}"]["losses"]) for network in ("MLP", "CNN")]
+        assert [f"{loss:.2e}" for loss in found] == list(shown.groups()), label
