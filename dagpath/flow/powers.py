@@ -70,16 +70,20 @@ class PowerFlow(MassFlow):
 
     def fixed(self, weights: Tensor) -> Mass:
         """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
-        wide = weights.detach().to(self.device, self.dtype)
-        masses = wide.abs().pow_(self.q)
+        masses = self._magnitudes(weights).pow_(self.q)
         if 1 / _SAFE[self.dtype] <= float(masses.sum()) <= _SAFE[self.dtype]:
             return Mass(masses)
-        masses = wide.abs()
+        masses = self._magnitudes(weights)
         largest = float(masses.amax()) if masses.numel() else 0.0
         if largest == 0 or not math.isfinite(largest):
             return Mass(masses, zero=largest == 0)
         exponent = math.floor(math.log2(largest) * self.q)
         return Mass(masses.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent)
+
+    def _magnitudes(self, weights: Tensor) -> Tensor:
+        """``|weights|`` in the type of the pass, in memory of its own."""
+        wide = weights.detach().to(self.device, self.dtype)
+        return wide.abs() if wide.data_ptr() == weights.data_ptr() else wide.abs_()
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""
