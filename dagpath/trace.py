@@ -209,7 +209,7 @@ def trace(
             that only train mode uses are not accounted for.
 
     Cost: one export, two dry runs on the meta device, and a second export where train mode computes something else; no
-    forward pass. 0.1 to 3 s for most convolutional networks, up to a minute for the largest vision transformers
+    forward pass. 0.1 to 3 s for most convolutional networks, up to 70 s for the largest vision transformers
     (``benchmarks/results/zoo.json``).
 
     Example:

@@ -59,6 +59,15 @@ def random_dag(seed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     return src.contiguous(), dst.contiguous(), n
 
 
+def random_basis(seed: int) -> tuple[torch.Tensor, BasisPaths]:
+    """Random values of the elements of a random DAG, and its basis paths."""
+    src, dst, groups = random_dag(seed)
+    entry = torch.where(dst > 0, dst, groups + 1).to(torch.int32)
+    torch.manual_seed(seed)
+    theta = torch.randn(len(src), dtype=torch.float64)
+    return theta, choose_basis(ElementOrder(dst, src, entry, src, groups), theta)
+
+
 def all_paths(src: torch.Tensor, dst: torch.Tensor) -> list[np.ndarray]:
     found = []
 
@@ -77,9 +86,7 @@ def all_paths(src: torch.Tensor, dst: torch.Tensor) -> list[np.ndarray]:
 @given(seeds)
 def test_basis_paths_of_a_random_dag_are_independent_and_make_every_path(seed):
     src, dst, groups = random_dag(seed)
-    entry = torch.where(dst > 0, dst, groups + 1).to(torch.int32)
-    torch.manual_seed(seed)
-    basis = choose_basis(ElementOrder(dst, src, entry, src, groups), torch.randn(len(src), dtype=torch.float64))
+    _, basis = random_basis(seed)
     matrix = basis.to_scipy().toarray()
     assert basis.num_paths == matrix.shape[1] == len(src) - groups
     assert np.linalg.matrix_rank(matrix) == basis.num_paths
@@ -103,11 +110,8 @@ def exponents(basis: BasisPaths, path: np.ndarray) -> np.ndarray:
 @settings(max_examples=200)
 @given(seeds)
 def test_the_chain_rule_and_the_ratios_of_all_paths_hold_on_random_dags(seed):
-    src, dst, groups = random_dag(seed)
-    entry = torch.where(dst > 0, dst, groups + 1).to(torch.int32)
-    torch.manual_seed(seed)
-    theta = torch.randn(len(src), dtype=torch.float64)
-    basis = choose_basis(ElementOrder(dst, src, entry, src, groups), theta)
+    src, dst, _ = random_dag(seed)
+    theta, basis = random_basis(seed)
     paths = np.stack(all_paths(src, dst))
     powers = np.stack([exponents(basis, path) for path in paths])
     values = np.prod(theta.numpy() ** paths, axis=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_basis import loss_of, residual_net
-from test_gsgd import EXAMPLE, NETWORKS
+from test_gsgd import EXAMPLE, NETWORKS, assert_rescaled_twins_stay_equal
 from torch import nn
 
 import dagpath
@@ -33,24 +33,7 @@ def test_steps_divide_the_gradient_by_the_squared_paths_through_each_element():
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_that_differ_by_a_rescaling_have_the_same_outputs_after_training(name, every):
-    build, view = NETWORKS[name]
-    torch.manual_seed(0)
-    net = build().double().eval()
-    batches = [torch.randn(8, 2, 5, 5, dtype=torch.float64) for _ in range(20)]
-    targets = [torch.randint(3, (8,)) for _ in range(20)]
-    twin = copy.deepcopy(net)
-    generator = torch.Generator().manual_seed(1)
-    dagpath.random_rescaling(dagpath.trace(twin, view(batches[0])), 1.0, generator=generator).apply_()
-    start = net(view(batches[0])).detach()
-    for model in (net, twin):
-        optimizer = PathSGD(dagpath.trace(model, view(batches[0])), lr=1e-2, every=every)
-        for x, target in zip(batches, targets, strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(view(x)), target).backward()
-            optimizer.step()
-    outputs = [model(view(batches[0])).detach() for model in (net, twin)]
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-6 * float(outputs[0].abs().max()))
-    assert not torch.equal(outputs[0], start)
+    assert_rescaled_twins_stay_equal(name, lambda traced: PathSGD(traced, lr=1e-2, every=every))
 
 
 def test_the_gram_diagonal_is_computed_every_so_many_steps_only(monkeypatch):

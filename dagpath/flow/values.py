@@ -192,7 +192,7 @@ def is_scaleless(value: float | None) -> bool:
 
 
 def ldexp_(tensor: Tensor, exponent: int) -> Tensor:
-    """``tensor · 2**exponent`` in place, by multiplications: :func:`torch.ldexp` takes ten times as long."""
+    """``tensor · 2**exponent`` in place, by multiplications: :func:`torch.ldexp` takes longer."""
     step = 1000 if tensor.dtype == torch.float64 else 120
     while exponent:
         now = max(-step, min(step, exponent))

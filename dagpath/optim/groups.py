@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dagpath.trace import TracedModel
 
@@ -46,7 +48,17 @@ def parameter_groups(traced: TracedModel) -> list[dict[str, Any]]:
     return [{"params": list(edges.values()), "paths": True}, *([{"params": others}] if others else [])]
 
 
-def refuse_sparse(optimizer: str, groups: list[dict[str, Any]]) -> None:
-    """Raise RuntimeError if a gradient is sparse."""
-    if any(p.grad is not None and p.grad.is_sparse for group in groups for p in group["params"]):
-        raise RuntimeError(f"{optimizer} does not take sparse gradients: make the embedding with sparse=False")
+def evaluate(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step returns, None without one; the gradients are there then.
+
+    Raises:
+        RuntimeError: a gradient is sparse.
+    """
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    if any(p.grad is not None and p.grad.is_sparse for group in optimizer.param_groups for p in group["params"]):
+        kind = type(optimizer).__name__
+        raise RuntimeError(f"{kind} does not take sparse gradients: make the embedding with sparse=False")
+    return loss

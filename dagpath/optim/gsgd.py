@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.optim.groups import check_rates, check_steps, inverse_of, parameter_groups, refuse_sparse, trained_edges
+from dagpath.optim.groups import check_rates, check_steps, evaluate, inverse_of, parameter_groups, trained_edges
 from dagpath.optim.skeleton import Skeleton
 from dagpath.optimizer_state import register_state
 from dagpath.paths.basis import ElementOrder, choose_skeleton, element_order
@@ -43,9 +43,9 @@ class GSGD(Optimizer):
     - An ordinary element may be zero and may change its sign: the step is a sum, nothing is divided by ``θ_e``.
     - The path of ``s(γ)`` and ``t(γ)`` carries the scale of its group, and all other paths through the group answer to
       it: it may neither vanish nor change its sign, and its slope is that of a whole neuron. So its value changes in
-      one step by a factor from ``1 / max_ratio`` to ``max_ratio``. Every ``refresh`` steps the
-      skeleton is chosen anew, at the heaviest chains, so that a path that withers gives its place to a stronger one;
-      momentum is carried over to the new basis exactly.
+      one step by a factor from ``1 / max_ratio`` to ``max_ratio``. Every ``refresh`` steps the skeleton is chosen anew,
+      at the heaviest chains, so that a path that withers gives its place to a stronger one; momentum is carried over to
+      the new basis exactly.
     - A chain of value zero (a layer that is initialized with zeros): the elements before it wait, and the skeleton is
       chosen anew after 1, 2, 4, … steps until there is another chain.
     - A parameter that is frozen (``requires_grad`` false when the optimizer is made) keeps its values: its neurons keep
@@ -75,9 +75,9 @@ class GSGD(Optimizer):
         RuntimeError: a gradient is sparse.
 
     Cost: per step, three passes over the parameters more than SGD, and sums over them by group. Choosing the skeleton
-    takes as long as some 20 steps, on the CPU; making the optimizer also a pass over the network's structure, seconds
-    for a ResNet-50. Source: Meng et al., ICLR 2019, for chains of layers of one width; here for the scale groups of any
-    network.
+    takes a few passes over the parameters on the CPU (``benchmarks/train.py`` counts it in); making the optimizer also
+    a pass over the network's structure, seconds for a ResNet-50. Source: Meng et al., ICLR 2019, for chains of layers
+    of one width; here for the scale groups of any network.
 
     Example:
         >>> import torch, dagpath
@@ -145,11 +145,7 @@ class GSGD(Optimizer):
         Returns:
             What the closure returned; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        refuse_sparse("GSGD", self.param_groups)
+        loss = evaluate(self, closure)
         for group in self.param_groups:
             if group["paths"]:
                 self._step_on_paths(group)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dagpath.flow.values import ldexp_
 from dagpath.lifting.gram import visit_gram_diagonal
-from dagpath.optim.groups import check_rates, check_steps, inverse_of, parameter_groups, refuse_sparse
+from dagpath.optim.groups import check_rates, check_steps, evaluate, inverse_of, parameter_groups
 from dagpath.optimizer_state import register_state
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -71,11 +71,7 @@ class PathSGD(Optimizer):
         Returns:
             What the closure returned; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        refuse_sparse("PathSGD", self.param_groups)
+        loss = evaluate(self, closure)
         for group in self.param_groups:
             if group["paths"] and group["steps"] % self._every == 0:
                 self._measure()
