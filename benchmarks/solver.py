@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -162,6 +163,7 @@ def against_coordinate_descent(device: str, rounds: int) -> list[dict[str, float
                 "F, 10 sweeps": reached,
                 "F, 2,000 sweeps": long.objective[1],
                 "product / torch.sum": product_ratio(problem, solution.z),
+                "memory / masses": peak_memory(problem) / mass_bytes(problem),
             }
         )
     return rows
@@ -197,10 +199,6 @@ def resnet50_ratio(device: str, rounds: int) -> dict[str, float]:
         {"pass": train_step, "solve": lambda: solutions.append(solve_newton(problem_of(traced, device)))}, rounds
     )
     problem = problem_of(traced, device)
-    tracemalloc.start()
-    solve_newton(problem)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     seconds = [solution.seconds for solution in solutions[1:]]
     return {
         "solve / pass": statistics.median(a / b for a, b in zip(seconds, times["pass"], strict=True)),
@@ -208,8 +206,26 @@ def resnet50_ratio(device: str, rounds: int) -> dict[str, float]:
         "iterations": solutions[-1].iterations,
         "optimality": solutions[-1].optimality,
         "masses": num_masses(problem),
-        "peak memory of the solver, megabytes": peak / 1e6,
+        "peak memory, megabytes": peak_memory(problem) / 1e6,
+        "z, c and the gradient, megabytes": 3 * 8 * problem.num_groups / 1e6,
+        "twice the masses, megabytes": 2 * mass_bytes(problem) / 1e6,
     }
+
+
+def mass_bytes(problem: Problem) -> int:
+    return sum(part.numel() * part.element_size() for part in problem.matrix.parts)
+
+
+def peak_memory(problem: Problem) -> int:
+    """Most bytes that a solve holds beside the problem in the host's memory: NumPy's peak plus torch's."""
+    tracemalloc.start()
+    solve_newton(problem)
+    arrays = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        solve_newton(problem)
+    changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return arrays + max(itertools.accumulate(changes, initial=0))
 
 
 def growth(device: str) -> tuple[list[dict[str, float]], dict[str, float]]:

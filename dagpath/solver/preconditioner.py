@@ -18,7 +18,7 @@ _GROUND = 1e-12
 """Relative addition to the diagonal, so that groups linked to each other alone do not make the Hessian singular."""
 
 
-LONGEST = 3.0
+LONGEST = 4.0
 """Largest change of a group in one step: far from the minimum the quadratic model says little of exponentials."""
 _NEAR = 0.1
 """Groups this near to the bound may be held there, so that none goes to and fro."""
