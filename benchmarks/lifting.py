@@ -101,7 +101,7 @@ def growth(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    figures = costs(rounds=5) | growth(rounds=3)
+    figures = costs(rounds=9) | growth(rounds=3)
     rows = [(name, f"{value:,.4g}", f"{_LIMITS[name]:g}" if name in _LIMITS else "") for name, value in figures.items()]
     print(table(("figure", "value", "limit"), rows))
     save("lifting", "python benchmarks/lifting.py", figures)

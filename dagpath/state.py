@@ -96,7 +96,7 @@ def _content(container: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection: looking through the many objects that capturing makes takes long."""
+    """Without garbage collection: looking through the many objects that graphs are made of takes long."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import NOTHING, Call, Mass, leaves, mapped, plain
+from dagpath.flow.values import NOTHING, Call, Later, Mass, leaves, mapped, plain
+from dagpath.state import uncollected
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
 """Values between 2**-h and 2**h are left alone: one operation moves them far less than the type's range over h."""
@@ -28,10 +29,6 @@ _HEADROOM = {torch.float64: 128, torch.float32: 16}
 
 _FAST_LAYOUT = {(torch.float64, 4): torch.channels_last, (torch.float64, 5): torch.channels_last_3d}
 """Memory formats by type and number of dimensions: float64 convolutions are a quarter faster in these on a CPU."""
-
-
-_LATER = object()
-"""Stands for a placeholder until something reads it: parameters whose masses are not all there at once share memory."""
 
 
 Coefficient = Callable[[Callable[[Mass], Tensor]], Tensor]
@@ -116,9 +113,9 @@ class MassFlow(fx.Interpreter):
 
     def run_graph(self) -> None:
         """Run the whole graph."""
-        placeholders = sum(node.op == "placeholder" for node in self.graph_inputs.module.graph.nodes)
-        with torch.set_grad_enabled(self.records):
-            self.run(*[None] * placeholders, enable_io_processing=False)
+        with uncollected(), torch.set_grad_enabled(self.records):
+            self.run(enable_io_processing=False)
+        self.env.clear()  # what nothing reads refers to this flow
 
     def total(self) -> Mass:
         """The sum over all paths, as a mass of one entry."""
@@ -131,27 +128,23 @@ class MassFlow(fx.Interpreter):
             return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "placeholder":
-            return _LATER
-        for source in n.all_input_nodes:
-            if self.env[source] is _LATER:
-                self.env[source] = self._run_now(source)
-        return self._run_now(n)
-
-    def _run_now(self, n: fx.Node) -> Any:
         self.node = n
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n) if n.all_input_nodes else (n.args, n.kwargs)
         result = getattr(self, n.op)(n.target, args, kwargs)
+        if isinstance(result, Mass) and result.node:
+            return result
         return mapped(result, Mass, lambda mass: mass if mass.node else replace(mass, node=n))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
         if name is not None and self.parameters[name].is_floating_point():
-            return replace(self.parameter(name), params=True, node=self.node)
+            return Later(self._parameter_at, True, self.node)
         if name is not None or str(target) in self.graph_inputs.tensors:
-            return self.evaluated()
+            return Later(self.evaluated, False, self.node)
         return self.inputs(self.node.meta.get("val"))
+
+    def _parameter_at(self, node: fx.Node) -> Mass:
+        return self.parameter(self.graph_inputs.parameters[str(node.target)])
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         call = Call(target, args, dict(kwargs), self.node)
@@ -160,24 +153,24 @@ class MassFlow(fx.Interpreter):
         if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
             return self.barrier(call) if self.node in self._cut else rule.mass(self, call)
         try:
-            return self.evaluated()
+            return self.evaluated(self.node)
         except NotConstantError:
             return self.inputs(call.output)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.evaluated()
+        return self.evaluated(self.node)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         self.outputs = leaves(args, Mass)
         self.sinks += self.outputs
 
-    def evaluated(self) -> Any:
+    def evaluated(self, node: fx.Node) -> Any:
         """The masses of a node that depends on no input: constant edges.
 
         Raises:
             NotConstantError: it has no fixed value.
         """
-        return mapped(self.real_node(self.node), Tensor, self.constant)
+        return mapped(self.real_node(node), Tensor, self.constant)
 
     def inputs(self, output: Any) -> Any:
         """Inputs of the network in the shape of ``output`` (the fake tensors of a node): masses of one."""
@@ -206,7 +199,7 @@ class MassFlow(fx.Interpreter):
         """The true values, in float64, of something that does not depend on the network's input."""
         assert mass.node is not None
         value: Tensor = self.real_node(mass.node)
-        return value.detach().to(self.device, torch.float64)
+        return value.to(self.device, torch.float64).detach()
 
     def result(self, parents: list[Mass], values: Tensor, exponent: int, layer: bool = False) -> Mass:
         """A computed mass; its values are brought back near one where they drift away.

@@ -55,9 +55,9 @@ class PairFlow(MassFlow):
         """Edges of the same constant weights in both networks."""
         return self._mass(weights.detach().to(self.device, self.dtype).square())
 
-    def evaluated(self) -> Any:
+    def evaluated(self, node: fx.Node) -> Any:
         (find, constants, _), (find_other, other_constants, _) = self._readers
-        first, second = constants(find(self.node)), other_constants(find_other(self.node))
+        first, second = constants(find(node)), other_constants(find_other(node))
         return pytree.tree_map(self._product, first, second)
 
     def _product(self, first: Any, second: Any) -> Any:

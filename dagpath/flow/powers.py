@@ -6,14 +6,14 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dagpath.flow.masses import Coefficient, MassFlow
-from dagpath.flow.values import NOTHING, Mass
+from dagpath.flow.scratch import Scratch
+from dagpath.flow.values import Mass
 
 _SAFE = {torch.float64: 2.0**960, torch.float32: 2.0**96}
 """Sums of masses up to here, and down to its inverse, are far inside the range of the type; so are their terms."""
@@ -50,6 +50,8 @@ class PowerFlow(MassFlow):
         self.records = on_gradient is not None
         self.q = exponent
         self.mixed = False
+        largest = max((parameter.numel() for parameter in self.parameters.values()), default=0)
+        self._scratch = Scratch(largest * self.dtype.itemsize)
         self._on_gradient = on_gradient
 
     def parameter(self, name: str) -> Mass:
@@ -70,10 +72,11 @@ class PowerFlow(MassFlow):
 
     def fixed(self, weights: Tensor) -> Mass:
         """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
-        masses = self._magnitudes(weights).pow_(self.q)
-        if 1 / _SAFE[self.dtype] <= float(masses.sum()) <= _SAFE[self.dtype]:
-            return Mass(masses)
         masses = self._magnitudes(weights)
+        powers = masses if self.q == 1 else masses.pow_(self.q)
+        if 1 / _SAFE[self.dtype] <= float(powers.sum()) <= _SAFE[self.dtype]:
+            return Mass(powers)
+        masses = masses if self.q == 1 else self._magnitudes(weights)
         largest = float(masses.amax()) if masses.numel() else 0.0
         if largest == 0 or not math.isfinite(largest):
             return Mass(masses, zero=largest == 0)
@@ -82,19 +85,14 @@ class PowerFlow(MassFlow):
 
     def _magnitudes(self, weights: Tensor) -> Tensor:
         """``|weights|`` in the type of the pass, in memory of its own."""
-        wide = weights.detach().to(self.device, self.dtype)
-        return wide.abs() if wide.data_ptr() == weights.data_ptr() else wide.abs_()
+        weights = weights.detach()
+        wide = weights.to(self.device, self.dtype)
+        return torch.abs(weights, out=self._scratch.like(weights)) if wide is weights else wide.abs_()
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""
         known = [(coefficient(self.real), weight) for coefficient, weight in parts]
-        if len(known) == 1:
-            constant, weight = self.fixed(known[0][0]), known[0][1]
-            if weight is None:
-                return constant
-            values, exponent = constant.values * weight.values, constant.exponent + weight.exponent
-            return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
-        self.mixed |= all(bool(factor.any()) for factor, _ in known)
+        self.mixed = self.mixed or (len(known) > 1 and all(bool(factor.any()) for factor, _ in known))
         terms = (factor if weight is None else factor * self.real(weight) for factor, weight in known)
         whole = self.fixed(functools.reduce(torch.add, terms))
         values = whole.values
@@ -103,4 +101,4 @@ class PowerFlow(MassFlow):
                 slope = self.fixed(factor)
                 moved = (weight.values - weight.values.detach()) * slope.values
                 values = values + self.shifted(moved, weight.exponent + slope.exponent - whole.exponent)
-        return replace(whole, values=values)
+        return Mass(values, whole.exponent, whole.zero)

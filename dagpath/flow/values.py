@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +79,38 @@ class Mass(Operand):
         return NOTHING if self.zero else self.exponent
 
 
+class Later(Mass):
+    """The mass of a parameter or a constant, made when it is first read, if ever.
+
+    Parameters whose masses are not all there at once share memory; statistics are mostly read as the numbers they are.
+    """
+
+    _make: Callable[[fx.Node], Mass]
+    _made: list[Mass]
+
+    def __init__(self, make: Callable[[fx.Node], Mass], params: bool, node: fx.Node) -> None:
+        self.__dict__.update(_make=make, _made=[], params=params, data=False, node=node)  # a mass is frozen
+
+    @property
+    def _mass(self) -> Mass:
+        if not self._made:  # which copies of this share
+            assert self.node is not None
+            self._made.append(self._make(self.node))
+        return self._made[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._mass.values
+
+    @property
+    def exponent(self) -> int:
+        return self._mass.exponent
+
+    @property
+    def zero(self) -> bool:
+        return self._mass.zero
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an operation: its target and its arguments, by position and by the names of its ATen schema.
@@ -92,8 +126,7 @@ class Call:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         bound: dict[str, Any] = {}
-        for position, argument in enumerate(self.target._schema.arguments):  # type: ignore[attr-defined]
-            name = "input" if argument.name == "self" else argument.name
+        for position, (name, argument) in enumerate(_signature(self.target)):
             if position < len(self.args) and not argument.kwarg_only:
                 bound[name] = self.args[position]
             elif argument.name in self.kwargs:
@@ -135,13 +168,20 @@ class Call:
 
     def apart(self) -> Call:
         """The same call with a copy of every mass: one that is given twice can be told apart."""
-        args, kwargs = mapped((self.args, self.kwargs), Mass, replace)
+        args, kwargs = mapped((self.args, self.kwargs), Mass, copy.copy)
         return Call(self.target, args, kwargs, self.node)
 
     def run(self, convert: Callable[[Any], Any]) -> Any:
         """Execute the operation itself on converted arguments."""
         args, kwargs = mapped((self.args, self.kwargs), object, convert)
         return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
+
+
+@functools.cache
+def _signature(target: Any) -> list[tuple[str, Any]]:
+    """The arguments in the ATen schema of an operation, by name."""
+    arguments = target._schema.arguments
+    return [("input" if argument.name == "self" else argument.name, argument) for argument in arguments]
 
 
 _WIDE = torch.finfo(torch.float32).tiny

@@ -9,6 +9,7 @@ with the value of its output.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -92,6 +93,7 @@ def operation_of(target: Any) -> Operation:
     return _REGISTRY.get(overload) or _REGISTRY.get(name, _UNKNOWN)
 
 
+@functools.cache
 def operation_name(target: Any) -> str:
     """``conv2d`` for ``aten.conv2d.default``, ``relu`` for ``aten.relu_.default``, ``getitem`` for the builtin."""
     if not hasattr(target, "_schema") and not hasattr(target, "_qualified_op_name"):

@@ -29,8 +29,10 @@ def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[M
 
     ``operands`` finds the two and the bias (or None) among the arguments of a call.
     """
-    call = call.apart()
     a, b, bias = operands(call)
+    if len({id(a), id(b), id(bias)}) < 3:
+        call = call.apart()
+        a, b, bias = operands(call)
     through_a, through_b = flow.factors(a, b)
     product = exponent = through_a.exponent + through_b.exponent
     if bias is not None and not bias.zero:

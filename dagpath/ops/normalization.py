@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,12 +65,13 @@ class Normalization(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
-        if any(isinstance(part, Mass) and part.data for part in call.leaves(Mass)[1:]):
+        if any(part.data for part in call.leaves(Mass) if part is not mass):
             return flow.barrier(call)
         stored = call.get("running_mean") is not None and not self._uses_input(call)
         if not stored:
             mass = flow.barrier_input(mass)
 
+        @functools.cache
         def inverse_std(real: Callable[[Mass], Tensor]) -> Tensor:
             return (real(call["running_var"]) + call["eps"]).rsqrt() if stored else _ONE
 
@@ -86,7 +88,7 @@ class Normalization(Operation):
         factor = flow.shifted(factor, through.exponent - exponent)
         added = flow.shifted(added, constant.exponent - exponent)
         used = [mass, *(part for part in (weight, bias) if part is not None)]
-        result = flow.result(used, torch.addcmul(added, mass.values, factor), exponent)
+        result = flow.result(used, (mass.values * factor).add_(added), exponent)  # addcmul is slow where it broadcasts
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
