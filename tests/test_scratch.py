@@ -19,7 +19,9 @@ def test_memory_is_lent_again_once_it_is_free() -> None:
     assert scratch.like(large()) is None
     del lent
     again = scratch.like(large().view(2**9, 2**9))
-    assert again is not None and again.data_ptr() == where and again.shape == (2**9, 2**9)
+    assert again is not None
+    assert again.data_ptr() == where
+    assert again.shape == (2**9, 2**9)
 
 
 def test_a_view_keeps_the_memory() -> None:
@@ -43,7 +45,8 @@ def test_what_a_backward_pass_saves_keeps_the_memory() -> None:
     del lent
     assert scratch.like(large()) is None
     product.backward()
-    assert x.grad is not None and torch.equal(x.grad, before)
+    assert x.grad is not None
+    assert torch.equal(x.grad, before)
     del product
     assert scratch.like(large()) is not None
 
