@@ -212,6 +212,16 @@ def test_the_skeleton_of_ones_is_one_and_its_basis_paths_are_the_elements():
     torch.testing.assert_close(bias, before[5] - 1e-3 * bias.grad)
 
 
+def test_the_skeleton_may_be_set_to_any_positive_number():
+    torch.manual_seed(0)
+    net = mlp(5, 8, 6, 3).double()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = GSGD(dagpath.trace(net, torch.zeros(1, 5)), lr=1e-3, skeleton=0.5)
+    assert (optimizer._skeleton.read(list(net.parameters())) == 0.5).all()
+    changed = sum(int((p != old).sum()) for p, old in zip(net.parameters(), before, strict=True))
+    assert changed == len(optimizer._skeleton.members)
+
+
 def gated(m, x):
     return m.head(F.prelu(m.hidden(x), m.slope))
 
@@ -375,7 +385,9 @@ def test_closures_schedulers_clipping_and_float32():
         ({"lr": -1.0}, "lr must be finite and not negative, got -1.0"),
         ({"lr": np.nan}, "lr must be finite"),
         ({"lr": 1.0, "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
-        ({"lr": 1.0, "skeleton": "one"}, "skeleton must be one of 'heaviest', 'ones', got 'one'"),
+        ({"lr": 1.0, "skeleton": "one"}, "skeleton must be 'heaviest', 'ones' or a positive number, got 'one'"),
+        ({"lr": 1.0, "skeleton": 0.0}, "skeleton must be 'heaviest', 'ones' or a positive number, got 0.0"),
+        ({"lr": 1.0, "skeleton": True}, "skeleton must be 'heaviest', 'ones' or a positive number, got True"),
         ({"lr": 1.0, "max_ratio": 1.0}, "max_ratio must be finite and above 1, got 1.0"),
         ({"lr": 1.0, "refresh": 0}, "refresh must be at least 1, got 0"),
     ],

@@ -55,9 +55,12 @@ def test_the_losses_in_the_documentation_are_those_of_the_result_file():
     text = (ROOT / "docs/training.rst").read_text()
     rows = {
         "SGD": "SGD",
-        'GSGD, ``skeleton="ones"``': "GSGD, ones",
+        "GSGD, ``skeleton=0.5``": "GSGD, 0.5",
+        'GSGD, ``skeleton="ones"``': "GSGD, 1",
         'GSGD, ``skeleton="heaviest"``': "GSGD, heaviest",
         "PathSGD, ``every=10``": "PathSGD, every 10",
+        "SGD from the start of GSGD at 0.5": "SGD from the start of GSGD, 0.5",
+        "SGD from the start of GSGD at 1": "SGD from the start of GSGD, 1",
     }
     for label, method in rows.items():
         shown = re.search(rf"^{re.escape(label)} +(\S+) (\S+)$", text, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from dagpath.optimizer_state import register_state
 from dagpath.paths.basis import ElementOrder, choose_skeleton, element_order
 from dagpath.trace import TracedModel, require_traced
 
-_SKELETONS = ("heaviest", "ones")
 _ATTRIBUTES = {
     *("_max_ratio", "_refresh", "_order", "_ends", "_skeleton"),
     *("_momentum", "_steps", "_chosen_at", "_any_zero"),
@@ -63,9 +63,10 @@ class GSGD(Optimizer):
             only where skeletons are near one.
         momentum: from 0 to 1, without 1.
         skeleton: ``"heaviest"``: the chains of the largest values, which is the same choice in networks that differ by
-            a rescaling. ``"ones"``: these elements are set to 1 when the optimizer is made, as published; that changes
-            the function of the model, so it is meant for a model that is not trained yet. To resume such a training,
-            load the states of the model and of the optimizer after the optimizer is made.
+            a rescaling. A positive number: these elements are set to it when the optimizer is made, and ``"ones"``
+            to 1, as published; that changes the function of the model, so it is meant for a model that is not trained
+            yet. To resume such a training, load the states of the model and of the optimizer after the optimizer is
+            made.
         max_ratio: above 1; the largest factor by which the value of a skeleton path may change in one step.
         refresh: after how many steps the skeleton is chosen anew; None for never.
 
@@ -97,14 +98,13 @@ class GSGD(Optimizer):
         traced: TracedModel,
         lr: float,
         momentum: float = 0.0,
-        skeleton: str = "heaviest",
+        skeleton: str | float = "heaviest",
         max_ratio: float = 1.01,
         refresh: int | None = 100,
     ) -> None:
         require_traced(traced)
         check_rates(lr, momentum)
-        if skeleton not in _SKELETONS:
-            raise ValueError(f"skeleton must be one of {', '.join(map(repr, _SKELETONS))}, got {skeleton!r}")
+        members = _member_value(skeleton)
         if not 1 < max_ratio < math.inf:
             raise ValueError(f"max_ratio must be finite and above 1, got {max_ratio}")
         if refresh is not None:
@@ -119,10 +119,10 @@ class GSGD(Optimizer):
         self._any_zero = False
         self._momentum: Tensor | None = None
         self._skeleton = self._choose()
-        if skeleton == "ones":
+        if members is not None:
             with torch.no_grad():
                 parameters = self._parameters
-                self._skeleton.write_(parameters, torch.ones_like(self._skeleton.read(parameters)))
+                self._skeleton.write_(parameters, torch.full_like(self._skeleton.read(parameters), members))
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -280,6 +280,15 @@ class GSGD(Optimizer):
         device = self._skeleton.class_of.device
         self._momentum = None if own["momentum"] is None else own["momentum"].to(device, copy=True)
         self._steps, self._chosen_at, self._any_zero = own["steps"], own["chosen_at"], own["any_zero"]
+
+
+def _member_value(skeleton: object) -> float | None:
+    """What the elements of the skeleton are set to; None to keep them."""
+    if isinstance(skeleton, str) and skeleton in ("heaviest", "ones"):
+        return 1.0 if skeleton == "ones" else None
+    if isinstance(skeleton, bool) or not isinstance(skeleton, numbers.Real) or not 0 < float(skeleton) < math.inf:
+        raise ValueError(f"skeleton must be 'heaviest', 'ones' or a positive number, got {skeleton!r}")
+    return float(skeleton)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
