@@ -95,3 +95,26 @@ def test_the_state_of_an_optimizer_is_carried_along_where_it_is(options):
         assert torch.equal(new["exp_avg"], old["exp_avg"] / factor)
         assert torch.equal(new["exp_avg_sq"], old["exp_avg_sq"] / factor**2)
         assert torch.equal(new["step"], old["step"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda traced: dagpath.optim.GSGD(traced, lr=1e-4, momentum=0.9, refresh=2),
+        lambda traced: dagpath.optim.PathSGD(traced, lr=1e-3, every=2),
+    ],
+)
+def test_steps_in_path_space_are_the_same(make):
+    here = network().double()
+    there = copy.deepcopy(here).cuda()
+    x, target = torch.randn(8, 3, 12, 12, dtype=torch.float64), torch.randint(5, (8,))
+    for model in (here, there):
+        device = next(model.parameters()).device
+        optimizer = make(dagpath.trace(model, x.to(device)))
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x.to(device)), target.to(device)).backward()
+            optimizer.step()
+        assert all(parameter.device == device for parameter in model.parameters())
+    for expected, found in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-12)
