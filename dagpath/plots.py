@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 
 
-def _axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
+def new_axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
+    """``ax``, or the only one of a new figure of that size in inches."""
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
@@ -48,7 +49,7 @@ def path_length_profile(traced: TracedModel, p: float | None = None, ax: Axes | 
     Cost: that of :func:`dagpath.path_length_profile`.
     """
     profile = length_profile(traced, p)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     heights = [math.log10(value) if p is None else value for value in profile.values()]
     ax.bar(list(profile), heights, **{"color": BLUE, **options})
     ax.set_xlabel("parametrized layers on the path")
@@ -74,7 +75,7 @@ def mass_per_layer(traced: TracedModel, p: float = 2, ax: Axes | None = None) ->
         0, graph.maker_of, path_mass(traced, p).cpu()
     )
     names = [site.module or site.operation for site in graph.sites]
-    ax = _axes(ax, height=max(2.5, 0.18 * len(names)))
+    ax = new_axes(ax, height=max(2.5, 0.18 * len(names)))
     ax.barh(range(len(names)), shares.numpy(), color=BLUE)
     _name_rows(ax, names)
     ax.set_xlabel(f"share of Σ |Φ|^{p:g} through the layer")
@@ -88,14 +89,8 @@ def scale_factors(rescaling: Rescaling, ax: Axes | None = None) -> Axes:
         rescaling: from :func:`dagpath.balance` or :func:`dagpath.rescale_`.
         ax: where to draw. The axis is logarithmic, in powers of two.
     """
-    graph = rescaling.traced.graph
-    exponents = (rescaling.log_scales / math.log(2)).cpu()
-    rows = []
-    for index, site in enumerate(graph.sites):
-        groups = graph.group_of[graph.maker_of == index]
-        if bool((groups > 0).any()):
-            rows.append((site.module or site.operation, exponents[groups[groups > 0] - 1].numpy()))
-    ax = _axes(ax, height=max(2.5, 0.18 * len(rows)))
+    rows = [(name, (z / math.log(2)).cpu().numpy()) for name, z in rescaling.layers()]
+    ax = new_axes(ax, height=max(2.5, 0.18 * len(rows)))
     for row, (_, values) in enumerate(rows):
         low, first, median, third, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
         ax.hlines(row, low, high, color=BLUE, linewidth=1)
@@ -134,7 +129,7 @@ def gram_spectrum(traced: TracedModel, rescaling: Rescaling | None = None, ax: A
         shapes = {name: p.shape for name, p in traced.model.named_parameters()}
         d = torch.cat([multipliers[name].expand(shape).reshape(-1) for name, shape in shapes.items()]).to(dense)
         spectra.append(("after", dense / d[:, None] / d[None, :], ORANGE, "^"))
-    ax = _axes(ax)
+    ax = new_axes(ax)
     for label, matrix, color, marker in spectra:
         live = live_eigenvalues(torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy())
         condition = f"{live[0] / live[-1]:.1e}" if len(live) else "none"
@@ -171,7 +166,7 @@ def layer_graph(traced: TracedModel, ax: Axes | None = None) -> Axes:
         for node in nodes:
             graph.nodes[node]["column"] = column
     places = nx.multipartite_layout(graph, subset_key="column")
-    ax = _axes(ax, width=max(6.4, 0.3 * len(columns)), height=4.0)
+    ax = new_axes(ax, width=max(6.4, 0.3 * len(columns)), height=4.0)
     styles = {
         "hidden": (BLUE, "o"),
         "join": (GREEN, "s"),

@@ -311,17 +311,27 @@ class Rescaling:
             text += "\n\n" + self._layer_table()
         return text
 
-    def _layer_table(self) -> str:
+    def layers(self) -> list[tuple[str, Tensor]]:
+        """log λ of the free neurons of each layer that has some: the name of its module, and a tensor.
+
+        An operation that stands in no module has its own name; one of a module that is called again has a number.
+        """
         graph = self.traced.graph
-        rows = []
+        found: dict[str, Tensor] = {}
         for index, site in enumerate(graph.sites):
             groups = graph.group_of[graph.maker_of == index]
-            z = self.log_scales[groups[groups > 0] - 1]
-            if not len(z):
-                continue
+            if bool((groups > 0).any()):
+                name = site.module or site.operation
+                again = sum(other == name or other.startswith(f"{name} #") for other in found)
+                found[f"{name} #{again + 1}" if again else name] = self.log_scales[groups[groups > 0] - 1]
+        return list(found.items())
+
+    def _layer_table(self) -> str:
+        rows = []
+        for name, z in self.layers():
             low, median, high = (f"{float(part.exp()):.4g}" for part in (z.min(), z.median(), z.max()))
             spread = f"{float(z.std(correction=0)):.3f}"
-            rows.append((site.module or "(model)", f"{len(z):,}", low, median, high, spread, f"{self._at_bound(z):,}"))
+            rows.append((name, f"{len(z):,}", low, median, high, spread, f"{self._at_bound(z):,}"))
         return table(("layer", "free", "smallest", "median", "largest", "std of log", "at the bound"), rows)
 
     def _at_bound(self, z: Tensor) -> int:

@@ -1,0 +1,171 @@
+"""What the runs of a training study say: losses, epochs to a target, and tests of differences."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from dagpath.report import table
+
+Setting = tuple[str, float]
+"""A task and a learning rate."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two methods with the same task, learning rate and seeds.
+
+    Attributes:
+        task, lr: which.
+        losses: median final training loss of each of the two.
+        target: the loss that both are measured by: the median final loss of the second method, of two in the middle the
+            higher.
+        epochs: median number of epochs after which each is at the target; infinite where most runs never are.
+        faster: in how many seeds the first method is at the target earlier, and in how many later.
+        lower: in how many seeds its final loss is lower, and in how many higher.
+        p_value: two-sided, of Wilcoxon's signed-rank test on the final losses, paired by seed; NaN where no pair
+            differs.
+    """
+
+    task: str
+    lr: float
+    losses: tuple[float, float]
+    target: float
+    epochs: tuple[float, float]
+    faster: tuple[int, int]
+    lower: tuple[int, int]
+    p_value: float
+
+
+@dataclass(frozen=True)
+class TrainingStudy:
+    """Runs of a training study; ``print`` shows the losses that each method ended with.
+
+    Attributes:
+        runs: one dictionary for each run, as in the file: task, method, lr, seed, epochs, batch_size, losses (one more
+            than epochs, None once it diverged), error, seconds, versions.
+    """
+
+    runs: Sequence[Mapping[str, Any]]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Tasks and learning rates, in order."""
+        return list(dict.fromkeys((run["task"], run["lr"]) for run in self.runs))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(run["method"] for run in self.runs))
+
+    def curves(self, task: str, method: str, lr: float) -> dict[int, np.ndarray]:
+        """Seed -> the loss before the first epoch and after each, float64, infinite once it was not finite.
+
+        Raises:
+            ValueError: there is no such run.
+        """
+        found = {
+            run["seed"]: np.array([math.inf if loss is None else loss for loss in run["losses"]], dtype=np.float64)
+            for run in self.runs
+            if (run["task"], run["method"], run["lr"]) == (task, method, lr)
+        }
+        if not found:
+            raise ValueError(f"there is no run of {method!r} on {task!r} with learning rate {lr:g}")
+        return found
+
+    def final_losses(self, task: str, method: str, lr: float) -> dict[int, float]:
+        """Seed -> the loss after the last epoch."""
+        return {seed: float(curve[-1]) for seed, curve in self.curves(task, method, lr).items()}
+
+    def epochs_to(self, target: float, task: str, method: str, lr: float) -> dict[int, float]:
+        """Seed -> after how many epochs the loss is at most the target for the first time; infinite for never."""
+        curves = self.curves(task, method, lr)
+        return {
+            seed: float(np.argmax(curve <= target)) if bool((curve <= target).any()) else math.inf
+            for seed, curve in curves.items()
+        }
+
+    def target(self, task: str, lr: float, reference: str = "baseline") -> float:
+        """The median of a method's final losses; of two middle ones the higher, so that half of its runs get there."""
+        return float(np.quantile(list(self.final_losses(task, reference, lr).values()), 0.5, method="higher"))
+
+    def compare(self, method: str = "path conditioning", reference: str = "baseline") -> list[Difference]:
+        """Each setting in which both methods were run, over the seeds that both have."""
+        found = []
+        for task, lr in self.settings:
+            if not all(self._has(task, name, lr) for name in (method, reference)):
+                continue
+            ours, theirs = (self.final_losses(task, name, lr) for name in (method, reference))
+            seeds = sorted(ours.keys() & theirs.keys())
+            a, b = (np.array([losses[seed] for seed in seeds]) for losses in (ours, theirs))
+            target = self.target(task, lr, reference)
+            epochs = [self.epochs_to(target, task, name, lr) for name in (method, reference)]
+            s, t = (np.array([reached[seed] for seed in seeds]) for reached in epochs)
+            with np.errstate(invalid="ignore"):
+                differences = np.nan_to_num(np.log(a) - np.log(b), nan=0.0, posinf=1e300, neginf=-1e300)
+            p_value = float(stats.wilcoxon(differences).pvalue) if differences.any() else math.nan
+            found.append(
+                Difference(
+                    task,
+                    lr,
+                    (float(np.median(a)), float(np.median(b))),
+                    target,
+                    (float(np.median(s)), float(np.median(t))),
+                    (int((s < t).sum()), int((s > t).sum())),
+                    (int((a < b).sum()), int((a > b).sum())),
+                    p_value,
+                )
+            )
+        return found
+
+    def comparison_table(self, method: str = "path conditioning", reference: str = "baseline") -> str:
+        """:meth:`compare` as a table."""
+        headings = ("task", "lr", f"loss, {method}", f"loss, {reference}", "epochs to target", "of reference")
+        rows = [
+            (
+                found.task,
+                f"{found.lr:g}",
+                *(f"{loss:.3g}" for loss in found.losses),
+                *(f"{epochs:g}" for epochs in found.epochs),
+                "{} : {}".format(*found.lower),
+                f"{found.p_value:.2g}",
+            )
+            for found in self.compare(method, reference)
+        ]
+        return table((*headings, "lower : higher", "p"), rows)
+
+    def __str__(self) -> str:
+        rows = []
+        for task, lr in self.settings:
+            cells = []
+            for method in self.methods:
+                known = self._has(task, method, lr)
+                losses = np.array(list(self.final_losses(task, method, lr).values())) if known else None
+                cells.append("" if losses is None else f"{np.median(losses):.3g}")
+            rows.append((task, f"{lr:g}", *cells))
+        return table(("median final loss", "lr", *self.methods), rows)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one line for each run: its facts, its final loss and its seconds."""
+        names = ("task", "method", "lr", "seed", "epochs", "batch_size")
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, "final loss", "seconds"])
+            for run in self.runs:
+                writer.writerow([*(run[name] for name in names), run["losses"][-1], run["seconds"]])
+
+    def select(self, methods: Iterable[str] | None = None, tasks: Iterable[str] | None = None) -> TrainingStudy:
+        """Only the runs of some methods, or of some tasks."""
+        kept_methods = set(self.methods if methods is None else methods)
+        kept_tasks = set(tasks) if tasks is not None else {task for task, _ in self.settings}
+        return TrainingStudy([run for run in self.runs if run["method"] in kept_methods and run["task"] in kept_tasks])
+
+    def _has(self, task: str, method: str, lr: float) -> bool:
+        return any((run["task"], run["method"], run["lr"]) == (task, method, lr) for run in self.runs)

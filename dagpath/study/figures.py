@@ -1,0 +1,155 @@
+"""Pictures of studies. Needs matplotlib: ``pip install dagpath[study]``.
+
+Every function draws into ``ax``, or into a new figure, and returns the :class:`matplotlib.axes.Axes`. What differs in
+colour also differs in the kind of line or in its mark.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY, new_axes
+from dagpath.study.comparison import TrainingStudy
+from dagpath.study.initialization import FIGURES, InitializationStudy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLES = [
+    (GREY, "-", "o"),
+    (BLUE, "-", "s"),
+    (SKY, "--", "^"),
+    (GREEN, "-.", "D"),
+    (ORANGE, ":", "v"),
+    ("#CC79A7", "--", "P"),
+    ("#E69F00", "-.", "X"),
+]
+
+
+def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = None) -> Axes:
+    """The training loss after each epoch, one line for each method: the median over the seeds, and its quartiles.
+
+    Args:
+        study: the runs.
+        task, lr: which of them.
+        ax: where to draw; the loss is on a logarithmic axis.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    ax = new_axes(ax)
+    for method, (color, line, mark) in zip(study.methods, _STYLES, strict=False):
+        curves = np.stack(list(study.curves(task, method, lr).values()))
+        low, median, high = (_finite(part) for part in np.quantile(curves, (0.25, 0.5, 0.75), axis=0, method="nearest"))
+        epochs = np.arange(len(median))
+        ax.plot(
+            epochs, median, color=color, linestyle=line, marker=mark, markevery=max(1, len(epochs) // 8), label=method
+        )
+        ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.set_yscale("log")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("training loss")
+    ax.set_title(f"{task}, learning rate {lr:g}")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def epochs_to_target(study: TrainingStudy, task: str, reference: str = "baseline", ax: Axes | None = None) -> Axes:
+    """After how many epochs each method has the loss that the reference ends with, by learning rate; medians.
+
+    A method of which most runs never are there has a mark above the axis.
+
+    Args:
+        study: the runs.
+        task: which of them.
+        reference: the method whose median final loss is the target, for each learning rate by itself.
+        ax: where to draw.
+
+    Raises:
+        ValueError: there is no run of the reference on the task.
+    """
+    rates = sorted(lr for name, lr in study.settings if name == task)
+    ax = new_axes(ax)
+    never = 1.08 * max((run["epochs"] for run in study.runs if run["task"] == task), default=1)
+    for index, (method, (color, line, mark)) in enumerate(zip(study.methods, _STYLES, strict=False)):
+        places, heights = [], []
+        for place, lr in enumerate(rates):
+            target = study.target(task, lr, reference)
+            reached = statistics.median(study.epochs_to(target, task, method, lr).values())
+            places.append(place + 0.06 * (index - len(study.methods) / 2))
+            heights.append(reached if math.isfinite(reached) else never)
+        ax.plot(places, heights, color=color, linestyle=line, marker=mark, linewidth=0.8, label=method)
+    ax.axhline(never, color=GREY, linewidth=0.6, zorder=0)
+    ax.annotate("never", (0.01, never), xycoords=("axes fraction", "data"), fontsize="small", va="bottom")
+    ax.set_ylim(top=1.08 * never)
+    ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel(f"epochs to the final loss of {reference}")
+    ax.set_title(task)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax: Axes | None = None) -> Axes:
+    """What path conditioning is predicted to do, by architecture and gain, with the mean over the samples below it.
+
+    Args:
+        study: from :func:`dagpath.study.initialization`.
+        scheme: which of its schemes.
+        figure: ``"spread"``, ``"drop"``, ``"condition before"`` or ``"condition after"``.
+        ax: where to draw.
+
+    Raises:
+        ValueError: the study has no such scheme, or there is no such figure.
+    """
+    rows = {(row.architecture, row.gain): row.record() for row in study.rows if row.scheme == scheme}
+    if not rows:
+        raise ValueError(f"the study has no scheme {scheme!r}")
+    if figure not in FIGURES:
+        raise ValueError(f"figure must be one of {', '.join(map(repr, FIGURES))}, got {figure!r}")
+    names, gains = list(dict.fromkeys(name for name, _ in rows)), list(dict.fromkeys(gain for _, gain in rows))
+    values = np.array([[float(rows[name, gain][f"{figure}, predicted"]) for gain in gains] for name in names])
+    ax = new_axes(ax, width=4.2 + 0.8 * len(gains), height=2.2 + 0.6 * len(names))
+    ax.imshow(values, cmap="cividis", aspect="auto")
+    dark = values < (values.min() + values.max()) / 2
+    for row, name in enumerate(names):
+        for column, gain in enumerate(gains):
+            both = (float(rows[name, gain][f"{figure}, {part}"]) for part in ("predicted", "mean"))
+            text = "\n".join(f"{value:.2g}" for value in both)
+            color = "white" if dark[row, column] else "black"
+            ax.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
+    ax.set_xticks(range(len(gains)), [f"{gain:g}" for gain in gains])
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("gain")
+    ax.set_title(f"{figure}, {scheme} initialization\npredicted, and sampled below", fontsize="medium")
+    return ax
+
+
+def prediction_against_samples(study: InitializationStudy, ax: Axes | None = None) -> Axes:
+    """The mean log λ of each layer: its prediction against its mean over the samples, with their standard deviation."""
+    ax = new_axes(ax, height=5.0)
+    schemes = list(dict.fromkeys(row.scheme for row in study.rows))
+    ends: list[float] = [0.0]
+    for scheme, (color, _, mark) in zip(schemes, _STYLES, strict=False):
+        points = [
+            (row.predicted.layers[name], statistics.fmean(values), statistics.pstdev(values))
+            for row in study.rows
+            if row.scheme == scheme
+            for name, values in row.sampled_layers.items()
+        ]
+        x, y, bars = zip(*points, strict=True)
+        ax.errorbar(x, y, yerr=bars, color=color, marker=mark, linestyle="", markersize=4, elinewidth=0.8, label=scheme)
+        ends += [*x, *y]
+    ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linewidth=0.8, zorder=0)
+    ax.set_xlabel("predicted mean log λ of a layer")
+    ax.set_ylabel("sampled")
+    ax.legend()
+    return ax

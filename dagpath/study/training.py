@@ -1,0 +1,264 @@
+"""Training with and without path conditioning: many runs, each kept as a line of a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from tqdm.auto import tqdm
+
+from dagpath.balance import balance
+from dagpath.errors import BalanceError
+from dagpath.optim import GSGD, EquiNormCycle
+from dagpath.study.comparison import TrainingStudy
+from dagpath.study.tasks import TASKS, Task
+from dagpath.trace import trace
+
+Method = Callable[[nn.Module, Tensor, float], tuple[nn.Module, Optimizer]]
+"""From a fresh network, an example input and a learning rate to what is trained, and its optimizer."""
+
+
+def _baseline(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    return model, SGD(model.parameters(), lr)
+
+
+def _path_conditioning(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    return _baseline(balance(trace(model, x)).apply_(), x, lr)
+
+
+def _ten_sweeps(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ten sweeps stop short of the optimum, which is the point
+        rescaling = balance(trace(model, x), solver="coordinate", max_iter=10)
+    return _baseline(rescaling.apply_(), x, lr)
+
+
+def _enorm(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    optimizer = SGD(model.parameters(), lr)
+    EquiNormCycle(trace(model, x), optimizer)
+    return model, optimizer
+
+
+def _batch_norm(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    """A batch norm before every ReLU."""
+    layers: list[nn.Module] = []
+    for layer, following in zip([*model.children()], [*list(model.children())[1:], None], strict=True):
+        layers.append(layer)
+        if isinstance(following, nn.ReLU):
+            images, width = isinstance(layer, nn.Conv2d), next(layer.parameters()).shape[0]
+            layers.append(nn.BatchNorm2d(width) if images else nn.BatchNorm1d(width))
+    return _baseline(nn.Sequential(*layers), x, lr)
+
+
+def _gsgd(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
+    return model, GSGD(trace(model, x), lr, skeleton="ones")
+
+
+METHODS: dict[str, Method] = {
+    "baseline": _baseline,
+    "path conditioning": _path_conditioning,
+    "ten sweeps": _ten_sweeps,
+    "ENorm": _enorm,
+    "batch norm": _batch_norm,
+    "G-SGD": _gsgd,
+}
+"""SGD on the network as it is initialized; after path conditioning to the optimum, and after ten coordinate sweeps
+toward it; with a cycle of ENorm after every step; with a batch norm before every ReLU; and G-SGD with a skeleton of
+ones."""
+
+_FACTS = ("task", "method", "lr", "seed", "epochs", "batch_size")
+"""What tells one run from another."""
+_BEGINNING = b'{"task": '
+"""Of every line."""
+
+
+def train(
+    path: str | os.PathLike[str],
+    tasks: Iterable[str] | Mapping[str, Task] = TASKS,
+    methods: Iterable[str] | Mapping[str, Method] = METHODS,
+    learning_rates: Iterable[float] | Mapping[str, Iterable[float]] = (0.01, 0.05, 0.2),
+    seeds: int | Iterable[int] = 5,
+    epochs: int = 30,
+    batch_size: int = 64,
+    n_jobs: int = -1,
+    progress: bool = True,
+) -> TrainingStudy:
+    """Train each network with each method, learning rate and seed, and keep every run as a line of a file.
+
+    Runs with the same seed start from the same parameters and see the same batches. A run that the file already has is
+    not repeated, so a study that was interrupted goes on where it was, and one that is widened runs only what is new.
+    Each line is a JSON object: what was run, the training loss over all data before the first epoch and after each, the
+    seconds it took, and the versions. A run that diverges ends there: the losses that it never had are null, and
+    ``error`` says what happened.
+
+    Args:
+        path: the file; made if there is none. A last line that an interruption cut short is dropped.
+        tasks: names from ``TASKS``, or a mapping of names to :class:`Task`.
+        methods: names from ``METHODS``, or a mapping of names to functions ``(model, example input, learning rate) ->
+            (model, optimizer)``.
+        learning_rates: for all tasks, or by task.
+        seeds: which, or how many.
+        epochs, batch_size: of every run.
+        n_jobs: processes, each with one thread; -1 for one per core. 1 runs in this process.
+        progress: show a progress bar, with an estimate of the time left.
+
+    Returns:
+        The runs that were asked for, as a :class:`TrainingStudy`.
+
+    Raises:
+        ValueError: an unknown task or method, a number out of range, or a line of the file that is no run.
+
+    Needs scikit-learn, joblib and Pillow: ``pip install dagpath[study]``.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from dagpath import study
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = study.train(pathlib.Path(folder) / "runs.jsonl", ["autoencoder"], ["baseline"], [0.1], seeds=1,
+        ...                         epochs=2, n_jobs=1, progress=False)
+        >>> len(found.runs), len(found.runs[0]["losses"])
+        (1, 3)
+    """
+    from joblib import Parallel, delayed
+
+    tasks, methods = _chosen("task", tasks, TASKS), _chosen("method", methods, METHODS)
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    rates = {
+        task: list(learning_rates[task] if isinstance(learning_rates, Mapping) else learning_rates) for task in tasks
+    }
+    bad = [lr for group in rates.values() for lr in group if not 0 < lr < math.inf]
+    if bad:
+        raise ValueError(f"learning rates must be positive and finite, got {bad[0]}")
+    wanted: list[dict[str, Any]] = [
+        dict(zip(_FACTS, (task, method, float(lr), seed, epochs, batch_size), strict=True))
+        for task in tasks
+        for lr in rates[task]
+        for seed in (range(seeds) if isinstance(seeds, int) else seeds)
+        for method in methods
+    ]
+    found, size = _runs(Path(path))
+    done = {_key(run): run for run in found}
+    missing = [facts for facts in wanted if _key(facts) not in done]
+    jobs = [delayed(_run)(facts, tasks[facts["task"]], methods[facts["method"]]) for facts in missing]
+    results = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(jobs)
+    bar = tqdm(results, "runs", len(wanted), initial=len(wanted) - len(missing), disable=not progress)
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.truncate(size)
+        for run in bar:
+            file.write(json.dumps(run) + "\n")
+            file.flush()
+            done[_key(run)] = run
+    return TrainingStudy([done[_key(facts)] for facts in wanted])
+
+
+def load(path: str | os.PathLike[str]) -> TrainingStudy:
+    """All runs of a file that :func:`train` wrote, in the order of tasks, learning rates, seeds and methods.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line of it is no run.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file of runs at {Path(path)}")
+    tasks, methods = list(TASKS), list(METHODS)
+
+    def place(run: Mapping[str, Any]) -> tuple[int, float, int, int]:
+        known = [
+            names.index(name) if name in names else len(names)
+            for names, name in ((tasks, run["task"]), (methods, run["method"]))
+        ]
+        return known[0], run["lr"], run["seed"], known[1]
+
+    return TrainingStudy(sorted(_runs(Path(path))[0], key=place))
+
+
+def _chosen(kind: str, names: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(names, Mapping):
+        return dict(names)
+    if isinstance(names, str):
+        raise ValueError(f"give the {kind}s as a list, got {names!r}")
+    chosen = list(names)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(map(repr, known))}")
+    return {name: known[name] for name in chosen}
+
+
+def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[fact] for fact in _FACTS)
+
+
+def _runs(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The runs of a file, and the length of its whole lines: what follows them is an interrupted write."""
+    content = path.read_bytes() if path.exists() else b""
+    size = content.rfind(b"\n") + 1
+    runs = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        cut = number > content.count(b"\n")
+        try:
+            if cut and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
+                break
+            run = json.loads(line)
+            _key(run)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: this is no run of a study: {line[:80]!r}") from error
+        runs.append(run)
+    return runs, size
+
+
+def _run(facts: dict[str, Any], task: Task, method: Method) -> dict[str, Any]:
+    """One training, in a process of its own or in this one."""
+    import dagpath
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            start = time.perf_counter()
+            losses, error = _losses(task, method, **{name: facts[name] for name in _FACTS[2:]})
+            seconds = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
+    versions = {"dagpath": dagpath.__version__, "torch": torch.__version__}
+    return {**facts, "losses": losses, "error": error, "seconds": round(seconds, 2), "versions": versions}
+
+
+def _losses(
+    task: Task, method: Method, lr: float, seed: int, epochs: int, batch_size: int
+) -> tuple[list[float | None], str | None]:
+    """The training loss over all data before the first epoch and after each, None once it diverged, and how."""
+    inputs, targets = task.data()
+    torch.manual_seed(seed)
+    model, optimizer = method(task.build(), inputs[:1], lr)
+    batches = torch.Generator().manual_seed(seed)
+    losses: list[float | None] = []
+    error = None
+    while len(losses) <= epochs and error is None:
+        try:
+            if losses:
+                model.train()
+                for batch in torch.split(torch.randperm(len(inputs), generator=batches), batch_size):
+                    optimizer.zero_grad()
+                    torch.autograd.backward(task.loss(model(inputs[batch]), targets[batch]))
+                    optimizer.step()
+        except BalanceError as raised:  # gradients on their way to infinity cannot be rescaled
+            error = str(raised)
+            break
+        model.eval()
+        with torch.no_grad():
+            loss = float(task.loss(model(inputs), targets))
+        if math.isfinite(loss):
+            losses.append(float(f"{loss:.5g}"))
+        else:
+            error = f"the loss is {loss}"
+    return [*losses, *[None] * (epochs + 1 - len(losses))], error
