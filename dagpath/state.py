@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,16 +95,26 @@ def _content(container: Any) -> Callable[[], None]:
     return put_back
 
 
+_collection = threading.Lock()
+_pausing: list[bool] = []
+"""One for each that is inside :func:`uncollected`, in any thread: was the garbage collection on before the first?"""
+
+
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection: looking through the many objects that graphs are made of takes long."""
-    enabled = gc.isenabled()
-    gc.disable()
+    """Without garbage collection: looking through the many objects that graphs are made of takes long.
+
+    Threads share one garbage collection: it pauses until the last of them is done.
+    """
+    with _collection:
+        _pausing.append(_pausing[0] if _pausing else gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _collection:
+            if _pausing.pop() and not _pausing:
+                gc.enable()
 
 
 @contextlib.contextmanager

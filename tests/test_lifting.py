@@ -10,7 +10,7 @@ from torch import nn
 
 import dagpath
 
-from networks import BruteForce, RandomNet
+from networks import BruteForce, Net, RandomNet
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -111,6 +111,27 @@ def test_frozen_batch_norm_matches_its_closed_form():
     assert gram["1.bias"].item() == pytest.approx(head**2, rel=1e-6)
     bias = beta - mean * gamma / math.sqrt(var)
     assert gram["2.weight"].item() == pytest.approx(weight**2 * gamma**2 / var + bias**2, rel=1e-6)
+
+
+def test_a_normalization_whose_gain_is_its_input_cuts_paths():
+    def function(m, x):
+        hidden = m.first(x).sum(0)
+        return m.last(nn.functional.layer_norm(hidden, hidden.shape, hidden, hidden))
+
+    net = Net(function, first=nn.Linear(3, 4), last=nn.Linear(4, 2)).double()
+    traced = dagpath.trace(net, torch.zeros(2, 3, dtype=torch.float64))
+    unrolled = traced.unroll()
+    assert dagpath.path_norm(traced) == pytest.approx(unrolled.path_norm(), rel=1e-12)
+    assert dagpath.path_count(traced) == unrolled.path_count()
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_an_infinite_weight_leaves_the_norms_of_other_paths_as_they_are(p):
+    net = nn.Linear(1, 3, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[math.inf], [-2.0], [0.0]]))
+    norms = dagpath.path_norm(dagpath.trace(net, torch.zeros(1, 1)), p, per_output=True)
+    torch.testing.assert_close(norms, torch.tensor([[math.inf, 2.0, 0.0]], dtype=torch.float64))
 
 
 def test_parameters_that_no_path_meets_have_gram_zero():

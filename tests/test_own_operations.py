@@ -218,6 +218,32 @@ def test_a_rule_of_ones_own_is_a_class_with_two_methods():
     check(net, torch.randn(3, 3), 3)
 
 
+def test_a_rule_may_look_at_a_weight_without_recording_derivatives():
+    class Gain(Operation):
+        def mass(self, flow, call):
+            x, gain = call["x"], call["gain"]
+            with torch.no_grad():
+                assert bool((gain.values >= 0).all())
+            return flow.result([x, gain], x.values * gain.values, x.exponent + gain.exponent)
+
+        def neurons(self, flow, call):
+            return flow.constant(call.output)
+
+    @custom_op
+    def times_gain(x: Tensor, gain: Tensor) -> Tensor:
+        return x * gain
+
+    dagpath.register_op(times_gain, Gain())
+    layer, gain = nn.Linear(3, 2), torch.rand(2)
+    own, built_in = (
+        dagpath.gram(
+            dagpath.trace(Net(lambda m, x, f=function: f(m.a(x), m.gain), a=layer, gain=gain), torch.ones(1, 3))
+        )
+        for function in (times_gain, torch.mul)
+    )
+    torch.testing.assert_close(own.to_dense(), built_in.to_dense())
+
+
 @pytest.fixture
 def peaks() -> nn.Module:
     """The operation of the documentation's example, between a convolution and a linear layer."""

@@ -208,6 +208,15 @@ def test_a_weight_that_a_path_meets_twice_is_exact_in_the_operator():
     assert float(dagpath.gram(traced).diagonal()) == pytest.approx(4 * w * w)
 
 
+def test_a_parameter_without_elements_has_no_rows_in_the_operator():
+    layers = {"first": nn.Linear(2, 3), "last": nn.Linear(3, 1)}
+    with_empty = Net(lambda m, x: m.last(torch.relu(m.first(x))) + x[:, :0] @ m.empty, **layers, empty=torch.ones(0, 1))
+    without = Net(lambda m, x: m.last(torch.relu(m.first(x))), **layers)
+    G, expected = (dagpath.gram(dagpath.trace(net, torch.zeros(1, 2))) for net in (with_empty, without))
+    torch.testing.assert_close(G.to_dense(), expected.to_dense())
+    torch.testing.assert_close(G @ torch.ones(13), expected @ torch.ones(13))
+
+
 def test_eigenvalues_and_dense_matrices_of_wrong_sizes_are_refused():
     G = dagpath.gram(small_mlp(2, 3, 1))
     for k in (0, -1, 13):

@@ -144,7 +144,8 @@ class MassFlow(fx.Interpreter):
         return self.inputs(self.node.meta.get("val"))
 
     def _parameter_at(self, node: fx.Node) -> Mass:
-        return self.parameter(self.graph_inputs.parameters[str(node.target)])
+        with torch.set_grad_enabled(self.records):  # whatever the rule that reads it first is in
+            return self.parameter(self.graph_inputs.parameters[str(node.target)])
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         call = Call(target, args, dict(kwargs), self.node)

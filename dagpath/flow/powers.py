@@ -79,7 +79,7 @@ class PowerFlow(MassFlow):
         masses = masses if self.q == 1 else self._magnitudes(weights)
         largest = float(masses.amax()) if masses.numel() else 0.0
         if largest == 0 or not math.isfinite(largest):
-            return Mass(masses, zero=largest == 0)
+            return Mass(masses.pow_(self.q), zero=largest == 0)
         exponent = math.floor(math.log2(largest) * self.q)
         return Mass(masses.div_(largest).pow_(self.q).mul_(2.0 ** (math.log2(largest) * self.q - exponent)), exponent)
 

@@ -85,18 +85,18 @@ class Later(Mass):
     Parameters whose masses are not all there at once share memory; statistics are mostly read as the numbers they are.
     """
 
-    _make: Callable[[fx.Node], Mass]
-    _made: list[Mass]
+    _held: list[Mass | Callable[[fx.Node], Mass]]
 
     def __init__(self, make: Callable[[fx.Node], Mass], params: bool, node: fx.Node) -> None:
-        self.__dict__.update(_make=make, _made=[], params=params, data=False, node=node)  # a mass is frozen
+        self.__dict__.update(_held=[make], params=params, data=False, node=node)  # a mass is frozen
 
     @property
     def _mass(self) -> Mass:
-        if not self._made:  # which copies of this share
+        [held] = self._held  # which copies of this share
+        if not isinstance(held, Mass):
             assert self.node is not None
-            self._made.append(self._make(self.node))
-        return self._made[0]
+            held = self._held[0] = held(self.node)  # what made it refers to the flow, and is let go
+        return held
 
     @property
     def values(self) -> Tensor:

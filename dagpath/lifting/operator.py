@@ -99,13 +99,14 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
         chunks = list(_chunks(columns.shape[1]))
         for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
-            parts = torch.split(columns[:, chunk].t().to(self._dtype), sizes, dim=1)
-            seeds = [parts[index].reshape(-1, *p.shape) for index, p in zip(known, first, strict=True)]
+            seeded = columns[:, chunk].t().to(self._dtype)
+            count, parts = len(seeded), torch.split(seeded, sizes, dim=1)
+            seeds = [parts[index].reshape(count, *p.shape) for index, p in zip(known, first, strict=True)]
             outer = self._outer([inner[i] for i in live], first, [seeds[i] for i in live])
             rows = torch.split(result[:, chunk], sizes)
             for index, part in zip(known, outer, strict=True):
                 if part is not None:
-                    rows[index].copy_(part.reshape(-1, sizes[index]).t())
+                    rows[index].copy_(part.reshape(count, sizes[index]).t())
         return ldexp_(result, total.exponent)
 
     @staticmethod

@@ -65,7 +65,8 @@ class Normalization(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
-        if any(part.data for part in call.leaves(Mass) if part is not mass):
+        others = [part for name, part in call.arguments.items() if name != "input" and isinstance(part, Mass)]
+        if any(part.data for part in others):
             return flow.barrier(call)
         stored = call.get("running_mean") is not None and not self._uses_input(call)
         if not stored:
