@@ -387,6 +387,8 @@ def test_closures_schedulers_clipping_and_float32():
         ({"lr": 1.0, "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"lr": 1.0, "skeleton": "one"}, "skeleton must be 'heaviest', 'ones' or a positive number, got 'one'"),
         ({"lr": 1.0, "skeleton": 0.0}, "skeleton must be 'heaviest', 'ones' or a positive number, got 0.0"),
+        ({"lr": 1.0, "skeleton": 1e39}, r"skeleton must be in the range of the parameters' torch.float32, got 1e\+39"),
+        ({"lr": 1.0, "skeleton": np.inf}, "skeleton must be in the range of the parameters' torch.float32, got inf"),
         ({"lr": 1.0, "skeleton": True}, "skeleton must be 'heaviest', 'ones' or a positive number, got True"),
         ({"lr": 1.0, "max_ratio": 1.0}, "max_ratio must be finite and above 1, got 1.0"),
         ({"lr": 1.0, "refresh": 0}, "refresh must be at least 1, got 0"),

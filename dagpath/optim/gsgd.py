@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -104,12 +103,12 @@ class GSGD(Optimizer):
     ) -> None:
         require_traced(traced)
         check_rates(lr, momentum)
-        members = _member_value(skeleton)
+        named = dict(traced.model.named_parameters())
+        members = _member_value(skeleton, list(named.values()))
         if not 1 < max_ratio < math.inf:
             raise ValueError(f"max_ratio must be finite and above 1, got {max_ratio}")
         if refresh is not None:
             check_steps("refresh", refresh)
-        named = dict(traced.model.named_parameters())
         super().__init__(parameter_groups(traced), {"lr": lr, "momentum": momentum, "paths": False})
         self._max_ratio = max_ratio
         self._refresh = refresh
@@ -282,12 +281,15 @@ class GSGD(Optimizer):
         self._steps, self._chosen_at, self._any_zero = own["steps"], own["chosen_at"], own["any_zero"]
 
 
-def _member_value(skeleton: object) -> float | None:
+def _member_value(skeleton: object, parameters: Sequence[Tensor]) -> float | None:
     """What the elements of the skeleton are set to; None to keep them."""
     if isinstance(skeleton, str) and skeleton in ("heaviest", "ones"):
         return 1.0 if skeleton == "ones" else None
-    if isinstance(skeleton, bool) or not isinstance(skeleton, numbers.Real) or not 0 < float(skeleton) < math.inf:
+    if isinstance(skeleton, bool) or not isinstance(skeleton, (int, float)) or not skeleton > 0:
         raise ValueError(f"skeleton must be 'heaviest', 'ones' or a positive number, got {skeleton!r}")
+    for dtype in {parameter.dtype for parameter in parameters if parameter.is_floating_point()}:
+        if not torch.finfo(dtype).tiny <= skeleton <= torch.finfo(dtype).max:
+            raise ValueError(f"skeleton must be in the range of the parameters' {dtype}, got {skeleton!r}")
     return float(skeleton)
 
 
