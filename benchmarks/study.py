@@ -29,7 +29,7 @@ ARCHITECTURES = {
 
 def training() -> study.TrainingStudy:
     study.train(RUNS, PERCEPTRONS, study.METHODS, LEARNING_RATES, seeds=10, epochs=30)
-    study.train(RUNS, IMAGES, study.METHODS, LEARNING_RATES, seeds=8, epochs=15)
+    study.train(RUNS, IMAGES, study.METHODS, LEARNING_RATES, seeds=6, epochs=15)
     return study.load(RUNS)
 
 

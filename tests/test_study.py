@@ -13,7 +13,7 @@ from torch import nn
 import dagpath
 from dagpath import study
 from dagpath.study import training
-from dagpath.study.comparison import TrainingStudy
+from dagpath.study.runs import TrainingStudy
 
 
 @pytest.mark.parametrize("scheme", study.SCHEMES)
@@ -177,6 +177,13 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path, monkeypatch):
     assert without_seconds(found.runs) == without_seconds(expected.runs)
     assert path.read_bytes().startswith(kept)
     assert without_seconds(study.load(path).runs) == without_seconds(expected.runs)
+
+
+def test_a_run_that_two_studies_wrote_counts_once(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    run_all(path)
+    path.write_bytes(2 * path.read_bytes())
+    assert len(study.load(path).runs) == 4
 
 
 def test_a_wider_study_runs_only_what_is_new(tmp_path, monkeypatch):

@@ -5,9 +5,9 @@ Needs scikit-learn, joblib and Pillow for the training comparison, matplotlib fo
 """
 
 from dagpath.study.architectures import cnn, mlp
-from dagpath.study.comparison import Difference, TrainingStudy
 from dagpath.study.initialization import Comparison, InitializationStudy, initialization
 from dagpath.study.prediction import Effect, mlp_log_scales, predict
+from dagpath.study.runs import Difference, TrainingStudy
 from dagpath.study.schemes import SCHEMES, initialize_, second_moments
 from dagpath.study.tasks import TASKS, Task
 from dagpath.study.training import METHODS, Method, load, train

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY, new_axes
-from dagpath.study.comparison import TrainingStudy
 from dagpath.study.initialization import FIGURES, InitializationStudy
+from dagpath.study.runs import TrainingStudy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from dagpath.balance import balance
 from dagpath.errors import BalanceError
 from dagpath.optim import GSGD, EquiNormCycle
-from dagpath.study.comparison import TrainingStudy
+from dagpath.study.runs import TrainingStudy
 from dagpath.study.tasks import TASKS, Task
 from dagpath.trace import trace
 
@@ -199,21 +199,20 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _runs(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The runs of a file, and the length of its whole lines: what follows them is an interrupted write."""
+    """The runs of a file, each once, and the length of its whole lines: what follows them is an interrupted write."""
     content = path.read_bytes() if path.exists() else b""
     size = content.rfind(b"\n") + 1
-    runs = []
+    runs = {}
     for number, line in enumerate(content.splitlines(), start=1):
         cut = number > content.count(b"\n")
         try:
             if cut and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
                 break
             run = json.loads(line)
-            _key(run)
+            runs.setdefault(_key(run), run)  # two studies that wrote to it at the same time may both have it
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: this is no run of a study: {line[:80]!r}") from error
-        runs.append(run)
-    return runs, size
+    return list(runs.values()), size
 
 
 def _run(facts: dict[str, Any], task: Task, method: Method) -> dict[str, Any]:
