@@ -202,7 +202,7 @@ def _runs(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The runs of a file, each once, and the length of its whole lines: what follows them is an interrupted write."""
     content = path.read_bytes() if path.exists() else b""
     size = content.rfind(b"\n") + 1
-    runs = {}
+    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         cut = number > content.count(b"\n")
         try:
