@@ -58,8 +58,8 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(name: str, command: str, figures: dict[str, object]) -> None:
+def save(name: str, command: str, figures: dict[str, object], indent: int | None = 2) -> None:
     """Write a result file that says how it was made."""
     RESULTS.mkdir(exist_ok=True)
     content = {"command": command, "machine": machine(), "figures": figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=indent) + "\n")

@@ -13,9 +13,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 
 runs = study.load(RESULTS / "study_training.jsonl")
-drawn = study.InitializationStudy.from_dict(
-    json.loads((RESULTS / "study_initialization.json").read_text())["figures"]["rows"]
-)
+_figures = json.loads((RESULTS / "study_initialization.json").read_text())["figures"]
+drawn = study.InitializationStudy.from_dict(_figures["rows"])
 
 
 def write_tables() -> None:
@@ -24,6 +23,8 @@ def write_tables() -> None:
         "operations_table": operations(),
         "study_initialization": literal(errors()),
         "study_training": literal(str(runs)),
+        "study_best": literal(runs.best_table()),
+        "study_at_start": literal(at_start()),
         "study_baseline": literal(runs.comparison_table()),
         "study_ten_sweeps": literal(runs.comparison_table(reference="ten sweeps")),
     }
@@ -46,6 +47,18 @@ def operations() -> str:
         rules.setdefault(text, []).append(f"``{name}``")
     rows = "".join(f"   * - {', '.join(names)}\n     - {text}\n" for text, names in sorted(rules.items()))
     return ".. list-table::\n   :header-rows: 1\n   :widths: 50 50\n\n   * - Operations\n     - Rule\n" + rows
+
+
+def at_start() -> str:
+    """Gradient and sharpness before the first step, by task and method."""
+    rows = _figures["at start"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    cells = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for name in ("gradient", "sharpness"):
+            values = {row["method"]: row[name] for row in rows if row["task"] == task}
+            cells.append((task, name, *(f"{values[method]:.3g}" for method in methods)))
+    return table(("task", "of the loss", *methods), cells)
 
 
 def errors() -> str:

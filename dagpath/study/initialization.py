@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dagpath.report import table
+from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.study.prediction import Effect, predict
 from dagpath.study.schemes import checked_scheme, initialize_
 from dagpath.trace import trace
@@ -131,6 +132,7 @@ def initialization(
     gains: Iterable[float] = (0.5, 1.0, 2.0),
     seeds: int | Iterable[int] = 20,
     schemes: Iterable[str] = ("default",),
+    bound: float = DEFAULT_BOUND,
     progress: bool = True,
 ) -> InitializationStudy:
     """Compare the prediction of path conditioning with networks that are drawn.
@@ -139,7 +141,7 @@ def initialization(
         builds: name of an architecture -> what makes the model, and example inputs as for :func:`dagpath.trace`.
         gains: factors of the weights.
         seeds: of the networks that are drawn for each architecture, scheme and gain, or how many.
-        schemes: as for :func:`predict`.
+        schemes, bound: as for :func:`predict`. Factors at the bound can only vary to one side of the prediction.
         progress: show a progress bar.
 
     Raises:
@@ -166,12 +168,12 @@ def initialization(
     with tqdm(total=len(cases) * (1 + len(seeds)), desc="networks", disable=not progress) as bar:
         for architecture, scheme, gain in cases:
             build, example_inputs = builds[architecture]
-            predicted = predict(build, example_inputs, scheme, gain)
+            predicted = predict(build, example_inputs, scheme, gain, bound=bound)
             bar.update()
             sampled = []
             for seed in seeds:
                 model = initialize_(build(), scheme, gain, seed)
-                sampled.append(Effect.on(trace(model, example_inputs)))
+                sampled.append(Effect.on(trace(model, example_inputs), bound))
                 bar.update()
             rows.append(Comparison(architecture, scheme, gain, predicted, sampled))
     return InitializationStudy(rows)

@@ -16,6 +16,7 @@ from dagpath.lifting import expected_gram_diagonal, gram_diagonal
 from dagpath.report import table
 from dagpath.rescaling import Rescaling
 from dagpath.solver import MassAggregator, Problem
+from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.study.schemes import checked_scheme, second_moments
 from dagpath.trace import TracedModel, trace
 
@@ -39,9 +40,9 @@ class Effect:
     rescaling: Rescaling | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(traced: TracedModel, log_gram: Mapping[str, Tensor]) -> Effect:
+    def of(traced: TracedModel, log_gram: Mapping[str, Tensor], bound: float = DEFAULT_BOUND) -> Effect:
         """The effect on a traced model of the given logarithms of diag(G), parameter by parameter."""
-        rescaling = balance(traced, _GivenGram(log_gram))
+        rescaling = balance(traced, _GivenGram(log_gram), bound=bound)
         z = rescaling.log_scales
         before, after = _live(traced, log_gram, torch.zeros_like(z)), _live(traced, log_gram, z)
         drop = (rescaling.objective[0] - rescaling.objective[1]) / max(rescaling.live or 0, 1)
@@ -54,9 +55,9 @@ class Effect:
         )
 
     @staticmethod
-    def on(traced: TracedModel) -> Effect:
+    def on(traced: TracedModel, bound: float = DEFAULT_BOUND) -> Effect:
         """The effect on a traced model as it is."""
-        return Effect.of(traced, gram_diagonal(traced, log=True))
+        return Effect.of(traced, gram_diagonal(traced, log=True), bound)
 
     def __str__(self) -> str:
         rows = [
@@ -106,6 +107,7 @@ def predict(
     scheme: str = "default",
     gain: float = 1.0,
     moments: Mapping[str, float | Tensor] | None = None,
+    bound: float = DEFAULT_BOUND,
 ) -> Effect:
     """The factors that path conditioning will choose at initialization, layer by layer, without sampling.
 
@@ -120,6 +122,7 @@ def predict(
             ``"lecun"``, or ``"orthogonal"``, treated as its variance.
         gain: factor of these weights.
         moments: ``E[θ²]`` of further parameters, by name, in place of :func:`second_moments`.
+        bound: largest ``|log λ|``, as for :func:`dagpath.balance`.
 
     Returns:
         An :class:`Effect`; ``print`` shows it.
@@ -142,7 +145,7 @@ def predict(
     if unknown:
         raise ValueError(f"moments names {unknown[0]!r}, which is no parameter of the model")
     traced = trace(model, example_inputs)
-    return Effect.of(traced, expected_gram_diagonal(traced, {**given, **(moments or {})}, log=True))
+    return Effect.of(traced, expected_gram_diagonal(traced, {**given, **(moments or {})}, log=True), bound)
 
 
 def mlp_log_scales(widths: Sequence[int], scheme: str = "default", gain: float = 1.0) -> list[float]:

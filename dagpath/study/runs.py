@@ -141,15 +141,28 @@ class TrainingStudy:
         ]
         return table((*headings, "lower : higher", "p"), rows)
 
+    def median_losses(self, task: str, method: str) -> dict[float, float]:
+        """Learning rate -> the median of the final losses, over the seeds."""
+        rates = (lr for name, lr in self.settings if name == task and self._has(task, method, lr))
+        return {lr: float(np.median(list(self.final_losses(task, method, lr).values()))) for lr in rates}
+
+    def best_table(self) -> str:
+        """The lowest median final loss of each method, and the learning rate that it needs for that, by task."""
+        rows = []
+        for task in dict.fromkeys(name for name, _ in self.settings):
+            cells = []
+            for method in self.methods:
+                medians = self.median_losses(task, method)
+                best = min(medians, key=medians.__getitem__, default=None)
+                cells.append("" if best is None else f"{medians[best]:.3g} at {best:g}")
+            rows.append((task, *cells))
+        return table(("best median loss", *self.methods), rows)
+
     def __str__(self) -> str:
         rows = []
         for task, lr in self.settings:
-            cells = []
-            for method in self.methods:
-                known = self._has(task, method, lr)
-                losses = np.array(list(self.final_losses(task, method, lr).values())) if known else None
-                cells.append("" if losses is None else f"{np.median(losses):.3g}")
-            rows.append((task, f"{lr:g}", *cells))
+            medians = (self.median_losses(task, method) for method in self.methods)
+            rows.append((task, f"{lr:g}", *(f"{found[lr]:.3g}" if lr in found else "" for found in medians)))
         return table(("median final loss", "lr", *self.methods), rows)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
