@@ -46,5 +46,5 @@ plot_pre_code = """
 import sys
 sys.path.insert(0, "docs")
 from dagpath.study import figures
-from tables import drawn, runs
+from tables import SAME_FUNCTION, drawn, runs
 """

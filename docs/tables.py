@@ -12,6 +12,8 @@ from dagpath.report import table
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 
+SAME_FUNCTION = ["baseline", "path conditioning", "ten sweeps", "ENorm"]
+"""The methods that start from the same function."""
 runs = study.load(RESULTS / "study_training.jsonl")
 _figures = json.loads((RESULTS / "study_initialization.json").read_text())["figures"]
 drawn = study.InitializationStudy.from_dict(_figures["rows"])

@@ -60,11 +60,11 @@ def test_against_ten_sweeps():
     stated("0.062 against 0.11 on the patches")
     losses = [RUNS.median_losses("CNN on patches", method)[0.01] for method in ("path conditioning", "ten sweeps")]
     assert [f"{loss:.2g}" for loss in losses] == ["0.062", "0.11"]
-    stated("all six runs learn after ten sweeps, and none after the optimum")
+    stated("five of six runs learn after ten sweeps, and none after the optimum")
     swept, optimal = (
         list(RUNS.final_losses("CNN on digits", method, 0.5).values()) for method in ("ten sweeps", "path conditioning")
     )
-    assert max(swept) < 2.2 < min(optimal)
+    assert [sum(loss < 2.2 for loss in losses) for losses in (swept, optimal)] == [5, 0]
 
 
 def test_the_other_methods():
@@ -95,8 +95,42 @@ def test_gradient_and_sharpness_are_in_the_same_order_everywhere():
             assert rows[0][name] < rows[1][name] < rows[2][name]
 
 
+def spread(architecture, scheme, gain):
+    [row] = [
+        row
+        for row in FIGURES["rows"]
+        if (row["architecture"], row["scheme"], row["gain"]) == (architecture, scheme, gain)
+    ]
+    return row["predicted"]["spread"], row["sampled"]
+
+
+def test_the_effect_vanishes_for_constant_width_and_large_gain():
+    stated("next to nothing to gain from Kaiming's scheme, whatever the gain, and from PyTorch's once the gain is 1")
+    constant, varying = "MLP 64-64-64-64-64", "MLP 256-64-256-64-256"
+    for gain in (0.25, 0.5, 1.0, 2.0, 4.0):
+        assert spread(constant, "kaiming", gain)[0] < 0.06
+        assert spread(constant, "default", gain)[0] < (0.02 if gain >= 1 else 1)
+        assert spread(varying, "kaiming", gain)[0] > 0.15
+        assert spread(varying, "default", gain)[0] > 0.15
+    stated("What is left in samples of constant width, 0.04 to 0.08, is chance")
+    left = [
+        sum(sample["spread"] for sample in spread(name, scheme, 4.0)[1]) / 20
+        for name in (constant, "CNN 64-64-64-64-64")
+        for scheme in ("kaiming", "default")
+    ]
+    assert 0.035 < min(left) < max(left) < 0.085
+
+
+def test_the_ratio_of_the_diagonal_may_grow():
+    stated("in the convolutional networks with a small gain that ratio grows")
+    for row in FIGURES["rows"]:
+        if row["architecture"].startswith("CNN") and row["gain"] == 0.25:
+            before, after = row["predicted"]["condition"]
+            assert after > before
+
+
 @pytest.mark.parametrize("row", FIGURES["rows"], ids=lambda row: f"{row['architecture']} {row['scheme']} {row['gain']}")
 def test_predictions_are_the_means_of_the_samples(row):
     [found] = study.InitializationStudy.from_dict([row]).rows
     narrowest = min(int(width) for width in re.findall(r"\d+", row["architecture"]))
-    assert found.error < (0.05 if narrowest >= 64 else 0.1)
+    assert found.error < (0.05 if narrowest >= 64 else 0.06)

@@ -11,6 +11,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 
 from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY, new_axes
 from dagpath.study.initialization import FIGURES, InitializationStudy
@@ -118,8 +119,8 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
     names, gains = list(dict.fromkeys(name for name, _ in rows)), list(dict.fromkeys(gain for _, gain in rows))
     values = np.array([[float(rows[name, gain][f"{figure}, predicted"]) for gain in gains] for name in names])
     ax = new_axes(ax, width=4.2 + 0.8 * len(gains), height=2.2 + 0.6 * len(names))
-    ax.imshow(values, cmap="cividis", aspect="auto")
-    dark = values < (values.min() + values.max()) / 2
+    image = ax.imshow(values, cmap="cividis", aspect="auto", norm=PowerNorm(0.3))
+    dark = np.asarray(image.norm(values)) < 0.5
     for row, name in enumerate(names):
         for column, gain in enumerate(gains):
             both = (float(rows[name, gain][f"{figure}, {part}"]) for part in ("predicted", "mean"))
