@@ -51,7 +51,7 @@ def at_start() -> list[dict[str, object]]:
 
 
 def gradient_and_sharpness(model: torch.nn.Module, loss: torch.Tensor) -> tuple[float, float]:
-    """The norm of a loss's gradient, and the largest eigenvalue of its Hessian by 30 power iterations."""
+    """The norm of a loss's gradient, and the eigenvalue of its Hessian of largest magnitude by 30 power iterations."""
     parameters = list(model.parameters())
     gradient = torch.autograd.grad(loss, parameters, create_graph=True)
     vector, eigenvalue = [torch.randn_like(parameter) for parameter in parameters], 0.0

@@ -99,6 +99,24 @@ def test_constant_width_and_large_gain_leave_nothing_to_do():
     assert spread["varying", 4.0] > 10 * spread["constant", 4.0]
 
 
+def test_seeds_decide_what_a_model_draws_by_itself():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.scale, self.last = nn.Linear(4, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x)) * self.scale)
+
+    builds = {"a": (Scaled, torch.zeros(1, 4))}
+    state = torch.get_rng_state()
+    found = study.initialization(builds, [1.0], [3, 4], progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert study.initialization(builds, [1.0], [3, 4], progress=False) == found
+    assert found.rows[0].sampled[0] != found.rows[0].sampled[1]
+
+
 def test_an_initialization_study_is_printed_and_kept(tmp_path):
     builds = {"a": (lambda: study.mlp(8, 16, 4), torch.zeros(1, 8))}
     found = study.initialization(builds, [1.0, 2.0], range(3), progress=False)
@@ -255,7 +273,7 @@ def test_a_comparison_can_show_either(sign):
     ours, theirs = (better, curves) if sign == 1 else (curves, better)
     [found] = made({"path conditioning": ours.tolist(), "baseline": theirs.tolist()}).compare()
     assert found.lower == ((8, 0) if sign == 1 else (0, 8))
-    assert found.p_value == pytest.approx(stats.wilcoxon(np.log(ours[:, -1]) - np.log(theirs[:, -1])).pvalue)
+    assert found.p_value == pytest.approx(stats.wilcoxon(ours[:, -1], theirs[:, -1]).pvalue)
     assert found.p_value < 0.01
     assert found.losses == (np.median(ours[:, -1]), np.median(theirs[:, -1]))
     assert (found.epochs[0] < found.epochs[1]) == (sign == 1)
@@ -282,7 +300,15 @@ def test_runs_that_diverge_are_the_worst():
         ({"tasks": "autoencoder"}, "give the tasks as a list, got 'autoencoder'"),
         ({"methods": ["adam"]}, "there is no method 'adam'"),
         ({"learning_rates": [0.0]}, r"learning rates must be positive and finite, got 0\.0"),
-        ({"epochs": 0}, "epochs and batch_size must be at least 1, got 0 and 64"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"epochs": 2.0}, r"epochs must be an integer of at least 1, got 2\.0"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, got True"),
+        ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
+        ({"seeds": [0.5]}, r"every seed must be an integer of at least 0, got 0\.5"),
+        ({"seeds": []}, "there is nothing to run"),
+        ({"methods": []}, "there is nothing to run"),
+        ({"learning_rates": {"autoencoder": []}}, "there is nothing to run"),
+        ({"learning_rates": {"mnist": [0.1]}}, "learning_rates has none for the task 'autoencoder'"),
     ],
 )
 def test_bad_trainings_are_refused_before_anything_runs(tmp_path, options, message):
@@ -309,6 +335,91 @@ def test_a_study_may_have_tasks_and_methods_of_its_own(tmp_path):
     found.to_csv(tmp_path / "runs.csv")
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 3
     assert found.select(methods=["momentum"], tasks=["tiny"]).runs == found.runs
+
+
+def test_seeds_and_learning_rates_may_be_any_iterables(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    found = run_all(path, seeds=iter(np.array([1, 0, 1])), learning_rates=iter(np.array([0.5, 0.1, 0.5])), epochs=1)
+    assert len(found.runs) == len(study.load(path).runs) == 8
+    assert {(run["seed"], run["lr"]) for run in found.runs} == {(0, 0.1), (0, 0.5), (1, 0.1), (1, 0.5)}
+
+
+def test_batch_norm_refuses_a_network_that_it_would_change():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    for net in (Functional(), nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))):
+        with pytest.raises(ValueError, match='"batch norm" puts its layers before the nn'):
+            study.METHODS["batch norm"](net, torch.zeros(1, 4), 0.1)
+
+
+def test_files_are_read_task_by_task(tmp_path):
+    data, build = study.TASKS["autoencoder"].data, study.TASKS["autoencoder"].build
+    tasks = {name: study.Task(build, data, nn.functional.mse_loss) for name in ("b", "a")}
+    run_all(tmp_path / "runs.jsonl", tasks=tasks, learning_rates=[0.1, 0.5], seeds=1, epochs=1)
+    assert study.load(tmp_path / "runs.jsonl").settings == [("a", 0.1), ("a", 0.5), ("b", 0.1), ("b", 0.5)]
+
+
+def test_runs_of_other_lengths_are_not_mixed(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    shorter = run_all(path, epochs=1)
+    run_all(path, epochs=2)
+    both = study.load(path)
+    with pytest.raises(ValueError, match=r"several runs of 'baseline' .* are \(1, 64\), \(2, 64\); choose with select"):
+        str(both)
+    assert str(both.select(epochs=1, batch_size=64)) == str(shorter)
+
+
+def test_a_comparison_is_over_the_seeds_that_both_methods_have():
+    runs = made({"path conditioning": [[4, 3, 2, 1]] * 2, "baseline": [[4, 3, 3, 3], [4, 4, 4, 4], [9] * 4, [9] * 4]})
+    [found] = runs.compare()
+    assert (found.losses, found.target) == ((1, 3.5), 4)
+    assert (found.lower, found.faster) == ((2, 0), (0, 0))
+    apart = TrainingStudy([run for run in runs.runs if (run["method"] == "baseline") == (run["seed"] > 1)])
+    assert apart.compare() == []
+    with pytest.raises(ValueError, match="there is no run of 'adam'; there are 'path conditioning', 'baseline'"):
+        runs.compare("adam")
+
+
+def test_differences_are_found_for_losses_of_any_sign():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(size=(2, 9, 4))
+    ours[0, -1] = 0.0
+    [found] = made({"path conditioning": ours.tolist(), "baseline": theirs.tolist()}).compare()
+    assert found.p_value == pytest.approx(stats.wilcoxon(ours[:, -1], theirs[:, -1]).pvalue)
+
+
+def test_a_reference_that_diverged_is_no_target():
+    runs = made({"path conditioning": [[4, 3, 2, 1]] * 3, "baseline": [[4, None, None, None]] * 3})
+    [found] = runs.compare()
+    assert found.lower == (3, 0)
+    assert math.isnan(found.epochs[0])
+    assert found.faster == (0, 0)
+
+
+def test_figures_show_the_methods_that_were_run():
+    figures = pytest.importorskip("dagpath.study.figures")
+    curve = [4, 3, 2, 1]
+    runs = made({"path conditioning": [curve], "baseline": [curve]})
+    other = [{**runs.runs[1], "lr": 0.5, "losses": [4, None, None, None]}]
+    study_of_two = TrainingStudy([*runs.runs, *other])
+    assert [line.get_label() for line in figures.loss_curves(study_of_two, "t", 0.5).lines] == ["baseline"]
+    lines = figures.epochs_to_target(study_of_two, "t").lines
+    np.testing.assert_array_equal(lines[0].get_ydata(), [3])
+    np.testing.assert_array_equal(lines[1].get_ydata(), [3, math.nan])
+    for draw in (lambda: figures.loss_curves(runs, "u", 0.1), lambda: figures.epochs_to_target(runs, "u")):
+        with pytest.raises(ValueError, match="there is no run"):
+            draw()
+    many = made({str(number): [curve] for number in range(8)})
+    with pytest.raises(ValueError, match="a figure tells 7 methods apart, got 8"):
+        figures.loss_curves(many, "t", 0.1)
+    linear = study.initialization({"a": (lambda: study.mlp(4, 2), torch.zeros(1, 4))}, [1.0], 2, progress=False)
+    assert figures.prediction_against_samples(linear).get_xlabel()
 
 
 def test_figures_return_their_axes(tmp_path):

@@ -40,10 +40,13 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
         ax: where to draw; the loss is on a logarithmic axis.
 
     Raises:
-        ValueError: there is no such run.
+        ValueError: there is no such run, or more than seven methods.
     """
+    drawn = _styles([method for method in study.methods if study.has(task, method, lr)])
+    if not drawn:
+        raise ValueError(f"there is no run on {task!r} with learning rate {lr:g}")
     ax = new_axes(ax)
-    for method, (color, line, mark) in zip(study.methods, _STYLES, strict=False):
+    for method, (color, line, mark) in drawn.items():
         curves = np.stack(list(study.curves(task, method, lr).values()))
         low, median, high = (_finite(part) for part in np.quantile(curves, (0.25, 0.5, 0.75), axis=0, method="nearest"))
         epochs = np.arange(len(median))
@@ -59,6 +62,12 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
     return ax
 
 
+def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
+    if len(names) > len(_STYLES):
+        raise ValueError(f"a figure tells {len(_STYLES)} methods apart, got {len(names)}; choose some with select()")
+    return dict(zip(names, _STYLES, strict=False))
+
+
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -66,7 +75,8 @@ def _finite(values: np.ndarray) -> np.ndarray:
 def epochs_to_target(study: TrainingStudy, task: str, reference: str = "baseline", ax: Axes | None = None) -> Axes:
     """After how many epochs each method has the loss that the reference ends with, by learning rate; medians.
 
-    A method of which most runs never are there has a mark above the axis.
+    A method of which most runs never are there has a mark above the axis. There is none where it was not run, or where
+    most runs of the reference diverged.
 
     Args:
         study: the runs.
@@ -75,18 +85,23 @@ def epochs_to_target(study: TrainingStudy, task: str, reference: str = "baseline
         ax: where to draw.
 
     Raises:
-        ValueError: there is no run of the reference on the task.
+        ValueError: there is no run of the reference on the task, or more than seven methods.
     """
-    rates = sorted(lr for name, lr in study.settings if name == task)
+    rates = sorted(lr for name, lr in study.settings if name == task and study.has(task, reference, lr))
+    if not rates:
+        raise ValueError(f"there is no run of {reference!r} on {task!r}")
+    styles = _styles(study.methods)
     ax = new_axes(ax)
-    never = 1.08 * max((run["epochs"] for run in study.runs if run["task"] == task), default=1)
-    for index, (method, (color, line, mark)) in enumerate(zip(study.methods, _STYLES, strict=False)):
+    never = 1.08 * max(run["epochs"] for run in study.runs if run["task"] == task)
+    for index, (method, (color, line, mark)) in enumerate(styles.items()):
         places, heights = [], []
         for place, lr in enumerate(rates):
+            if not study.has(task, method, lr):
+                continue
             target = study.target(task, lr, reference)
             reached = statistics.median(study.epochs_to(target, task, method, lr).values())
             places.append(place + 0.06 * (index - len(study.methods) / 2))
-            heights.append(reached if math.isfinite(reached) else never)
+            heights.append(never if reached == math.inf else reached)
         ax.plot(places, heights, color=color, linestyle=line, marker=mark, linewidth=0.8, label=method)
     ax.axhline(never, color=GREY, linewidth=0.6, zorder=0)
     ax.annotate("never", (0.01, never), xycoords=("axes fraction", "data"), fontsize="small", va="bottom")
@@ -146,7 +161,7 @@ def prediction_against_samples(study: InitializationStudy, ax: Axes | None = Non
             if row.scheme == scheme
             for name, values in row.sampled_layers.items()
         ]
-        x, y, bars = zip(*points, strict=True)
+        x, y, bars = np.array(points).reshape(-1, 3).T  # a network without free neurons has none
         ax.errorbar(x, y, yerr=bars, color=color, marker=mark, linestyle="", markersize=4, elinewidth=0.8, label=scheme)
         ends += [*x, *y]
     ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linewidth=0.8, zorder=0)

@@ -8,9 +8,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -140,7 +142,8 @@ def initialization(
     Args:
         builds: name of an architecture -> what makes the model, and example inputs as for :func:`dagpath.trace`.
         gains: factors of the weights.
-        seeds: of the networks that are drawn for each architecture, scheme and gain, or how many.
+        seeds: of the networks that are drawn for each architecture, scheme and gain, or how many. What the scheme does
+            not draw is drawn by the model itself, from the seed as well; the prediction has that of the first.
         schemes, bound: as for :func:`predict`. Factors at the bound can only vary to one side of the prediction.
         progress: show a progress bar.
 
@@ -168,12 +171,18 @@ def initialization(
     with tqdm(total=len(cases) * (1 + len(seeds)), desc="networks", disable=not progress) as bar:
         for architecture, scheme, gain in cases:
             build, example_inputs = builds[architecture]
-            predicted = predict(build, example_inputs, scheme, gain, bound=bound)
+            predicted = predict(partial(_built, build, seeds[0]), example_inputs, scheme, gain, bound=bound)
             bar.update()
             sampled = []
             for seed in seeds:
-                model = initialize_(build(), scheme, gain, seed)
+                model = initialize_(_built(build, seed), scheme, gain, seed)
                 sampled.append(Effect.on(trace(model, example_inputs), bound))
                 bar.update()
             rows.append(Comparison(architecture, scheme, gain, predicted, sampled))
     return InitializationStudy(rows)
+
+
+def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(~seed)  # initialize_ draws from the seed itself: the same numbers would be correlated
+        return build()

@@ -29,7 +29,8 @@ class Effect:
         layers: name of a layer -> mean of log λ over its free neurons (natural logarithm).
         spread: standard deviation of log λ over all free groups.
         drop: by how much the criterion falls, per live parameter.
-        condition: largest over smallest live entry of the Gram diagonal, before and after.
+        condition: largest over smallest live entry of the Gram diagonal, before and after. The criterion weighs the
+            mean of the entries against their geometric mean, so this ratio of two may grow while it falls.
         rescaling: the factors themselves, not applied; None where only figures were kept.
     """
 
@@ -121,7 +122,8 @@ def predict(
         scheme: of linear and convolutional weights: ``"default"`` (PyTorch's), ``"kaiming"``, ``"xavier"``,
             ``"lecun"``, or ``"orthogonal"``, treated as its variance.
         gain: factor of these weights.
-        moments: ``E[θ²]`` of further parameters, by name, in place of :func:`second_moments`.
+        moments: ``E[θ²]`` of parameters, by name, in place of :func:`second_moments`, which knows of those that the
+            scheme does not draw only the mean of their squares in the model that was built.
         bound: largest ``|log λ|``, as for :func:`dagpath.balance`.
 
     Returns:

@@ -15,6 +15,8 @@ from scipy import stats
 
 from dagpath.report import table
 
+FACTS = ("task", "method", "lr", "seed", "epochs", "batch_size")
+"""What tells one run from another."""
 Setting = tuple[str, float]
 """A task and a learning rate."""
 
@@ -27,8 +29,9 @@ class Difference:
         task, lr: which.
         losses: median final training loss of each of the two.
         target: the loss that both are measured by: the median final loss of the second method, of two in the middle the
-            higher.
-        epochs: median number of epochs after which each is at the target; infinite where most runs never are.
+            higher, so that half of its runs get there.
+        epochs: median number of epochs after which each is at the target; infinite where most runs never are, NaN where
+            the target is infinite.
         faster: in how many seeds the first method is at the target earlier, and in how many later.
         lower: in how many seeds its final loss is lower, and in how many higher.
         p_value: two-sided, of Wilcoxon's signed-rank test on the final losses, paired by seed; NaN where no pair
@@ -69,24 +72,36 @@ class TrainingStudy:
         """Seed -> the loss before the first epoch and after each, float64, infinite once it was not finite.
 
         Raises:
-            ValueError: there is no such run.
+            ValueError: there is no such run, or a seed has several, which differ in epochs or batch size.
         """
-        found = {
-            run["seed"]: np.array([math.inf if loss is None else loss for loss in run["losses"]], dtype=np.float64)
-            for run in self.runs
-            if (run["task"], run["method"], run["lr"]) == (task, method, lr)
+        runs = [run for run in self.runs if (run["task"], run["method"], run["lr"]) == (task, method, lr)]
+        where = f"of {method!r} on {task!r} with learning rate {lr:g}"
+        if not runs:
+            raise ValueError(f"there is no run {where}")
+        found = {run["seed"]: run for run in runs}
+        if len(found) < len(runs):
+            kinds = sorted({(run["epochs"], run["batch_size"]) for run in runs})
+            raise ValueError(
+                f"a seed has several runs {where}: (epochs, batch size) are {', '.join(map(str, kinds))}; choose with "
+                "select(epochs=..., batch_size=...)"
+            )
+        return {
+            seed: np.array([math.inf if loss is None else loss for loss in run["losses"]], dtype=np.float64)
+            for seed, run in found.items()
         }
-        if not found:
-            raise ValueError(f"there is no run of {method!r} on {task!r} with learning rate {lr:g}")
-        return found
 
     def final_losses(self, task: str, method: str, lr: float) -> dict[int, float]:
         """Seed -> the loss after the last epoch."""
         return {seed: float(curve[-1]) for seed, curve in self.curves(task, method, lr).items()}
 
     def epochs_to(self, target: float, task: str, method: str, lr: float) -> dict[int, float]:
-        """Seed -> after how many epochs the loss is at most the target for the first time; infinite for never."""
+        """Seed -> after how many epochs the loss is at most the target for the first time.
+
+        Infinite for never, NaN for all seeds if the target is not finite: that of a reference that diverged.
+        """
         curves = self.curves(task, method, lr)
+        if not math.isfinite(target):
+            return dict.fromkeys(curves, math.nan)
         return {
             seed: float(np.argmax(curve <= target)) if bool((curve <= target).any()) else math.inf
             for seed, curve in curves.items()
@@ -94,22 +109,30 @@ class TrainingStudy:
 
     def target(self, task: str, lr: float, reference: str = "baseline") -> float:
         """The median of a method's final losses; of two middle ones the higher, so that half of its runs get there."""
-        return float(np.quantile(list(self.final_losses(task, reference, lr).values()), 0.5, method="higher"))
+        return _target(list(self.final_losses(task, reference, lr).values()))
 
     def compare(self, method: str = "path conditioning", reference: str = "baseline") -> list[Difference]:
-        """Each setting in which both methods were run, over the seeds that both have."""
+        """Each setting in which both methods were run with the same seeds, over the seeds that both have.
+
+        Raises:
+            ValueError: there is no run of one of the two methods.
+        """
+        for name in (method, reference):
+            if name not in self.methods:
+                raise ValueError(f"there is no run of {name!r}; there are {', '.join(map(repr, self.methods))}")
         found = []
         for task, lr in self.settings:
-            if not all(self._has(task, name, lr) for name in (method, reference)):
+            if not all(self.has(task, name, lr) for name in (method, reference)):
                 continue
             ours, theirs = (self.final_losses(task, name, lr) for name in (method, reference))
             seeds = sorted(ours.keys() & theirs.keys())
+            if not seeds:
+                continue
             a, b = (np.array([losses[seed] for seed in seeds]) for losses in (ours, theirs))
-            target = self.target(task, lr, reference)
+            target = _target(b)
             epochs = [self.epochs_to(target, task, name, lr) for name in (method, reference)]
             s, t = (np.array([reached[seed] for seed in seeds]) for reached in epochs)
-            with np.errstate(invalid="ignore"):
-                differences = np.nan_to_num(np.log(a) - np.log(b), nan=0.0, posinf=1e300, neginf=-1e300)
+            differences = np.subtract(a, b, out=np.zeros_like(a), where=a != b)  # two that diverged are a tie
             p_value = float(stats.wilcoxon(differences).pvalue) if differences.any() else math.nan
             found.append(
                 Difference(
@@ -143,7 +166,7 @@ class TrainingStudy:
 
     def median_losses(self, task: str, method: str) -> dict[float, float]:
         """Learning rate -> the median of the final losses, over the seeds."""
-        rates = (lr for name, lr in self.settings if name == task and self._has(task, method, lr))
+        rates = (lr for name, lr in self.settings if name == task and self.has(task, method, lr))
         return {lr: float(np.median(list(self.final_losses(task, method, lr).values()))) for lr in rates}
 
     def best_table(self) -> str:
@@ -167,18 +190,29 @@ class TrainingStudy:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line for each run: its facts, its final loss and its seconds."""
-        names = ("task", "method", "lr", "seed", "epochs", "batch_size")
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*names, "final loss", "seconds"])
+            writer.writerow([*FACTS, "final loss", "seconds"])
             for run in self.runs:
-                writer.writerow([*(run[name] for name in names), run["losses"][-1], run["seconds"]])
+                writer.writerow([*(run[name] for name in FACTS), run["losses"][-1], run["seconds"]])
 
-    def select(self, methods: Iterable[str] | None = None, tasks: Iterable[str] | None = None) -> TrainingStudy:
-        """Only the runs of some methods, or of some tasks."""
-        kept_methods = set(self.methods if methods is None else methods)
-        kept_tasks = set(tasks) if tasks is not None else {task for task, _ in self.settings}
-        return TrainingStudy([run for run in self.runs if run["method"] in kept_methods and run["task"] in kept_tasks])
+    def select(
+        self,
+        methods: Iterable[str] | None = None,
+        tasks: Iterable[str] | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+    ) -> TrainingStudy:
+        """Only the runs of some methods, of some tasks, of so many epochs, or with that batch size."""
+        one = {"epochs": epochs, "batch_size": batch_size}
+        kept: dict[str, set[Any]] = {name: {value} for name, value in one.items() if value is not None}
+        kept |= {name: set(some) for name, some in (("method", methods), ("task", tasks)) if some is not None}
+        return TrainingStudy([run for run in self.runs if all(run[name] in values for name, values in kept.items())])
 
-    def _has(self, task: str, method: str, lr: float) -> bool:
+    def has(self, task: str, method: str, lr: float) -> bool:
+        """Is there a run of the method in that setting?"""
         return any((run["task"], run["method"], run["lr"]) == (task, method, lr) for run in self.runs)
+
+
+def _target(losses: Sequence[float] | np.ndarray) -> float:
+    return float(np.quantile(losses, 0.5, method="higher"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import time
 import warnings
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from dagpath.balance import balance
 from dagpath.errors import BalanceError
 from dagpath.optim import GSGD, EquiNormCycle
-from dagpath.study.runs import TrainingStudy
+from dagpath.study.runs import FACTS, TrainingStudy
 from dagpath.study.tasks import TASKS, Task
 from dagpath.trace import trace
 
@@ -50,6 +51,11 @@ def _enorm(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer
 
 def _batch_norm(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
     """A batch norm before every ReLU."""
+    if type(model) is not nn.Sequential or not any(isinstance(layer, nn.ReLU) for layer in model):
+        raise ValueError(
+            'the method "batch norm" puts its layers before the nn.ReLU modules of a flat nn.Sequential, got a '
+            f"{type(model).__name__} without them; give a method of your own that builds the normalized network"
+        )
     layers: list[nn.Module] = []
     for layer, following in zip([*model.children()], [*list(model.children())[1:], None], strict=True):
         layers.append(layer)
@@ -75,8 +81,6 @@ METHODS: dict[str, Method] = {
 toward it; with a cycle of ENorm after every step; with a batch norm before every ReLU; and G-SGD with a skeleton of
 ones."""
 
-_FACTS = ("task", "method", "lr", "seed", "epochs", "batch_size")
-"""What tells one run from another."""
 _BEGINNING = b'{"task": '
 """Of every line."""
 
@@ -96,16 +100,18 @@ def train(
 
     Runs with the same seed start from the same parameters and see the same batches. A run that the file already has is
     not repeated, so a study that was interrupted goes on where it was, and one that is widened runs only what is new.
+    The file knows tasks and methods by name alone: one that was changed needs another name, or another file.
     Each line is a JSON object: what was run, the training loss over all data before the first epoch and after each, the
     seconds it took, and the versions. A run that diverges ends there: the losses that it never had are null, and
     ``error`` says what happened.
 
     Args:
-        path: the file; made if there is none. A last line that an interruption cut short is dropped.
+        path: the file; made if there is none, in a folder that exists. A last line that an interruption
+            cut short is dropped.
         tasks: names from ``TASKS``, or a mapping of names to :class:`Task`.
         methods: names from ``METHODS``, or a mapping of names to functions ``(model, example input, learning rate) ->
             (model, optimizer)``.
-        learning_rates: for all tasks, or by task.
+        learning_rates: for all tasks, or a mapping of each task's name to its own.
         seeds: which, or how many.
         epochs, batch_size: of every run.
         n_jobs: processes, each with one thread; -1 for one per core. 1 runs in this process.
@@ -115,7 +121,9 @@ def train(
         The runs that were asked for, as a :class:`TrainingStudy`.
 
     Raises:
-        ValueError: an unknown task or method, a number out of range, or a line of the file that is no run.
+        ValueError: nothing to run, an unknown task or method, a task without learning rates, a number out of range, a
+            line of the file that is no run, or "batch norm" on a network that is no flat sequence of modules.
+        FileNotFoundError: the folder of the path does not exist.
 
     Needs scikit-learn, joblib and Pillow: ``pip install dagpath[study]``.
 
@@ -131,38 +139,48 @@ def train(
     from joblib import Parallel, delayed
 
     tasks, methods = _chosen("task", tasks, TASKS), _chosen("method", methods, METHODS)
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
-    rates = {
-        task: list(learning_rates[task] if isinstance(learning_rates, Mapping) else learning_rates) for task in tasks
-    }
+    epochs, batch_size = _whole("epochs", epochs, 1), _whole("batch_size", batch_size, 1)
+    chosen = range(_whole("seeds", seeds, 1)) if not isinstance(seeds, Iterable) else seeds
+    seeds = [_whole("every seed", seed, 0) for seed in chosen]
+    if not isinstance(learning_rates, Mapping):
+        shared = list(learning_rates)
+        learning_rates = dict.fromkeys(tasks, shared)
+    lacking = [task for task in tasks if task not in learning_rates]
+    if lacking:
+        raise ValueError(f"learning_rates has none for the task {lacking[0]!r}")
+    rates = {task: list(learning_rates[task]) for task in tasks}
+    if not (tasks and methods and seeds and all(rates.values())):
+        raise ValueError("there is nothing to run: tasks, methods, learning_rates and seeds must not be empty")
     bad = [lr for group in rates.values() for lr in group if not 0 < lr < math.inf]
     if bad:
         raise ValueError(f"learning rates must be positive and finite, got {bad[0]}")
-    wanted: list[dict[str, Any]] = [
-        dict(zip(_FACTS, (task, method, float(lr), seed, epochs, batch_size), strict=True))
+    facts_of_runs: list[dict[str, Any]] = [
+        dict(zip(FACTS, (task, method, float(lr), seed, epochs, batch_size), strict=True))
         for task in tasks
         for lr in rates[task]
-        for seed in (range(seeds) if isinstance(seeds, int) else seeds)
+        for seed in seeds
         for method in methods
     ]
+    wanted = {_key(facts): facts for facts in facts_of_runs}
     found, size = _runs(Path(path))
     done = {_key(run): run for run in found}
-    missing = [facts for facts in wanted if _key(facts) not in done]
+    missing = [facts for key, facts in wanted.items() if key not in done]
     jobs = [delayed(_run)(facts, tasks[facts["task"]], methods[facts["method"]]) for facts in missing]
-    results = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(jobs)
-    bar = tqdm(results, "runs", len(wanted), initial=len(wanted) - len(missing), disable=not progress)
+    parallel = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     with Path(path).open("a", encoding="utf-8") as file:
         file.truncate(size)
-        for run in bar:
+        results = parallel(jobs)
+        for run in tqdm(results, "runs", len(wanted), initial=len(wanted) - len(missing), disable=not progress):
             file.write(json.dumps(run) + "\n")
             file.flush()
             done[_key(run)] = run
-    return TrainingStudy([done[_key(facts)] for facts in wanted])
+    return TrainingStudy([done[key] for key in wanted])
 
 
 def load(path: str | os.PathLike[str]) -> TrainingStudy:
     """All runs of a file that :func:`train` wrote, in the order of tasks, learning rates, seeds and methods.
+
+    Tasks and methods of one's own follow those of ``TASKS`` and ``METHODS``, by name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,12 +190,12 @@ def load(path: str | os.PathLike[str]) -> TrainingStudy:
         raise FileNotFoundError(f"there is no file of runs at {Path(path)}")
     tasks, methods = list(TASKS), list(METHODS)
 
-    def place(run: Mapping[str, Any]) -> tuple[int, float, int, int]:
-        known = [
-            names.index(name) if name in names else len(names)
+    def place(run: Mapping[str, Any]) -> tuple[Any, ...]:
+        task, method = (
+            (names.index(name), "") if name in names else (len(names), name)
             for names, name in ((tasks, run["task"]), (methods, run["method"]))
-        ]
-        return known[0], run["lr"], run["seed"], known[1]
+        )
+        return task, run["lr"], run["seed"], method
 
     return TrainingStudy(sorted(_runs(Path(path))[0], key=place))
 
@@ -194,8 +212,14 @@ def _chosen(kind: str, names: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in chosen}
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
 def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[fact] for fact in _FACTS)
+    return tuple(run[fact] for fact in FACTS)
 
 
 def _runs(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -224,7 +248,7 @@ def _run(facts: dict[str, Any], task: Task, method: Method) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             start = time.perf_counter()
-            losses, error = _losses(task, method, **{name: facts[name] for name in _FACTS[2:]})
+            losses, error = _losses(task, method, **{name: facts[name] for name in FACTS[2:]})
             seconds = time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
