@@ -24,10 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from resnet import resnet50
-from solver import PlainCoordinateDescent, mlp
+from solver import PlainCoordinateDescent
 
 import dagpath
 from dagpath.report import table
+from dagpath.study import mlp
 
 from common import ratio, save, seconds_in_turn
 

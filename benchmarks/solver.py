@@ -35,16 +35,10 @@ from dagpath.solver import Problem, solve_coordinate, solve_newton
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
 from dagpath.solver.problem import DEFAULT_BOUND
+from dagpath.study import mlp
 from dagpath.trace import TracedModel
 
 from common import ratio, save, seconds_in_turn
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def vgg() -> nn.Sequential:

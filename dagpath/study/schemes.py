@@ -97,11 +97,14 @@ def second_moments(model: nn.Module, scheme: str = "default", gain: float = 1.0)
         if bias is not None:
             squares = (torch.arange(bias.numel(), dtype=torch.float64) + 0.5).square()
             drawn[id(bias)] = squares / squares.mean() * (rule.draws_bias / (3 * _fan_in(weight.shape)))
-    moments = {}
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().cpu().double()
-        moments[name] = drawn[id(parameter)] if id(parameter) in drawn else values.square().mean().expand(values.shape)
-    return moments
+    return {
+        name: drawn[id(parameter)] if id(parameter) in drawn else _mean_square(parameter)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _mean_square(parameter: Tensor) -> Tensor:
+    return parameter.detach().cpu().double().square().mean().expand(parameter.shape)
 
 
 @torch.no_grad()

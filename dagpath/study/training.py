@@ -57,11 +57,11 @@ def _batch_norm(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Opti
             f"{type(model).__name__} without them; give a method of your own that builds the normalized network"
         )
     layers: list[nn.Module] = []
-    for layer, following in zip([*model.children()], [*list(model.children())[1:], None], strict=True):
-        layers.append(layer)
-        if isinstance(following, nn.ReLU):
-            images, width = isinstance(layer, nn.Conv2d), next(layer.parameters()).shape[0]
+    for layer in model:
+        if isinstance(layer, nn.ReLU):
+            images, width = isinstance(layers[-1], nn.Conv2d), next(layers[-1].parameters()).shape[0]
             layers.append(nn.BatchNorm2d(width) if images else nn.BatchNorm1d(width))
+        layers.append(layer)
     return _baseline(nn.Sequential(*layers), x, lr)
 
 
