@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
+from dagpath.fetched import device_of
 from dagpath.rescaling import Rescaling
 from dagpath.solver import SOLVERS, round_to_powers_of_two, solve
 from dagpath.solver.checks import check_bound, check_limits
@@ -53,6 +54,7 @@ class BalanceOptions:
         if self.power_of_two:
             rounded, after = round_to_powers_of_two(problem, z)
             z = torch.from_numpy(rounded)
+        z = traced.peers.first(z)  # which are the same already where all processors are alike
         end = time.perf_counter()
         return Rescaling(
             traced,
@@ -179,12 +181,9 @@ def random_rescaling(
 
 def check_values(traced: TracedModel) -> None:
     """Raise :class:`BalanceError` if a parameter or buffer has no values, or values that are not finite."""
-    buffers = traced.captured.eval.tensors.values()
-    named = dict(traced.model.named_buffers())
-    used = {name: buffer for name, buffer in named.items() if any(buffer is tensor for tensor in buffers)}
-    for kind, tensors in (("parameter", dict(traced.model.named_parameters())), ("buffer", used)):
+    for kind, tensors in (("parameter", traced.values), ("buffer", traced.buffers)):
         for name, tensor in tensors.items():
-            _check_finite(kind, name, tensor.detach())
+            _check_finite(kind, name, tensor)
 
 
 def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
@@ -205,5 +204,5 @@ _WITHOUT_FLOAT64 = {"mps"}
 
 
 def _device_of(traced: TracedModel) -> torch.device:
-    device = next((parameter.device for parameter in traced.model.parameters()), torch.device("cpu"))
+    device = device_of(traced.values)
     return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device

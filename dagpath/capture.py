@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dagpath.containers import opened
+from dagpath.distributed import own, stand_in, whole
 from dagpath.errors import CaptureError
 from dagpath.modes import batches_agree, modes_agree
 from dagpath.regions import inlined
@@ -42,6 +43,7 @@ class CapturedGraph:
     Attributes:
         module: the graph; every node is an ATen operation whose ``meta["val"]`` holds its shape.
         parameters: placeholder name -> name in ``model.named_parameters()``.
+        buffers: placeholder name -> name in ``model.named_buffers()``.
         tensors: placeholder name -> buffer or constant tensor (the live one, not a copy).
         batch: number of examples that it was captured with; None where the inputs were used as given.
         structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
@@ -49,6 +51,7 @@ class CapturedGraph:
 
     module: fx.GraphModule
     parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
     tensors: Mapping[str, Tensor]
     batch: int | None
     structure: pytree.TreeSpec
@@ -123,16 +126,16 @@ def shared_parameters(model: nn.Module, captured: Capture) -> set[str]:
 
     Multiplying one of them in place would change the others.
     """
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    tensors = {id(tensor): own(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     for graph in (captured.eval, captured.train):
-        tensors |= {id(tensor): tensor for tensor in (graph.tensors.values() if graph else ())}
+        tensors |= {id(tensor): own(tensor) for tensor in (graph.tensors.values() if graph else ())}
     users: dict[int, int] = {}
     for tensor in tensors.values():
         if not tensor.is_meta:
             users[_storage(tensor)] = users.get(_storage(tensor), 0) + 1
     return {
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in ((name, tensors[id(parameter)]) for name, parameter in model.named_parameters())
         if not parameter.is_meta
         and (
             users[_storage(parameter)] > 1
@@ -191,9 +194,9 @@ def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
 def _export(
     model: nn.Module, inputs: Any, batch: int | None, training: bool, is_compound: Callable[[Any], bool]
 ) -> CapturedGraph:
-    args, kwargs = inputs
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
+        args, kwargs = stand_in(model, inputs)
         before = random_states()
         with model.register_forward_hook(lambda _module, _args, output: opened(output)):
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -208,8 +211,9 @@ def _export(
     _check_shapes_are_known(module)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    live = dict(model.named_buffers(remove_duplicate=False))
     parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
         placeholder = getattr(spec.arg, "name", "")
@@ -217,11 +221,12 @@ def _export(
             raise CaptureError(f"the forward makes the parameter {spec.target!r}: run the model once before tracing it")
         if spec.kind == InputKind.PARAMETER:
             parameters[placeholder] = names[id(owners[str(spec.target)])]
-        elif spec.kind == InputKind.BUFFER and spec.target in buffers:
-            tensors[placeholder] = buffers[spec.target]
+        elif spec.kind == InputKind.BUFFER and spec.target in live:
+            buffers[placeholder] = spec.target
+            tensors[placeholder] = live[spec.target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
-    return CapturedGraph(module, parameters, tensors, batch, program.call_spec.out_spec)
+    return CapturedGraph(module, parameters, buffers, tensors, batch, program.call_spec.out_spec)
 
 
 def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:
@@ -364,7 +369,7 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
             f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
             f"{'train' if training else 'eval'} mode."
         ) from error
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+    return [whole(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:

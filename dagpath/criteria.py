@@ -195,7 +195,7 @@ class RangeEqualization:
 def _magnitudes(traced: TracedModel, device: torch.device) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
     """The largest absolute value, and all of them divided by it, with their groups; those out of reach are fixed."""
     graph = traced.graph
-    parameters = {name: p.detach().to(device, torch.float64).abs() for name, p in traced.model.named_parameters()}
+    parameters = {name: value.to(device, torch.float64).abs() for name, value in traced.values.items()}
     largest = max((float(values.max()) for values in parameters.values() if values.numel()), default=0.0)
     ends = {name: (graph.ends[name].dst.to(device), graph.ends[name].src.to(device)) for name in parameters}
     links = [(values > 0, *ends[name]) for name, values in parameters.items()]

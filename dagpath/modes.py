@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dagpath.containers import opened
+from dagpath.distributed import stand_in
 from dagpath.state import mode, random_states, without_autocast
 
 _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
@@ -121,13 +122,17 @@ class _Call:
 
 def _record(model: nn.Module, inputs: Any, training: bool) -> list[_Call]:
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    state = {name: torch.empty_like(t, device="meta") for name, t in {**parameters, **buffers}.items()}
+    state = {
+        name: torch.empty(t.shape, dtype=t.dtype, device="meta", requires_grad=t.requires_grad)
+        for name, t in {**parameters, **buffers}.items()
+    }
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
     recorder = _Recorder({name: state[name] for name in parameters}, {name: state[name] for name in buffers})
     for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
             recorder.know(leaf, ("input", position))
     with mode(model, training), without_autocast(), torch.enable_grad():
+        stand_in(model)
         before = random_states()
         with recorder:
             outputs = torch.func.functional_call(model, state, args, kwargs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dagpath.distributed import Peers, own, own_part
 from dagpath.errors import BalanceError
 from dagpath.flow.neurons import Ends
 
@@ -36,19 +37,20 @@ class Moving:
 
 
 @torch.no_grad()
-def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor) -> None:
+def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor, peers: Peers) -> None:
     """Multiply each tensor once, element by element, by ``(scales[dst] / scales[src]) ** power``.
 
     Args:
         moving: what to multiply; a tensor that is named twice is multiplied once.
         ends: parameter name -> groups at both ends of its elements.
         scales: float64, λ of every group, the fixed group in front.
+        peers: the processes that do the same; each multiplies what it holds.
 
     Raises:
         BalanceError: a product leaves the range of its type, or should be exact and is not. Nothing is changed.
     """
     once = {id(item.tensor): item for item in moving}.values()
-    with transaction(item.tensor for item in once):
+    with transaction(item.tensor for item in once), peers.together():
         for item in once:
             _multiply_(item, ends[item.parameter], scales**item.power)
 
@@ -57,7 +59,7 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
     """Keep copies of tensors; put them back, bitwise, if the block raises or is interrupted."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._saved = [(own(tensor.detach()), own(tensor.detach()).clone()) for tensor in tensors]
 
     def __enter__(self) -> None:
         return None
@@ -70,8 +72,10 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
 
 
 def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
-    name, tensor = moving.label, moving.tensor
-    dst, src = (scales[end].to(tensor.device) for end in (ends.dst, ends.src))
+    name, tensor = moving.label, own(moving.tensor.detach())
+    dst, src = (own_part(scales[end], moving.tensor).to(tensor.device) for end in (ends.dst, ends.src))
+    if not tensor.numel():
+        return
     if bool((dst == 1).all()) and bool((src == 1).all()):
         return
     for rows in _row_chunks(tensor):

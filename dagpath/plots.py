@@ -121,13 +121,13 @@ def gram_spectrum(traced: TracedModel, rescaling: Rescaling | None = None, ax: A
     require_traced(traced)
     if rescaling is not None and rescaling.traced.graph is not traced.graph:
         raise ValueError("the rescaling was found for another trace: pass rescaling.traced")
-    require_finite(traced.model)
+    require_finite(traced)
     dense = gram(traced).to_dense()
     spectra = [("before", dense, BLUE, "o")]
     if rescaling is not None:
         multipliers = rescaling.multipliers()
-        shapes = {name: p.shape for name, p in traced.model.named_parameters()}
-        d = torch.cat([multipliers[name].expand(shape).reshape(-1) for name, shape in shapes.items()]).to(dense)
+        shapes = traced.graph.shapes.items()
+        d = torch.cat([multipliers[name].expand(shape).reshape(-1) for name, shape in shapes]).to(dense)
         spectra.append(("after", dense / d[:, None] / d[None, :], ORANGE, "^"))
     ax = new_axes(ax)
     for label, matrix, color, marker in spectra:

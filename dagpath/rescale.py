@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from dagpath.balance import balance
 from dagpath.capture import run, with_batch
 from dagpath.criteria import Criterion
+from dagpath.distributed import reshard
 from dagpath.errors import VerificationError
 from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
@@ -81,14 +82,15 @@ def rescale_(
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []
     balanced = time.perf_counter()
-    with transaction(model.parameters()):
+    reshard(model)
+    with transaction(model.parameters()), traced.peers.together():
         before = [run(model, inputs, training) for training, inputs in checks]
         applying = time.perf_counter()
         rescaling.apply_()
         applied = time.perf_counter()
         difference = None
         for (training, inputs), reference in zip(checks, before, strict=True):
-            worst = _compare(reference, run(model, inputs, training))
+            worst = traced.peers.largest(_compare(reference, run(model, inputs, training)))
             _check(worst, 0.0 if rescaling.power_of_two else _tolerance(traced, reference), training, rescaling)
             difference = max(worst, difference or 0.0)
     end = time.perf_counter()

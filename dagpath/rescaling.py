@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagpath.distributed import Peers, reshard
 from dagpath.multiply import Moving, multiply_
 from dagpath.optimizer_state import moving_state
 from dagpath.report import table
@@ -183,7 +184,7 @@ class Rescaling:
         moving = [Moving(name, name, parameter, 1, self.power_of_two) for name, parameter in parameters.items()]
         for optimizer in optimizers:
             moving += moving_state(optimizer, self._movable(parameters))
-        self._multiply_(moving)
+        self._multiply_(moving, model)
         return self.traced.model if model is None else model
 
     def apply_to_optimizer_(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
@@ -249,10 +250,11 @@ class Rescaling:
             >>> torch.allclose(momentum, before / rescaling.multipliers()["2.weight"].float())
             True
         """
-        self._multiply_(moving_state(optimizer, self._movable(self._parameters(model))))
+        self._multiply_(moving_state(optimizer, self._movable(self._parameters(model))), model)
 
     def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
         model = self.traced.model if model is None else unwrap(model)
+        reshard(model)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
         return parameters
@@ -261,8 +263,9 @@ class Rescaling:
         movable = self.traced.graph.movable
         return {name: parameter for name, parameter in parameters.items() if name in movable}
 
-    def _multiply_(self, moving: Iterable[Moving]) -> None:
-        multiply_(moving, self.traced.graph.ends, self._scales())
+    def _multiply_(self, moving: Iterable[Moving], model: nn.Module | None) -> None:
+        peers = self.traced.peers if model is None else Peers.of(model)
+        multiply_(moving, self.traced.graph.ends, self._scales(), peers)
 
     def summary(self, layers: bool = False) -> str:
         """What was found, as a table.

@@ -13,6 +13,8 @@ import numpy
 import torch
 from torch import nn
 
+from dagpath.distributed import imported, reshard
+
 
 def unwrap(model: Any) -> nn.Module:
     """The module that owns the parameters: below parallel and compiled wrappers, of an exported program.
@@ -21,6 +23,11 @@ def unwrap(model: Any) -> nn.Module:
         TypeError: it is no module.
     """
     while True:
+        if isinstance(model, imported("torch.distributed.fsdp", "FullyShardedDataParallel")):
+            raise TypeError(
+                "FullyShardedDataParallel flattens the parameters of a model, so that no rescaling can tell their "
+                "neurons apart: use torch.distributed.fsdp.fully_shard, or rescale the model before it is wrapped"
+            )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
@@ -52,6 +59,7 @@ def random_states() -> tuple[object, ...]:
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put ``model`` in train or eval mode; afterwards every attribute, tensor and random state is what it was."""
+    reshard(model)
     modules = list(model.modules())
     attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
     contents = [
@@ -68,6 +76,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
                 model.train(training)
             yield
         finally:
+            reshard(model)
             for current, saved in attributes:
                 current.clear()
                 current.update(saved)

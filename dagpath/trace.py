@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dagpath.capture import Capture, capture, shared_parameters
+from dagpath.distributed import Peers, values_of, whole
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.structure import Structure
@@ -23,6 +24,7 @@ from dagpath.state import plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph
 
 Flow = TypeVar("Flow", bound=MassFlow)
+_ALONE = Peers()
 
 
 class TracedModel:
@@ -38,11 +40,38 @@ class TracedModel:
         seconds: how long tracing took.
     """
 
-    def __init__(self, model: nn.Module, captured: Capture, graph: NeuronGraph, seconds: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Capture,
+        graph: NeuronGraph,
+        seconds: float,
+        peers: Peers = _ALONE,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.graph = graph
         self.seconds = seconds
         self.captured = captured
+        self.peers = peers
+        self._values = values
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The current value of each parameter, in the order of ``model.named_parameters()``.
+
+        Those of a model that several processes share are gathered one at a time, as they are asked for.
+
+        Raises:
+            ValueError: a parameter is on the meta device.
+        """
+        return values_of(self.model) if self._values is None else self._values
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The current value of each buffer that eval mode uses, by its name."""
+        captured = self.captured.eval
+        return {name: whole(captured.tensors[place]) for place, name in captured.buffers.items()}
 
     @property
     def fx(self) -> fx.GraphModule:
@@ -61,9 +90,8 @@ class TracedModel:
         Raises:
             ValueError: ``dtype`` is not float64 or float32, or a parameter is on the meta device.
         """
-        require_values(self.model)
         require_dtype(options.get("dtype", torch.float64))
-        parameters = options.pop("parameters", None) or {name: p.detach() for name, p in self.model.named_parameters()}
+        parameters = options.pop("parameters", None) or self.values
         return kind(self.captured.eval, parameters, operation_of, self.graph.cut, self.graph.kept, **options)
 
     @plain_computation()
@@ -97,10 +125,8 @@ class TracedModel:
             >>> graph.name(graph.num_nodes - 1)
             '3 linear[0]'
         """
-        require_values(self.model)
         decided = self.graph.cut, self.graph.kept
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        return UnrolledGraph(self.captured.eval, parameters, operation_of, *decided, device, progress)
+        return UnrolledGraph(self.captured.eval, dict(self.values), operation_of, *decided, device, progress)
 
     def explain(self, format: str = "text") -> str | dict[str, Any]:  # noqa: A002 (as in the standard library)
         """What is free, tied and fixed in each module, and which operation in which module fixed it.
@@ -143,7 +169,6 @@ class TracedModel:
 
 @plain_computation()
 def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
-    require_values(model)
     return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
 
 
@@ -155,18 +180,10 @@ def require_traced(traced: object) -> None:
         )
 
 
-def require_values(model: nn.Module) -> None:
-    """Raise ValueError if a parameter is on the meta device."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"the parameter {name!r} is on the meta device, where it has no values: load them first")
-
-
-def require_finite(model: nn.Module) -> None:
+def require_finite(traced: TracedModel) -> None:
     """Raise ValueError if a parameter has no values, or values that are not finite."""
-    require_values(model)
-    for name, parameter in model.named_parameters():
-        bad = torch.nonzero(~torch.isfinite(parameter.detach()))
+    for name, parameter in traced.values.items():
+        bad = torch.nonzero(~torch.isfinite(parameter))
         if len(bad):
             first = tuple(bad[0].tolist())
             raise ValueError(
@@ -219,6 +236,7 @@ def trace(
         NeuronGraph(10 neurons, 8 free groups, 58 parameters)
     """
     start = time.perf_counter()
+    peers = Peers.of(model)
     model = unwrap(model)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, tuple):
@@ -239,4 +257,4 @@ def trace(
             if graph is not None:
                 flow.run_graph(graph)
         neurons = NeuronGraph(flow, functools.partial(_structure, model, captured))
-    return TracedModel(model, captured, neurons, time.perf_counter() - start)
+    return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._ops import OperatorBase
 
 from dagpath.capture import CapturedGraph
+from dagpath.distributed import whole
 from dagpath.flow.values import Call
 
 
@@ -46,9 +47,12 @@ class Constants:
         Raises:
             NotConstantError: it has no fixed value.
         """
-        if node not in self._known:
-            self._known[node] = self._evaluate(node)
-        return self._known[node]
+        if node in self._known:
+            return self._known[node]
+        value = self._evaluate(node)
+        if node.op != "placeholder":  # parameters may be too many to be kept
+            self._known[node] = value
+        return value
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -56,7 +60,7 @@ class Constants:
             found = self._graph.tensors.get(node.name) if name is None else self._parameters.get(name)
             if found is None or found.is_meta:
                 raise NotConstantError(node.name)
-            return found if self._records else found.detach()
+            return found if self._records else whole(found)
         if node.op == "get_attr":
             return getattr(self._graph.module, str(node.target))
         if node.op != "call_function" or not _is_function(node.target) or _is_random(node):

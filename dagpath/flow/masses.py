@@ -17,10 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from dagpath.capture import CapturedGraph
+from dagpath.fetched import Fetched, device_of
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import NOTHING, Call, Later, Mass, leaves, mapped, plain
+from dagpath.flow.values import NOTHING, Call, Later, Mass, is_fetched, leaves, mapped, plain
 from dagpath.state import uncollected
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -30,6 +32,8 @@ _HEADROOM = {torch.float64: 128, torch.float32: 16}
 _FAST_LAYOUT = {(torch.float64, 4): torch.channels_last, (torch.float64, 5): torch.channels_last_3d}
 """Memory formats by type and number of dimensions: float64 convolutions are a quarter faster in these on a CPU."""
 
+
+_AGAIN: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": False}
 
 Coefficient = Callable[[Callable[[Mass], Tensor]], Tensor]
 """Computes a tensor from constants, given what reads the true values of a mass that depends on no input."""
@@ -82,7 +86,7 @@ class MassFlow(fx.Interpreter):
         self.layers: set[fx.Node] = set()
         self.sinks: list[Mass] = []
         self.outputs: list[Mass] = []
-        self.device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
+        self.device = device_of(parameters)
 
     # -- what the mass of an edge is: for subclasses -----------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class MassFlow(fx.Interpreter):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = self.graph_inputs.parameters.get(str(target))
-        if name is not None and self.parameters[name].is_floating_point():
+        if name is not None and self.node.meta["val"].is_floating_point():
             return Later(self._parameter_at, True, self.node)
         if name is not None or str(target) in self.graph_inputs.tensors:
             return Later(self.evaluated, False, self.node)
@@ -152,11 +156,39 @@ class MassFlow(fx.Interpreter):
         masses = call.leaves(Mass)
         rule = self._rule(target)
         if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
-            return self.barrier(call) if self.node in self._cut else rule.mass(self, call)
+            return self.barrier(call) if self.node in self._cut else self._mass(rule, call)
         try:
             return self.evaluated(self.node)
         except NotConstantError:
             return self.inputs(call.output)
+
+    def _mass(self, rule: MassRule, call: Call) -> Any:
+        """What the rule says. Parameters that are fetched for this call alone are let go, and fetched again later."""
+        passing = [mass for mass in call.leaves(Mass) if not is_fetched(mass)]
+        if not (self.records and isinstance(self.parameters, Fetched)) or len(passing) == len(call.leaves(Mass)):
+            return rule.mass(self, call)
+        sinks, found = len(self.sinks), list[Any]()
+
+        def compute(_: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            given = iter(values)
+
+            def anew(mass: Mass) -> Mass:
+                assert mass.node is not None
+                return Later(self._parameter_at, True, mass.node) if is_fetched(mass) else mass.on(next(given))
+
+            outer, self.node = self.node, call.node  # a backward pass is elsewhere in the graph
+            args, kwargs = mapped((call.args, call.kwargs), Mass, anew)
+            found.append(rule.mass(self, Call(call.target, args, kwargs, call.node)))
+            self.node = outer
+            return tuple(mass.values for mass in leaves(found[-1], Mass))
+
+        anchor = torch.ones((), requires_grad=True)  # without which nothing that is fetched would have a derivative
+        values = iter(checkpoint(compute, anchor, *(mass.values for mass in passing), **_AGAIN))
+        first, known = found[0], {id(mass.values) for mass in passing}
+        if any(id(sink.values) not in known for sink in self.sinks[sinks:]):  # paths end inside of the call
+            del self.sinks[sinks:]
+            return rule.mass(self, call)
+        return mapped(first, Mass, lambda mass: mass.on(next(values)))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.evaluated(self.node)

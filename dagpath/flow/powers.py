@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.fetched import Fetched
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.scratch import Scratch
 from dagpath.flow.values import Mass
@@ -50,8 +51,8 @@ class PowerFlow(MassFlow):
         self.records = on_gradient is not None
         self.q = exponent
         self.mixed = False
-        largest = max((parameter.numel() for parameter in self.parameters.values()), default=0)
-        self._scratch = Scratch(largest * self.dtype.itemsize)
+        held = () if isinstance(self.parameters, Fetched) else self.parameters.values()
+        self._scratch = Scratch(max((parameter.numel() for parameter in held), default=0) * self.dtype.itemsize)
         self._on_gradient = on_gradient
 
     def parameter(self, name: str) -> Mass:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture import Capture
+from dagpath.distributed import values_of
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.neurons import NeuronFlow
@@ -54,6 +55,7 @@ class StructureFlow(NeuronFlow):
         kept: Mapping[fx.Node, int],
     ) -> None:
         super().__init__(model, rule, unknown)
+        self.parameters = dict(values_of(model))
         self._captured = captured
         self._known_cut = cut
         self._known_kept = kept
@@ -343,7 +345,7 @@ class StructureFlow(NeuronFlow):
             shape = self._elements.shapes[name]
             if weight.shape != shape:
                 dst, src = (compact(end.expand(weight.shape).reshape(shape)) for end in (dst, src))
-            values = self.parameters[name].detach() if values is None else values.reshape(shape)
+            values = self.parameters[name] if values is None else values.reshape(shape)
             self._edges.append(Edges(self.node, order, name, None, _nodes(dst), _nodes(src), values))
             return
         for owner, inside, local in self._elements.by_parameter(self.elements(weight)):
@@ -352,7 +354,7 @@ class StructureFlow(NeuronFlow):
                 self._spread_order.setdefault(self._computed[owner].node, order)
                 continue
             to, of = (_nodes(end.expand(weight.shape)[inside]) for end in (dst, src))
-            found = self.parameters[owner].detach().reshape(-1)[local] if values is None else values[inside]
+            found = self.parameters[owner].reshape(-1)[local] if values is None else values[inside]
             self._edges.append(Edges(self.node, order, owner, local, to, of, found))
 
     def _normalize(self, numbers: Tensor, response: Response) -> None:

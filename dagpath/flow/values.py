@@ -73,6 +73,10 @@ class Mass(Operand):
     params: bool = False
     node: fx.Node | None = field(default=None, repr=False)
 
+    def on(self, values: Tensor) -> Mass:
+        """The same mass with its values in other memory."""
+        return Mass(values, self.exponent, self.zero, self.data, self.params, self.node)
+
     @property
     def magnitude(self) -> int:
         """The exponent to which others are aligned; below all others for a mass of zero."""
@@ -109,6 +113,11 @@ class Later(Mass):
     @property
     def zero(self) -> bool:
         return self._mass.zero
+
+
+def is_fetched(mass: Mass) -> bool:
+    """Is it the mass of a parameter that one call alone uses?"""
+    return isinstance(mass, Later) and mass.params and mass.node is not None and len(mass.node.users) == 1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagpath.fetched import device_of
 from dagpath.flow.powers import PowerFlow
 from dagpath.flow.values import ldexp_
 from dagpath.state import plain_computation
@@ -40,10 +41,11 @@ def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], *
     found: dict[str, Tensor] = {}
     exponent = _backward(traced.masses(kind, on_gradient=found.__setitem__, **options))
     result = {}
-    for name, parameter in traced.model.named_parameters():
+    device = device_of(traced.values)
+    for name, shape in traced.graph.shapes.items():
         values = found.pop(name, None)
         if values is None:
-            values = torch.zeros(parameter.shape, dtype=options.get("dtype", torch.float64), device=parameter.device)
+            values = torch.zeros(shape, dtype=options.get("dtype", torch.float64), device=device)
         if log:
             result[name] = values.log_().add_(exponent * math.log(2))
         else:

@@ -93,7 +93,7 @@ def _facts(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _euclidean(a: TracedModel, b: TracedModel) -> float:
-    others = {name: p.detach() for name, p in b.model.named_parameters()}
+    others = dict(b.values)
     both = a.masses(PairFlow, others=others, other_graph=b.captured.eval).total()
     squares = [traced.masses(PowerFlow, exponent=2).total() for traced in (a, b)]
     return _log_sum([*squares, both], [1.0, 1.0, -2.0]) / 2
@@ -103,7 +103,7 @@ def _taxicab(a: TracedModel, b: TracedModel) -> float:
     flows = [traced.masses(PowerFlow, exponent=1) for traced in (a, b)]
     totals = [flow.total() for flow in flows]
     bounds = [_log_sum(totals, [1.0, 1.0])]
-    pairs = [(p.detach(), q.detach()) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)]
+    pairs = list(zip(a.values.values(), b.values.values(), strict=True))
     if _same_constants(a, b) and not flows[0].mixed and all(bool((p * q >= 0).all()) for p, q in pairs):
         for first, second, sign in ((0, 1, 1.0), (1, 0, -1.0)):
             if all(bool((sign * (p.abs() - q.abs()) >= 0).all()) for p, q in pairs):
@@ -119,8 +119,8 @@ def _taxicab(a: TracedModel, b: TracedModel) -> float:
 
 
 def _combined(a: TracedModel, b: TracedModel, choose: Callable[[Tensor, Tensor], Tensor]) -> Mass:
-    others = dict(b.model.named_parameters())
-    chosen = {name: choose(p.detach().abs(), others[name].detach().abs()) for name, p in a.model.named_parameters()}
+    others = b.values
+    chosen = {name: choose(value.abs(), others[name].abs()) for name, value in a.values.items()}
     return a.masses(PowerFlow, exponent=1, parameters=chosen).total()
 
 

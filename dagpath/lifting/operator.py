@@ -14,7 +14,9 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
+from dagpath.fetched import device_of
 from dagpath.flow.pairs import PairFlow
+from dagpath.fetched import device_of
 from dagpath.flow.values import is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation
@@ -43,7 +45,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         super().__init__(np.dtype(np.float64), (size, size))
         self._traced = traced
         self._dtype = dtype
-        self._device = next((p.device for p in traced.model.parameters()), torch.device("cpu"))
+        self._device = device_of(traced.values)
 
     # -- products ------------------------------------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     @plain_computation()
     def _products(self, columns: Tensor, progress: bool = False) -> Tensor:
         """``Σ_p ∂Φ_p(θ) · DΦ_p(θ)[v]`` for each column v: a mixed second derivative of ``Σ_p Φ_p(a) Φ_p(b)``."""
-        whole = {name: p.detach() for name, p in self._traced.model.named_parameters()}
+        whole = dict(self._traced.values)
         sizes = [p.numel() for p in whole.values()]
         known = [index for index, p in enumerate(whole.values()) if p.is_floating_point()]
         names = [list(whole)[index] for index in known]
@@ -196,7 +198,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             ValueError: k is no integer, below 1 or not below the number of parameters, the dense matrix would be too
                 large, or a parameter is not finite.
         """
-        require_finite(self._traced.model)
+        require_finite(self._traced)
         if k is None:
             dense: np.ndarray = torch.linalg.eigvalsh(self.to_dense()).cpu().numpy()
             return dense

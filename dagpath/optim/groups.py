@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dagpath.distributed import is_spread
 from dagpath.trace import TracedModel
 
 
@@ -42,7 +43,17 @@ def trained_edges(traced: TracedModel) -> dict[str, Tensor]:
 
 
 def parameter_groups(traced: TracedModel) -> list[dict[str, Any]]:
-    """One group of the trained edges, ``paths`` set; another of the other parameters that require gradients."""
+    """One group of the trained edges, ``paths`` set; another of the other parameters that require gradients.
+
+    Raises:
+        TypeError: a parameter is spread over processes.
+    """
+    for name, parameter in traced.model.named_parameters():
+        if is_spread(parameter):
+            raise TypeError(
+                f"the parameter {name!r} is spread over processes (a DTensor), whose paths no optimizer here follows; "
+                "dagpath.optim.Rebalance works on such models, with any optimizer of torch.optim"
+            )
     edges = trained_edges(traced)
     others = [p for name, p in traced.model.named_parameters() if p.requires_grad and name not in edges]
     return [{"params": list(edges.values()), "paths": True}, *([{"params": others}] if others else [])]

@@ -17,7 +17,7 @@ from dagpath.trace import TracedModel
 
 def masses_with(traced: TracedModel, values: Mapping[str, Tensor], dtype: torch.dtype, **options: Any) -> PowerFlow:
     """A pass of power 1 over the eval graph in which some parameters have other values."""
-    parameters = {**dict(traced.model.named_parameters()), **values}
+    parameters = {**traced.values, **values}
     return traced.masses(PowerFlow, exponent=1, dtype=dtype, parameters=parameters, **options)
 
 
@@ -28,7 +28,7 @@ def alive_elements(traced: TracedModel, structure: Structure) -> dict[str, Tenso
 
     Cost: one forward and one backward pass in float64, with positive parameters of a size that keeps the masses even.
     """
-    parameters = dict(traced.model.named_parameters())
+    parameters = dict(traced.values)
     names = {edges.parameter: None for edges in structure.edges}
     even = {
         name: torch.full_like(parameters[name], 1 / max(parameters[name].shape[1:].numel(), 1), dtype=torch.float64)

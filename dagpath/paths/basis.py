@@ -257,8 +257,8 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
         22
     """
     require_traced(traced)
-    parameters = traced.model.parameters()
-    values = torch.cat([torch.zeros(0), *(parameter.detach().cpu().reshape(-1) for parameter in parameters)])
+    parts = (parameter.cpu().reshape(-1) for parameter in traced.values.values())
+    values = torch.cat([torch.zeros(0), *parts])
     return choose_basis(element_order(traced), values)
 
 
@@ -271,9 +271,9 @@ def element_order(traced: TracedModel) -> ElementOrder:
     structure = traced.graph.structure()
     alive = alive_elements(traced, structure)
     computed = _times(structure)
-    parameters = dict(traced.model.named_parameters())
+    shapes = traced.graph.shapes
     entry, leave = (
-        {name: torch.full((p.numel(),), -1, dtype=torch.int32) for name, p in parameters.items()} for _ in "ab"
+        {name: torch.full((shape.numel(),), -1, dtype=torch.int32) for name, shape in shapes.items()} for _ in "ab"
     )
     for edges in structure.edges:
         shape, name = edges.values.shape, edges.parameter

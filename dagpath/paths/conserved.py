@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dagpath.state import plain_computation
-from dagpath.trace import TracedModel, require_traced, require_values
+from dagpath.trace import TracedModel, require_traced
 
 
 @plain_computation()
@@ -35,10 +35,9 @@ def conserved_quantities(traced: TracedModel) -> Tensor:
         [6.0, 6.0]
     """
     require_traced(traced)
-    require_values(traced.model)
     found = torch.zeros(traced.graph.num_groups + 1, dtype=torch.float64)
-    for name, parameter in traced.model.named_parameters():
-        squares = parameter.detach().to("cpu", torch.float64).square()
+    for name, parameter in traced.values.items():
+        squares = parameter.to("cpu", torch.float64).square()
         ends = traced.graph.ends[name]
         for end, sign in ((ends.dst, 1.0), (ends.src, -1.0)):
             found.index_add_(0, end.reshape(-1), squares.sum_to_size(end.shape).reshape(-1), alpha=sign)

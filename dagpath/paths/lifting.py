@@ -94,7 +94,8 @@ class PathLifting:
 
     def __init__(self, traced: TracedModel, limit: int = 100_000) -> None:
         require_traced(traced)
-        for name, parameter in traced.model.named_parameters():
+        parameters = dict(traced.values)
+        for name, parameter in parameters.items():
             if parameter.is_complex():
                 raise ValueError(f"the parameter {name!r} is {parameter.dtype}: values of paths are real")
         count = path_count(traced)
@@ -107,7 +108,6 @@ class PathLifting:
         self.graph: UnrolledGraph = traced.unroll()
         captured = traced.captured.eval
         self._captured = captured
-        parameters = dict(traced.model.named_parameters())
         values = {place: parameters[name] for place, name in captured.parameters.items()} | dict(captured.tensors)
         self._given = {place: widened(tensor).clone() for place, tensor in values.items()}
         self.edges, self.starts, self.ends = _enumerated(self.graph)

@@ -108,7 +108,7 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Channe
     require_traced(traced)
     if not is_count(k):
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-    require_finite(traced.model)
+    require_finite(traced)
     structure = traced.graph.structure()
     layers = traced.graph.layers(structure)
     log_norm = path_norm(traced, 2, log=True)
@@ -168,7 +168,7 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
     The network in which only the elements of the path are left, with a huge value each, has paths through some of them,
     and if this one fits, a path through all, which outweighs the others.
     """
-    parameters = dict(traced.model.named_parameters())
+    parameters = dict(traced.values)
     names = {edges.parameter for edges in structure.edges}
     marked = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
     expected = -_MARK / 2
@@ -176,7 +176,7 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
         log_constant = step.log_value
         if step.parameter:
             marked[step.parameter].view(-1)[step.element] = 2.0**_MARK
-            element = float(parameters[step.parameter].detach().reshape(-1)[step.element])
+            element = float(parameters[step.parameter].reshape(-1)[step.element])
             log_constant = 0.0 if step.src == CONSTANT else step.log_value - math.log(abs(element))
             expected += _MARK
         expected += log_constant / math.log(2)
