@@ -74,17 +74,25 @@ class PathConditioning:
         reference = self._checked_reference(graph.shapes)
         masses = MassAggregator(graph.num_groups, device)
 
-        def visit(name: str, gram: Tensor) -> None:
+        def check(name: str, gram: Tensor) -> None:
             if not bool(torch.isfinite(gram.sum())):
                 raise BalanceError(
                     f"the path masses through {name!r} are not finite, though all weights are: look for a negative "
                     "running variance behind it, or for weights beyond the range of float64 once squared"
                 )
+
+        def visit(name: str, gram: Tensor) -> None:
+            check(name, gram)
             if reference is not None:
                 gram = gram / torch.as_tensor(reference[name], dtype=torch.float64).to(gram)
             masses.add(gram, graph.ends[name].dst, graph.ends[name].src)
 
-        exponent = visit_gram_diagonal(traced, visit)
+        def visit_factors(name: str, left: Tensor, right: Tensor) -> None:
+            check(name, left)
+            check(name, right)
+            masses.add_product(left, right, graph.ends[name].dst, graph.ends[name].src)
+
+        exponent = visit_gram_diagonal(traced, visit, visit_factors=visit_factors if reference is None else None)
         return Problem.path_conditioning(masses, bound, offset=exponent * math.log(2))
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:

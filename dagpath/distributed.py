@@ -75,7 +75,7 @@ def reshard(model: nn.Module) -> None:
     kinds = imported("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules() if kinds else ():
         if isinstance(module, kinds):
-            module.reshard()  # type: ignore[attr-defined]
+            module.reshard()  # type: ignore[operator]
 
 
 def stand_in(model: nn.Module, inputs: Any = None) -> Any:
@@ -97,15 +97,16 @@ def stand_in(model: nn.Module, inputs: Any = None) -> Any:
             device = "cpu" if tensor.is_meta else tensor.device
             with fakes:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            made[id(tensor)] = tensor, (
-                nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            made[id(tensor)] = (
+                tensor,
+                (nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty),
             )
         return made[id(tensor)][1]
 
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                held[name] = fake(tensor)  # type: ignore[assignment]
+                held[name] = fake(tensor)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 function = getattr(hook, "func", hook)
@@ -163,7 +164,7 @@ class Peers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If the block raises in one process, it raises in all."""
+        """If the block raises in one process, it raises in all. Nothing in the block may wait for the others."""
         failure: BaseException | None = None
         try:
             yield

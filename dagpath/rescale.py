@@ -83,14 +83,17 @@ def rescale_(
     checks = _modes_to_check(traced, given) if verify else []
     balanced = time.perf_counter()
     reshard(model)
-    with transaction(model.parameters()), traced.peers.together():
-        before = [run(model, inputs, training) for training, inputs in checks]
+    with transaction(model.parameters()):
+        with traced.peers.together():
+            before = [run(model, inputs, training) for training, inputs in checks]
         applying = time.perf_counter()
         rescaling.apply_()
         applied = time.perf_counter()
+        with traced.peers.together():
+            after = [run(model, inputs, training) for training, inputs in checks]
         difference = None
-        for (training, inputs), reference in zip(checks, before, strict=True):
-            worst = traced.peers.largest(_compare(reference, run(model, inputs, training)))
+        for (training, _), reference, outputs in zip(checks, before, after, strict=True):
+            worst = traced.peers.largest(_compare(reference, outputs))
             _check(worst, 0.0 if rescaling.power_of_two else _tolerance(traced, reference), training, rescaling)
             difference = max(worst, difference or 0.0)
     end = time.perf_counter()

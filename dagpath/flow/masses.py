@@ -106,6 +106,10 @@ class MassFlow(fx.Interpreter):
         """The masses of paths once they have crossed a parametrized linear layer."""
         return values
 
+    def factors_of(self, weight: Mass, x: Mass) -> Callable[[Mass], None] | None:
+        """What takes the result of a linear layer, if the derivatives by its weight's masses are not made one by one."""
+        return None
+
     def settled(self, values: Tensor) -> tuple[Tensor, int | None]:
         """Computed values, brought back near one where they drift away, and by how much; None if all are zero."""
         top = self.exponent_of(values)
@@ -156,13 +160,13 @@ class MassFlow(fx.Interpreter):
         masses = call.leaves(Mass)
         rule = self._rule(target)
         if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
-            return self.barrier(call) if self.node in self._cut else self._mass(rule, call)
+            return self.barrier(call) if self.node in self._cut else self._answer(rule, call)
         try:
             return self.evaluated(self.node)
         except NotConstantError:
             return self.inputs(call.output)
 
-    def _mass(self, rule: MassRule, call: Call) -> Any:
+    def _answer(self, rule: MassRule, call: Call) -> Any:
         """What the rule says. Parameters that are fetched for this call alone are let go, and fetched again later."""
         passing = [mass for mass in call.leaves(Mass) if not is_fetched(mass)]
         if not (self.records and isinstance(self.parameters, Fetched)) or len(passing) == len(call.leaves(Mass)):

@@ -73,7 +73,7 @@ class NeuronFlow(fx.Interpreter):
         self._rule = rule
         self._unknown = unknown
         self._shared = shared
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._elements = Elements(self.parameters)
         self._computed: dict[str, Computed] = {}
         self.num_numbers = 0

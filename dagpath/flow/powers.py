@@ -14,7 +14,7 @@ from torch import Tensor
 from dagpath.fetched import Fetched
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.scratch import Scratch
-from dagpath.flow.values import Mass
+from dagpath.flow.values import Mass, is_fetched
 
 _SAFE = {torch.float64: 2.0**960, torch.float32: 2.0**96}
 """Sums of masses up to here, and down to its inverse, are far inside the range of the type; so are their terms."""
@@ -37,6 +37,8 @@ class PowerFlow(MassFlow):
     Args:
         graph, parameters, rule, cut, kept, dtype: see :class:`~dagpath.flow.masses.MassFlow`.
         exponent: q.
+        on_factors: if given too, it is called in place of ``on_gradient`` where a weight's derivatives are a product,
+            with its name and the two sides: ``left[i] · right[j]`` for the mass that leads from j to i.
         on_gradient: if given, ``total().backward()`` calls it with the name of each parameter and the derivative of
             the total with respect to ``|θ|^q``, as soon as it is complete, and then frees it.
 
@@ -45,7 +47,12 @@ class PowerFlow(MassFlow):
     """
 
     def __init__(
-        self, *graph: Any, exponent: float, on_gradient: Callable[[str, Tensor], None] | None = None, **options: Any
+        self,
+        *graph: Any,
+        exponent: float,
+        on_gradient: Callable[[str, Tensor], None] | None = None,
+        on_factors: Callable[[str, Tensor, Tensor], None] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(*graph, **options)
         self.records = on_gradient is not None
@@ -54,9 +61,39 @@ class PowerFlow(MassFlow):
         held = () if isinstance(self.parameters, Fetched) else self.parameters.values()
         self._scratch = Scratch(max((parameter.numel() for parameter in held), default=0) * self.dtype.itemsize)
         self._on_gradient = on_gradient
+        self._on_factors = on_factors
 
     def parameter(self, name: str) -> Mass:
         return self._watched(name, self.fixed(self.parameters[name]))
+
+    def factors_of(self, weight: Mass, x: Mass) -> Callable[[Mass], None] | None:
+        """A linear layer whose inputs have the same masses at all positions: ``∂ total / ∂ mass = out · in``."""
+        visit = self._on_factors
+        if visit is None or not is_fetched(weight) or weight.values.ndim != 2:
+            return None
+        rows = x.values.detach().reshape(-1, x.values.shape[-1])
+        if not len(rows) or not bool((rows == rows[0]).all()):
+            return None
+        assert weight.node is not None
+        name, right, exponent = self.graph_inputs.parameters[weight.node.name], rows[0], x.exponent
+
+        def watch(result: Mass) -> None:
+            shift = exponent - result.exponent
+
+            def hand_over(gradient: Tensor) -> None:  # must not refer to the flow
+                left = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+                powers = [MassFlow.exponent_of(side) for side in (left, right)]
+                half = (sum(powers) + shift) // 2
+                halves = half, sum(powers) + shift - half
+                sides = (
+                    MassFlow.shifted(MassFlow.shifted(side, -power), whole)
+                    for side, power, whole in zip((left, right), powers, halves, strict=True)
+                )
+                visit(name, *sides)
+
+            result.values.requires_grad_(True).register_hook(hand_over)  # type: ignore[no-untyped-call]
+
+        return watch
 
     def _watched(self, name: str, mass: Mass) -> Mass:
         visit, values, exponent = self._on_gradient, mass.values, mass.exponent

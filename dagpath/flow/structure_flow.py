@@ -55,7 +55,7 @@ class StructureFlow(NeuronFlow):
         kept: Mapping[fx.Node, int],
     ) -> None:
         super().__init__(model, rule, unknown)
-        self.parameters = dict(values_of(model))
+        self.parameters: dict[str, Tensor] = dict(values_of(model))
         self._captured = captured
         self._known_cut = cut
         self._known_kept = kept

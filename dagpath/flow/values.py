@@ -180,6 +180,11 @@ class Call:
         args, kwargs = mapped((self.args, self.kwargs), Mass, copy.copy)
         return Call(self.target, args, kwargs, self.node)
 
+    def with_(self, operand: Operand, other: Operand) -> Call:
+        """The same call with another operand in the place of one."""
+        args, kwargs = mapped((self.args, self.kwargs), Operand, lambda leaf: other if leaf is operand else leaf)
+        return Call(self.target, args, kwargs, self.node)
+
     def run(self, convert: Callable[[Any], Any]) -> Any:
         """Execute the operation itself on converted arguments."""
         args, kwargs = mapped((self.args, self.kwargs), object, convert)

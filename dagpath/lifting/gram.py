@@ -17,16 +17,21 @@ from dagpath.trace import TracedModel, require_traced
 
 
 def visit_gram_diagonal(
-    traced: TracedModel, visit: Callable[[str, Tensor], None], dtype: torch.dtype = torch.float64
+    traced: TracedModel,
+    visit: Callable[[str, Tensor], None],
+    dtype: torch.dtype = torch.float64,
+    visit_factors: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> int:
     """Hand ``diag(G) / 2**exponent`` to ``visit``, parameter by parameter as the backward pass completes each.
 
     A parameter that no path meets is not visited. Nothing is kept: the memory of each part is freed after its visit.
+    If ``visit_factors`` is given, it gets those of linear layers, as ``left[i] · right[j]`` for the weight (i, j).
 
     Returns:
         The exponent.
     """
-    return _backward(traced.masses(PowerFlow, exponent=2, dtype=dtype, on_gradient=visit))
+    options = {"on_gradient": visit, "on_factors": visit_factors}
+    return _backward(traced.masses(PowerFlow, exponent=2, dtype=dtype, **options))
 
 
 def _backward(flow: PowerFlow) -> int:

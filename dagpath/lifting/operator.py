@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from dagpath.fetched import device_of
 from dagpath.flow.pairs import PairFlow
-from dagpath.fetched import device_of
 from dagpath.flow.values import is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation

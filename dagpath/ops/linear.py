@@ -269,6 +269,15 @@ def _arranged(x: Tensor, labels: str, wanted: str) -> Tensor:
 class Linear(Contraction):
     """A matrix product with a weight on the last axis, plus a bias: new neurons, one per output unit."""
 
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        x, weight, _ = self.operands(call)
+        watch = flow.factors_of(weight, x)
+        if watch is None:
+            return super().mass(flow, call)
+        result = super().mass(flow, call.with_(weight, weight.on(weight.values.detach())))
+        watch(result)
+        return result
+
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         return call["input"], call["weight"], call.get("bias")
 

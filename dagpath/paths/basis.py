@@ -290,10 +290,7 @@ def element_order(traced: TracedModel) -> ElementOrder:
         torch.cat(
             [
                 none,
-                *(
-                    getattr(ends[name], end).to(torch.int32).expand(p.shape).reshape(-1)
-                    for name, p in parameters.items()
-                ),
+                *(getattr(ends[name], end).to(torch.int32).expand(shape).reshape(-1) for name, shape in shapes.items()),
             ]
         )
         for end in ("dst", "src")

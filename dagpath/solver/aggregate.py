@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dagpath.solver.checks import checked_groups, checked_masses
 from dagpath.solver.matrix import Block, GroupMatrix
+from dagpath.solver.parts import Product
 
 
 class MassAggregator:
@@ -73,6 +74,34 @@ class MassAggregator:
             rows = [dim for dim in range(masses.ndim) if varies[dim][0]]
             columns = [dim for dim in range(masses.ndim) if varies[dim][1]]
             self._add(self._reduced(masses, rows, columns), dst, src, rows, columns)
+
+    def add_product(self, left: Tensor, right: Tensor, dst: Tensor, src: Tensor) -> None:
+        """Add the elements of a matrix, whose masses are ``left[i] · right[j]``: as :meth:`add` does with that matrix.
+
+        Where all of a row enter one group, and all of a column leave one, the matrix is not made.
+
+        Raises:
+            ValueError: as :meth:`add`.
+        """
+        left, right = (checked_masses("", side.to(self._device)) for side in (left, right))
+        rows, columns = _pad(dst, 2), _pad(src, 2)
+        if self._largest or rows.shape[1] > 1 or columns.shape[0] > 1 or not (len(left) and len(right)):
+            self.add(left[:, None] * right[None, :], dst, src)
+            return
+        dst = checked_groups("dst", rows[:, 0].expand(len(left)), self._size).to(self._device)
+        src = checked_groups("src", columns[0].expand(len(right)), self._size).to(self._device)
+        live = [(side > 0).double() for side in (left, right)]
+        counts = [int(side.sum()) for side in live]
+        self.num_live += counts[0] * counts[1]
+        self.balance.index_add_(0, dst, live[0] * counts[1]).index_add_(0, src, -live[1] * counts[0])
+        dst, left = self._merge_rows(dst, left)
+        src, right = self._merge_rows(src, right)
+        if len(dst) == 1 or len(src) == 1:
+            self._edges.append(
+                (dst.repeat_interleave(len(src)), src.repeat(len(dst)), (left[:, None] * right).view(-1))
+            )
+        else:
+            self._blocks.append(Block(Product(left, right), dst, src))
 
     def _add(
         self, sums: tuple[Tensor, Tensor, int], dst: Tensor, src: Tensor, rows: list[int], columns: list[int] | None

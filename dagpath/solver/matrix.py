@@ -6,6 +6,7 @@ therefore costs one transfer there and one back, whatever the number of blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,19 +20,17 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
 from dagpath.solver.checks import checked_groups, checked_masses
+from dagpath.solver.parts import Part, Product, Table, on_host, positive_range
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
-
-_CACHED = 2**20
-"""Masses that are multiplied from both sides before the next are read."""
 
 
 @dataclass(frozen=True)
 class Block:
     """A dense part of the group matrix: ``masses[i, j]`` joins destination group ``dst[i]`` and source ``src[j]``."""
 
-    masses: Tensor
+    masses: Tensor | Product
     dst: Tensor
     src: Tensor
 
@@ -181,12 +180,10 @@ class GroupMatrix:
         layout: the groups of all of them.
     """
 
-    def __init__(self, layout: Layout, blocks: Sequence[Tensor], masses: Tensor) -> None:
+    def __init__(self, layout: Layout, blocks: Sequence[Part], masses: Tensor) -> None:
         self.layout, self.blocks, self.masses = layout, tuple(blocks), masses
         self.is_separable = not blocks
-        on_host = masses.device.type == "cpu"  # where NumPy multiplies faster
-        self._blocks: list[Any] = [block.numpy() for block in blocks] if on_host else list(blocks)
-        self._entries: Any = masses.numpy() if on_host else masses
+        self._entries: Any = on_host(masses)
 
     @staticmethod
     def of(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
@@ -206,27 +203,33 @@ class GroupMatrix:
         entries = _checked("the entries", Block(masses, dst, src), size, fits)
         if len(torch.unique(entries.dst * size + entries.src)) < len(entries.dst):
             raise ValueError("the entries name a pair of groups twice; sum them first")
+        masses = checked_masses("the entries: ", masses)
         dense = []
         for index, block in enumerate(blocks):
             name, fits = f"block {index}", block.masses.shape == (*block.dst.shape, *block.src.shape)
-            dense.append(_checked(name, block, size, fits and block.masses.ndim == 2))
-            if not block.masses.numel() or any(len(torch.unique(end)) < len(end) for end in (block.dst, block.src)):
+            dense.append(_checked(name, block, size, fits and len(block.masses.shape) == 2))
+            if (
+                not len(block.dst)
+                or not len(block.src)
+                or any(len(torch.unique(end)) < len(end) for end in (block.dst, block.src))
+            ):
                 raise ValueError(f"{name} is empty, or names a group twice among its rows or its columns")
-        return GroupMatrix.without_loops(size, dense, entries.dst, entries.src, entries.masses)
+        return GroupMatrix.without_loops(size, dense, entries.dst, entries.src, masses)
 
     @staticmethod
     def without_loops(size: int, blocks: Sequence[Block], dst: Tensor, src: Tensor, masses: Tensor) -> GroupMatrix:
         """The same, not checked: only masses within a group are moved to (0, 0)."""
-        within, found = dst == src, []
+        within, found = dst == src, list[Part]()
         loops = [masses[within]]
         for block in blocks:
-            values = block.masses
+            part = block.masses if isinstance(block.masses, Product) else Table(block.masses)
             _, *places = np.intersect1d(block.dst.cpu(), block.src.cpu(), assume_unique=True, return_indices=True)
             if len(places[0]):
+                values = part.table()
                 row, column = (torch.from_numpy(place).to(values.device) for place in places)
                 loops.append(values[row, column])
-                values = values.index_put((row, column), values.new_zeros(()))
-            found.append(values)
+                part = Table(values.index_put((row, column), values.new_zeros(())))
+            found.append(part)
         dst, src = (torch.cat([end[~within], end.new_zeros(1)]) for end in (dst, src))
         layout = Layout.of(size, blocks, dst, src)
         return GroupMatrix(layout, found, torch.cat([masses[~within], torch.cat(loops).sum(0, keepdim=True)]))
@@ -234,7 +237,7 @@ class GroupMatrix:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The masses: those of the single entries, then of each block."""
-        return (self.masses, *self.blocks)
+        return (self.masses, *(block.table() for block in self.blocks))
 
     @property
     def device(self) -> torch.device:
@@ -243,14 +246,10 @@ class GroupMatrix:
     def products(self, r: Array, c: Array) -> tuple[Array, Array]:
         (x_entries, *xs), (y_entries, *ys) = self._at(r, c)
         into, out_of = [self._entries * y_entries], [x_entries * self._entries]
-        for block, x, y in zip(self._blocks, xs, ys, strict=True):
-            step = max(1, _CACHED // len(y))  # rows that the second product finds in the cache
-            sums = []
-            for start in range(0, len(x), step):
-                part = block[start : start + step]
-                into.append(part @ y)
-                sums.append(x[start : start + step] @ part)
-            out_of.append(sum(sums))
+        for block, x, y in zip(self.blocks, xs, ys, strict=True):
+            rows, columns = block.products(x, y)
+            into.append(rows)
+            out_of.append(columns)
         parts = [*into, *out_of]
         joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts).cpu().numpy()
         rows, columns = np.split(joined.astype(np.float64, copy=False), [len(self.layout.rows.groups)])
@@ -261,9 +260,7 @@ class GroupMatrix:
         (x_entries, *xs), (y_entries, *ys) = (
             [torch.as_tensor(part, device=self.device) for part in parts] for parts in self._at(rows, columns)
         )
-        blocks = [
-            (x[:, None] * block).mul_(y[None, :]).to(dtype) for block, x, y in zip(self.blocks, xs, ys, strict=True)
-        ]
+        blocks = [block.scaled(x, y, dtype) for block, x, y in zip(self.blocks, xs, ys, strict=True)]
         return GroupMatrix(self.layout, blocks, (x_entries * self.masses * y_entries).to(dtype))
 
     def to_scipy(self) -> Any:
@@ -271,29 +268,32 @@ class GroupMatrix:
         (entry_dst, *dsts), (entry_src, *srcs) = self.layout.groups_by_part
         parts = [(entry_dst, entry_src, self.masses.cpu().numpy())]
         for dst, src, block in zip(dsts, srcs, self.blocks, strict=True):
-            parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.cpu().numpy().ravel()))
+            parts.append((dst.repeat(len(src)), np.tile(src, len(dst)), block.table().cpu().numpy().ravel()))
         dst, src, masses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return coo_array((masses, (dst, src)), shape=(self.layout.size, self.layout.size)).tocsr()
 
     @cached_property
     def largest(self) -> float:
         """The largest mass; 1 if there is none."""
-        return max(float(part.max()) for part in self.parts) or 1.0
+        return max(high for _, high in self._ranges) or 1.0
 
     def divided(self, number: float) -> GroupMatrix:
         """Every mass divided by a number."""
-        return GroupMatrix(self.layout, [block / number for block in self.blocks], self.masses / number)
+        return GroupMatrix(self.layout, [block.divided(number) for block in self.blocks], self.masses / number)
 
     def tempered(self, power: float) -> GroupMatrix:
         """Every mass to a power."""
-        return GroupMatrix(self.layout, [block**power for block in self.blocks], self.masses**power)
+        return GroupMatrix(self.layout, [block.tempered(power) for block in self.blocks], self.masses**power)
 
     @cached_property
     def log_spread(self) -> float:
         """Logarithm of the ratio of the largest mass to the smallest that is not zero."""
-        parts = [part[part > 0] for part in self.parts]
-        ends = [torch.stack([part.min(), part.max()]).log() for part in parts if len(part)]
-        return float(max(high for _, high in ends) - min(low for low, _ in ends)) if ends else 0.0
+        low, high = min(low for low, _ in self._ranges), max(high for _, high in self._ranges)
+        return math.log(high) - math.log(low) if high > 0 else 0.0
+
+    @cached_property
+    def _ranges(self) -> list[tuple[float, float]]:
+        return [positive_range(self.masses), *(block.range() for block in self.blocks)]
 
     def _at(self, r: Array, c: Array) -> tuple[list[Any], list[Any]]:
         """r over the row side and c over the column side, where the masses are: at the entries, then at each block."""
@@ -311,6 +311,9 @@ def _checked(name: str, block: Block, size: int, fits: bool) -> Block:
         ends = f"{tuple(block.dst.shape)} and {tuple(block.src.shape)}"
         raise ValueError(f"{name}: masses of shape {tuple(block.masses.shape)} do not fit groups of shapes {ends}")
     dst, src = (checked_groups(f"{name}: {end}", getattr(block, end), size) for end in ("dst", "src"))
+    if isinstance(block.masses, Product):
+        sides = (checked_masses(f"{name}: ", side) for side in (block.masses.left, block.masses.right))
+        return Block(Product(*sides), dst, src)
     return Block(checked_masses(f"{name}: ", block.masses), dst, src)
 
 
