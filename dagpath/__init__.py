@@ -2,6 +2,7 @@
 
 from dagpath import optim
 from dagpath.balance import balance, random_rescaling
+from dagpath.checkpoint import rescale_checkpoint
 from dagpath.criteria import EquiNorm, PathConditioning, RangeEqualization
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
 from dagpath.graph import NeuronGraph
@@ -58,6 +59,7 @@ __all__ = [
     "random_rescaling",
     "register_op",
     "rescale_",
+    "rescale_checkpoint",
     "top_paths",
     "trace",
 ]

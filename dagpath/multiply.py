@@ -52,7 +52,7 @@ def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor
     once = {id(item.tensor): item for item in moving}.values()
     with transaction(item.tensor for item in once), peers.together():
         for item in once:
-            _multiply_(item, ends[item.parameter], scales**item.power)
+            multiply_one_(item, ends[item.parameter], scales)
 
 
 class transaction:  # noqa: N801 (a context manager, used like a function)
@@ -71,8 +71,11 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
                     tensor.copy_(saved)
 
 
-def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
+@torch.no_grad()
+def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
+    """The same for one tensor, which is left half multiplied if it fails."""
     name, tensor = moving.label, own(moving.tensor.detach())
+    scales = scales**moving.power
     dst, src = (own_part(scales[end], moving.tensor).to(tensor.device) for end in (ends.dst, ends.src))
     if not tensor.numel():
         return

@@ -94,7 +94,7 @@ class Rescaling:
 
     def multipliers(self) -> dict[str, Tensor]:
         """The factor of every element: {parameter name: float64 tensor broadcastable to the parameter}."""
-        scales = self._scales()
+        scales = self.scales()
         return {name: scales[ends.dst] / scales[ends.src] for name, ends in self.traced.graph.ends.items()}
 
     def inverse(self) -> Rescaling:
@@ -265,7 +265,7 @@ class Rescaling:
 
     def _multiply_(self, moving: Iterable[Moving], model: nn.Module | None) -> None:
         peers = self.traced.peers if model is None else Peers.of(model)
-        multiply_(moving, self.traced.graph.ends, self._scales(), peers)
+        multiply_(moving, self.traced.graph.ends, self.scales(), peers)
 
     def summary(self, layers: bool = False) -> str:
         """What was found, as a table.
@@ -340,7 +340,7 @@ class Rescaling:
     def _at_bound(self, z: Tensor) -> int:
         return int((z.abs() >= self.bound * (1 - 1e-12)).sum())
 
-    def _scales(self) -> Tensor:
+    def scales(self) -> Tensor:
         """λ of every group, 1 for the fixed group 0 in front."""
         exact = torch.round(self.log_scales / math.log(2))
         scales = torch.exp2(exact) if self.power_of_two else self.log_scales.exp()

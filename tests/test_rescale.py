@@ -352,7 +352,7 @@ def test_an_interruption_while_applying_restores_everything(monkeypatch):
     net = mlp(3, 4, 4, 2)
     found = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 3)))
     before = snapshot(net)
-    multiply, done = module._multiply_, []
+    multiply, done = module.multiply_one_, []
 
     def fail_at_third(*arguments):
         multiply(*arguments)
@@ -360,7 +360,7 @@ def test_an_interruption_while_applying_restores_everything(monkeypatch):
         if len(done) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_multiply_", fail_at_third)
+    monkeypatch.setattr(module, "multiply_one_", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         found.apply_()
     assert unchanged(net, before)

@@ -107,7 +107,7 @@ class MassFlow(fx.Interpreter):
         return values
 
     def factors_of(self, weight: Mass, x: Mass) -> Callable[[Mass], None] | None:
-        """What takes the result of a linear layer, if the derivatives by its weight's masses are not made one by one."""
+        """What takes the result of a linear layer, if derivatives by its weight's masses are not made one by one."""
         return None
 
     def settled(self, values: Tensor) -> tuple[Tensor, int | None]:
@@ -182,9 +182,11 @@ class MassFlow(fx.Interpreter):
 
             outer, self.node = self.node, call.node  # a backward pass is elsewhere in the graph
             args, kwargs = mapped((call.args, call.kwargs), Mass, anew)
-            found.append(rule.mass(self, Call(call.target, args, kwargs, call.node)))
+            result = rule.mass(self, Call(call.target, args, kwargs, call.node))
             self.node = outer
-            return tuple(mass.values for mass in leaves(found[-1], Mass))
+            if not found:  # later ones hold what they were computed from
+                found.append(result)
+            return tuple(mass.values for mass in leaves(result, Mass))
 
         anchor = torch.ones((), requires_grad=True)  # without which nothing that is fetched would have a derivative
         values = iter(checkpoint(compute, anchor, *(mass.values for mass in passing), **_AGAIN))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.fetched import Fetched
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.scratch import Scratch
 from dagpath.flow.values import Mass, is_fetched
@@ -58,8 +57,9 @@ class PowerFlow(MassFlow):
         self.records = on_gradient is not None
         self.q = exponent
         self.mixed = False
-        held = () if isinstance(self.parameters, Fetched) else self.parameters.values()
-        self._scratch = Scratch(max((parameter.numel() for parameter in held), default=0) * self.dtype.itemsize)
+        places = (node for node in self.module.graph.nodes if node.name in self.graph_inputs.parameters)
+        largest = max((place.meta["val"].numel() for place in places), default=0)
+        self._scratch = Scratch(largest * self.dtype.itemsize)
         self._on_gradient = on_gradient
         self._on_factors = on_factors
 
@@ -124,8 +124,11 @@ class PowerFlow(MassFlow):
     def _magnitudes(self, weights: Tensor) -> Tensor:
         """``|weights|`` in the type of the pass, in memory of its own."""
         weights = weights.detach()
-        wide = weights.to(self.device, self.dtype)
-        return torch.abs(weights, out=self._scratch.like(weights)) if wide is weights else wide.abs_()
+        lent = self._scratch.like(weights, self.dtype) if self.device.type == "cpu" else None
+        if lent is None:
+            wide = weights.to(self.device, self.dtype)
+            return torch.abs(weights) if wide is weights else wide.abs_()
+        return torch.abs(weights, out=lent) if weights.dtype == self.dtype else lent.copy_(weights).abs_()
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""

@@ -31,13 +31,13 @@ class Scratch:
         self._memory = memory[-memory.ctypes.data % _ALIGNED :][:size]
         self._lent: weakref.ref[Any] | None = None
 
-    def like(self, tensor: Tensor) -> Tensor | None:
-        """An uninitialized tensor like another, None where fresh memory is as good or this one is in use."""
-        size = tensor.nbytes
+    def like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """An uninitialized tensor like another; None where fresh memory is as good or this one is in use."""
+        size = tensor.numel() * dtype.itemsize
         if size < _LARGE or size > len(self._memory) or not tensor.is_contiguous() or tensor.device.type != "cpu":
             return None
         if self._lent is not None and self._lent() is not None:
             return None
         part = self._memory[:size]
         self._lent = weakref.ref(part)
-        return torch.from_numpy(part).view(tensor.dtype).view(tensor.shape)
+        return torch.from_numpy(part).view(dtype).view(tensor.shape)
