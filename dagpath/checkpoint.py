@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from dagpath.balance import balance
 from dagpath.criteria import Criterion
 from dagpath.fetched import Fetched
+from dagpath.files import written_whole
 from dagpath.multiply import Moving, multiply_one_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -103,7 +102,7 @@ class Checkpoint:
         elif out.exists():
             raise FileExistsError(f"{out} exists: name a folder that does not, for {len(self.files)} files")
         bar = tqdm(total=len(self.places), desc="rescaling", disable=not progress, leave=False, delay=2)
-        with bar, _in_place_of(out, folder=self.index is not None) as made:
+        with bar, written_whole(out, folder=self.index is not None) as made:
             for file in self.files:
                 target = made if self.index is None else made / file.name
                 shutil.copyfile(file, target)
@@ -114,8 +113,6 @@ class Checkpoint:
                             written.seek(start)
                             written.write(changed.contiguous().view(-1).view(torch.uint8).numpy().data)
                         bar.update()
-                    written.flush()
-                    os.fsync(written.fileno())
             if self.index is not None:
                 shutil.copyfile(self.index, made / self.index.name)
 
@@ -286,16 +283,3 @@ def _check_target(source: Path, out: Path) -> None:
         raise FileExistsError(f"{out} is a folder: name a file")
     if out.exists() and out.samefile(source):
         raise ValueError(f"{out} is the file that is read: name another")
-
-
-@contextlib.contextmanager
-def _in_place_of(out: Path, folder: bool) -> Iterator[Path]:
-    """A path to write to, beside ``out``; it becomes ``out`` when the block ends, and vanishes if that raises."""
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {out.parent}")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as made:
-        target = Path(made, out.name)
-        if folder:
-            target.mkdir()
-        yield target
-        target.replace(out)

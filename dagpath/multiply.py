@@ -11,6 +11,7 @@ from torch import Tensor
 from dagpath.distributed import Peers, own, own_part
 from dagpath.errors import BalanceError
 from dagpath.flow.neurons import Ends
+from dagpath.state import uninterrupted
 
 _SMALLER = "rescale by less (a smaller bound of balance or rescale_, a smaller sigma of random_rescaling)"
 _CHUNK = 1 << 18
@@ -66,7 +67,7 @@ class transaction:  # noqa: N801 (a context manager, used like a function)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
-            with torch.no_grad():
+            with uninterrupted(), torch.no_grad():
                 for tensor, saved in self._saved:
                     tensor.copy_(saved)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagpath.distributed import Peers, reshard
+from dagpath.files import written_whole
 from dagpath.multiply import Moving, multiply_
 from dagpath.optimizer_state import moving_state
 from dagpath.report import table
@@ -120,6 +121,8 @@ class Rescaling:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rescaling to a safetensors file: the factors, what the solver reported, and which graph it is for.
 
+        A file of that name is replaced once the new one is complete.
+
         Raises:
             ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
         """
@@ -127,7 +130,8 @@ class Rescaling:
 
         found = {name: getattr(self, name) for name in _FOUND}
         metadata = {"dagpath.rescaling": json.dumps(found), "dagpath.graph": self.traced.graph.digest()}
-        save_file({"log_scales": self.log_scales}, path, metadata)
+        with written_whole(path) as target:
+            save_file({"log_scales": self.log_scales}, target, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str], traced: TracedModel) -> Rescaling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,6 +103,22 @@ def _content(container: Any) -> Callable[[], None]:
         (container.extend if isinstance(container, list) else container.update)(saved)
 
     return put_back
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the block finish before Ctrl-C interrupts the program."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    pressed: list[Any] = []
+    handler: Any = signal.signal(signal.SIGINT, lambda *event: pressed.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[0])
 
 
 _collection = threading.Lock()

@@ -57,7 +57,7 @@ class PowerFlow(MassFlow):
         self.records = on_gradient is not None
         self.q = exponent
         self.mixed = False
-        places = (node for node in self.module.graph.nodes if node.name in self.graph_inputs.parameters)
+        places = (node for node in self.graph_inputs.module.graph.nodes if node.name in self.graph_inputs.parameters)
         largest = max((place.meta["val"].numel() for place in places), default=0)
         self._scratch = Scratch(largest * self.dtype.itemsize)
         self._on_gradient = on_gradient

@@ -1,0 +1,40 @@
+"""Files that are written as a whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_whole(out: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
+    """A path to write to, beside ``out``; it takes the place of ``out`` when the block ends, and vanishes if it raises.
+
+    What kills the process leaves it behind, under a name that ends in ``.partial``, and ``out`` as it was.
+
+    Args:
+        out: a file, which may exist, or a folder, which may not.
+        folder: is it a folder?
+    """
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as made:
+        target = Path(made, out.name)
+        if folder:
+            target.mkdir()
+        yield target
+        for path in [*target.iterdir(), target] if folder else [target]:
+            _sync(path)  # before the name says that it is there
+        target.replace(out)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
