@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dagpath.errors import BalanceError
-from dagpath.lifting.gram import visit_gram_diagonal
+from dagpath.lifting.gram import visit_common_gram_diagonal
 from dagpath.solver import LogOuter, MassAggregator, Problem, RangeProblem
 from dagpath.trace import TracedModel
 
@@ -84,7 +84,10 @@ class PathConditioning:
                 gram = gram / torch.as_tensor(reference[name], dtype=torch.float64).to(gram)
             masses.add(gram, graph.ends[name].dst, graph.ends[name].src)
 
-        exponent = visit_gram_diagonal(traced, visit)
+        try:
+            exponent = visit_common_gram_diagonal(traced, visit)
+        except OverflowError as error:
+            raise BalanceError(str(error)) from error
         return Problem.path_conditioning(masses, bound, offset=exponent * math.log(2))
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:

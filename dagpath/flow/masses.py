@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from dagpath.capture import CapturedGraph
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import NOTHING, Call, Later, Mass, leaves, mapped, plain
+from dagpath.flow.values import LARGEST_STEP, NOTHING, Call, Later, Mass, leaves, mapped, plain
 from dagpath.state import uncollected
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -124,7 +124,7 @@ class MassFlow(fx.Interpreter):
             if not self.sinks:
                 return Mass(torch.zeros((), dtype=self.dtype, device=self.device), zero=True)
             exponent = self.common(self.sinks)  # a sum of zero has derivatives too: those by the zeros of a last layer
-            sums = [self.shifted(sink.values, sink.exponent - exponent).sum() for sink in self.sinks]
+            sums = [self.at(sink, exponent).sum() for sink in self.sinks]
             return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -230,7 +230,7 @@ class MassFlow(fx.Interpreter):
         exponent = self.common(parents)
 
         def convert(leaf: Any) -> Any:
-            return self.shifted(leaf.values, leaf.exponent - exponent) if isinstance(leaf, Mass) else leaf
+            return self.at(leaf, exponent) if isinstance(leaf, Mass) else leaf
 
         return mapped(call.run(convert), Tensor, lambda values: self.result(parents, values, exponent))
 
@@ -270,8 +270,22 @@ class MassFlow(fx.Interpreter):
 
     @staticmethod
     def shifted(values: Tensor, shift: int) -> Tensor:
-        """``values * 2**shift``; what leaves the floating-point range is out of sight of its neighbours anyway."""
-        return values * math.ldexp(1.0, max(min(shift, 1000), -1074)) if shift else values
+        """``values * 2**shift``: infinite or zero where that leaves the floating-point range."""
+        step = LARGEST_STEP[values.dtype]
+        shift = max(-3 * step, min(shift, 3 * step))  # which leads from one end of the range beyond the other
+        while shift:
+            now = max(-step, min(shift, step))
+            values = values * 2.0**now
+            shift -= now
+        return values
+
+    def at(self, mass: Mass, exponent: int) -> Tensor:
+        """The values of a mass at another exponent: masses are added at one, see :meth:`common`."""
+        return self.shifted(mass.values, mass.exponent - exponent)
+
+    def is_far(self, shift: int) -> bool:
+        """Would derivatives leave the range of the type if values are multiplied by ``2**shift``?"""
+        return False
 
     @staticmethod
     def common(masses: list[Mass]) -> int:

@@ -138,7 +138,7 @@ class Sum(Operation):
         if abs(alpha) != 1:
             b = flow.scaled(b, b.values, flow.number(alpha))
         exponent = flow.common([a, b])
-        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
+        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
         return flow.result([a, b], values_a + values_b, exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
@@ -171,7 +171,7 @@ class Choice(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = (value if isinstance(value, Mass) else flow.number(value) for value in (call["input"], call["other"]))
         exponent = flow.common([a, b])
-        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
+        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
         return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:

@@ -1,0 +1,77 @@
+"""Numbers far from one: what is computed of them is right, or refused."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dagpath
+
+from networks import mlp
+
+
+def log_gram(net: nn.Sequential) -> tuple[dict[str, np.ndarray], float]:
+    """``log diag(G)`` and ``log Σ Φ²`` of a perceptron, by sums of exponentials of logarithms."""
+    layers = [(name, layer) for name, layer in net.named_children() if isinstance(layer, nn.Linear)]
+    with np.errstate(divide="ignore"):
+        weights = [2 * np.log(np.abs(layer.weight.detach().double().numpy())) for _, layer in layers]
+        biases = [2 * np.log(np.abs(layer.bias.detach().double().numpy())) for _, layer in layers]
+    arriving, leaving = [np.zeros(layers[0][1].in_features)], [np.zeros(layers[-1][1].out_features)]
+    for weight, bias in zip(weights, biases, strict=True):
+        arriving.append(np.logaddexp(np.logaddexp.reduce(weight + arriving[-1], 1), bias))
+    for weight in weights[::-1]:
+        leaving.append(np.logaddexp.reduce(weight + leaving[-1][:, None], 0))
+    expected = {}
+    for (name, _), source, destination in zip(layers, arriving, leaving[-2::-1], strict=False):
+        expected |= {f"{name}.weight": source + destination[:, None], f"{name}.bias": destination}
+    return expected, float(np.logaddexp.reduce(arriving[-1]))
+
+
+def sized_mlp(sizes: list[float], biases: str, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A perceptron whose layers have parameters of these sizes, over and over."""
+    torch.manual_seed(0)
+    net = mlp(3, 4, 5, 6, 2).double()
+    for layer, size in zip((layer for layer in net if isinstance(layer, nn.Linear)), itertools.cycle(sizes)):
+        with torch.no_grad():
+            layer.weight.mul_(size)
+            layer.bias.mul_(size if biases == "as large" else 0.0 if biases == "zero" else 1.0)
+    return net.to(dtype)
+
+
+def assert_gram_is_exact(net: nn.Sequential, dtype: torch.dtype, tolerance: float) -> None:
+    traced = dagpath.trace(net, torch.zeros(1, 3, dtype=net[0].weight.dtype))
+    expected, total = log_gram(net)
+    assert 2 * dagpath.path_norm(traced, 2, log=True, dtype=dtype) == pytest.approx(total, rel=tolerance)
+    found = dagpath.gram_diagonal(traced, log=True, dtype=dtype)
+    for name, values in found.items():
+        np.testing.assert_allclose(values.numpy(), np.broadcast_to(expected[name], values.shape), rtol=tolerance)
+    for name, values in dagpath.gram_diagonal(traced, dtype=dtype).items():
+        with np.errstate(over="ignore"):
+            whole = torch.from_numpy(np.exp(np.broadcast_to(expected[name], values.shape)))
+        torch.testing.assert_close(values, whole.to(dtype), rtol=tolerance * 2000, atol=0)
+
+
+EXTREMES = [
+    *([1e-200], [1e200], [1e300, 1e-300], [1e-300, 1e300], [1e-300], [1e300], [1e-310], [1.0, 1e-160], [1e160, 1.0]),
+    *([1e-155], [1e-30], [1e30, 1e-30]),
+]
+
+
+@pytest.mark.parametrize("biases", ["as large", "zero", "of one"])
+@pytest.mark.parametrize("sizes", EXTREMES)
+def test_the_gram_diagonal_of_parameters_of_any_size_is_exact(sizes, biases):
+    assert_gram_is_exact(sized_mlp(sizes, biases), torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("biases", ["as large", "zero", "of one"])
+@pytest.mark.parametrize("sizes", [[1e-20], [1e20], [1e-30, 1e30], [1e30, 1e-30], [1e-36], [1e-40], [1e36]])
+def test_float32_passes_over_parameters_of_any_size_are_right(sizes, biases):
+    assert_gram_is_exact(sized_mlp(sizes, biases, torch.float32), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("sizes", EXTREMES)
+def test_float32_passes_over_wider_parameters_are_right(sizes):
+    assert_gram_is_exact(sized_mlp(sizes, "as large"), torch.float32, 2e-6)
