@@ -1,12 +1,11 @@
 """Numbers far from one: what is computed of them is right, or refused."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dagpath
 
@@ -75,3 +74,69 @@ def test_float32_passes_over_parameters_of_any_size_are_right(sizes, biases):
 @pytest.mark.parametrize("sizes", EXTREMES)
 def test_float32_passes_over_wider_parameters_are_right(sizes):
     assert_gram_is_exact(sized_mlp(sizes, "as large"), torch.float32, 2e-6)
+
+
+def assert_products_are_exact(net: nn.Sequential, dtype: torch.dtype, tolerance: float) -> None:
+    """Of the Gram operator: its diagonal, element by element, and a symmetric whole; or they are refused."""
+    traced = dagpath.trace(net, torch.zeros(1, 3, dtype=net[0].weight.dtype))
+    expected, _ = log_gram(net)
+    try:
+        gram = dagpath.gram(traced, dtype=dtype).to_dense()
+    except OverflowError:
+        return
+    with np.errstate(over="ignore"):
+        values = [np.exp(np.broadcast_to(expected[name], p.shape)) for name, p in net.named_parameters()]
+    diagonal = torch.from_numpy(np.concatenate([value.ravel() for value in values]))
+    torch.testing.assert_close(gram.diagonal(), diagonal, rtol=tolerance, atol=1e-290)
+    torch.testing.assert_close(gram, gram.T, rtol=tolerance, atol=1e-290)
+
+
+@pytest.mark.parametrize("biases", ["as large", "zero", "of one"])
+@pytest.mark.parametrize("sizes", EXTREMES)
+def test_products_with_the_gram_matrix_are_right_or_refused(sizes, biases):
+    assert_products_are_exact(sized_mlp(sizes, biases), torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("biases", ["as large", "zero", "of one"])
+@pytest.mark.parametrize("sizes", [[1.0], [1e-20], [1e20], [1e-30, 1e30], [1e30, 1e-30], [1e-36], [1e-40], [1e36]])
+def test_float32_products_with_the_gram_matrix_are_right_or_refused(sizes, biases):
+    assert_products_are_exact(sized_mlp(sizes, biases, torch.float32), torch.float32, 1e-4)
+
+
+def test_products_that_leave_float32_say_to_use_float64():
+    traced = dagpath.trace(sized_mlp([1e-20], "of one", torch.float32), torch.zeros(1, 3))
+    with pytest.raises(OverflowError, match=r"beyond the range of torch.float32: use dtype=torch.float64"):
+        dagpath.gram(traced, dtype=torch.float32) @ torch.ones(traced.graph.num_parameters)
+    assert bool((dagpath.gram(traced) @ torch.ones(traced.graph.num_parameters)).isfinite().all())
+
+
+@pytest.mark.parametrize("sizes", EXTREMES)
+def test_distances_of_networks_of_any_size_are_exact(sizes):
+    first, second = sized_mlp(sizes, "zero"), sized_mlp(sizes, "zero")
+    with torch.no_grad():
+        second[-1].weight.mul_(-1.5)  # all paths: Φ' = −1.5 Φ
+    traced = [dagpath.trace(net, torch.zeros(1, 3, dtype=torch.float64)) for net in (first, second)]
+    norm = dagpath.path_norm(traced[0], 2, log=True)
+    assert dagpath.path_metric(*traced, log=True) == pytest.approx(norm + np.log(2.5), rel=1e-12)
+    assert dagpath.path_metric(traced[0], traced[0], log=True) < norm - 15
+
+
+def imbalance(net: nn.Sequential) -> float:
+    """The largest ``|log max in − log max out|`` of a hidden neuron of a perceptron."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    worst = 0.0
+    for before, after in itertools.pairwise(layers):
+        into = torch.maximum(before.weight.detach().abs().amax(1), before.bias.detach().abs()).log()
+        worst = max(worst, float((into - after.weight.detach().abs().amax(0).log()).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("sizes", [[1e300, 1e-300], [1e-300], [1e308], [1e-30, 1e30], [1.0]])
+def test_ranges_of_parameters_of_any_size_are_equal(sizes):
+    net = sized_mlp(sizes, "as large")
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 3, dtype=torch.float64)), "range", bound=800.0)
+    assert rescaling.live == sum(p.numel() for p in net.parameters())
+    assert rescaling.converged
+    if sizes != [1e308]:  # whose largest cannot grow
+        rescaling.apply_()
+        assert imbalance(net) < 1e-8
