@@ -140,3 +140,96 @@ def test_ranges_of_parameters_of_any_size_are_equal(sizes):
     if sizes != [1e308]:  # whose largest cannot grow
         rescaling.apply_()
         assert imbalance(net) < 1e-8
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+def two_layers(first: float, second: float, dtype: torch.dtype) -> nn.Sequential:
+    """Two layers of two neurons each, whose weights are these numbers."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False)).to(dtype)
+    with torch.no_grad():
+        net[0].weight.fill_(first)
+        net[2].weight.fill_(second)
+    return net
+
+
+def rescaled_by(net: nn.Sequential, factor: float, power_of_two: bool = False) -> nn.Sequential:
+    traced = dagpath.trace(net, torch.zeros(1, 2, dtype=net[0].weight.dtype))
+    log_scales = torch.full((traced.graph.num_groups,), factor, dtype=torch.float64).log()
+    return dagpath.Rescaling(traced, log_scales, power_of_two).apply_()
+
+
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_ordinary_half_precision_models_are_rescaled(dtype, criterion):
+    torch.manual_seed(0)
+    net = mlp(64, 512, 256, 10).to(dtype)  # hundreds of whose weights are subnormal in float16
+    rescaling = dagpath.rescale_(net, torch.randn(4, 64, dtype=dtype), criterion)
+    assert rescaling.converged
+    assert float(rescaling.log_scales.abs().max()) > 0.1
+    assert all(bool(p.isfinite().all()) and p.dtype == dtype for p in net.parameters())
+
+
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+def test_models_of_several_types_are_rescaled(criterion):
+    torch.manual_seed(0)
+    net = nn.Sequential(*mlp(8, 32, 16, 4))
+    net[0].to(torch.bfloat16), net[4].double()
+    net[1] = nn.Sequential(nn.ReLU(), Cast(torch.float32))
+    net[3] = nn.Sequential(nn.ReLU(), Cast(torch.float64))
+    dtypes = [p.dtype for p in net.parameters()]
+    assert dagpath.rescale_(net, torch.randn(4, 8, dtype=torch.bfloat16), criterion).converged
+    assert [p.dtype for p in net.parameters()] == dtypes
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "second", "factor"),
+    [
+        (torch.float16, 1e-3, 1.0, 1e-6),  # the first becomes zero
+        (torch.float16, 1e-3, 1.0, 1e-3),  # the first becomes subnormal
+        (torch.float16, 1.0, 1e-3, 1e5),  # the second becomes zero, the first infinite
+        (torch.float16, 1.0, 1e-3, 1e4),  # the second becomes subnormal
+        (torch.bfloat16, 1e-35, 1.0, 1e-6),
+        (torch.float32, 1e-35, 1.0, 1e-6),
+        (torch.float32, 1e35, 1.0, 1e6),
+        (torch.float64, 1e-305, 1.0, 1e-6),
+        (torch.float64, 1e305, 1.0, 1e6),
+    ],
+)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_weights_that_would_leave_the_range_of_their_type_are_refused(dtype, first, second, factor, power_of_two):
+    net = two_layers(first, second, dtype)
+    before = [p.detach().clone() for p in net.parameters()]
+    factor = 2.0 ** round(float(np.log2(factor))) if power_of_two else factor
+    with pytest.raises(dagpath.BalanceError, match=r"weight: .* (leave the range|fall below the normal range)"):
+        rescaled_by(net, factor, power_of_two)
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def test_weights_that_do_not_count_may_become_zero():
+    net = two_layers(1.0, 1.0, torch.float16)
+    with torch.no_grad():
+        net[0].weight[0, 0] = 6e-8  # beside a one, into the same neuron and from the same input
+    rescaled_by(net, 0.3)
+    assert net[0].weight.tolist()[0] == [0.0, pytest.approx(0.3, rel=1e-3)]
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e300])
+def test_large_factors_of_extreme_weights_take_no_detour_beyond_the_range(size):
+    net = two_layers(size, size, torch.float64)
+    with torch.no_grad():
+        net[2].weight.fill_(1.0)
+    traced = dagpath.trace(net, torch.zeros(1, 2, dtype=torch.float64))
+    log_scales = torch.full((traced.graph.num_groups,), -np.log(size) / 2, dtype=torch.float64)
+    dagpath.Rescaling(traced, log_scales).apply_()
+    torch.testing.assert_close(net[0].weight, torch.full((2, 2), size**0.5, dtype=torch.float64), rtol=1e-12, atol=0)
