@@ -233,3 +233,32 @@ def test_large_factors_of_extreme_weights_take_no_detour_beyond_the_range(size):
     log_scales = torch.full((traced.graph.num_groups,), -np.log(size) / 2, dtype=torch.float64)
     dagpath.Rescaling(traced, log_scales).apply_()
     torch.testing.assert_close(net[0].weight, torch.full((2, 2), size**0.5, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "difference", "match"),
+    [
+        (torch.full((2, 4), float("nan")), None, "of 4 outputs in eval mode .* 4 are NaN and 0 finite.* nothing was"),
+        (torch.tensor([[1.0] * 4, [float("nan")] * 4]), 0.0, "2 are NaN and 2 finite.* the others were compared"),
+        (torch.zeros(0, 4), None, "of 0 outputs .* 0 finite.* nothing was compared"),
+    ],
+)
+def test_outputs_that_say_nothing_are_named_when_a_rescaling_is_verified(inputs, difference, match):
+    torch.manual_seed(0)
+    net = mlp(4, 8, 2)
+    with pytest.warns(UserWarning, match=match):
+        rescaling = dagpath.rescale_(net, inputs, power_of_two=True)
+    assert rescaling.difference == difference
+    assert rescaling.converged
+
+
+def test_infinities_among_the_outputs_are_compared_without_a_warning():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(4, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x).masked_fill(torch.tensor([True, False, False]), -float("inf"))
+
+    assert dagpath.rescale_(Masked(), torch.randn(2, 4)).difference < 1e-5
