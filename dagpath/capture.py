@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -373,9 +374,14 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
 
 
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
+    threads = (
+        "\n  Other threads are alive: PyTorch's exporter fails where one of them runs a module meanwhile, be it of "
+        "another model; trace while none does."
+    )
     return CaptureError(
         f"{type(model).__name__} runs, but cannot be captured as a graph: {_headline(failure)}\n"
         f"{_at(failure)}"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
+        f"{threads if threading.active_count() > 1 else ''}"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dagpath.errors import BalanceError
-from dagpath.lifting.gram import visit_gram_diagonal
+from dagpath.lifting.gram import visit_common_gram_diagonal
 from dagpath.solver import LogOuter, MassAggregator, Problem, RangeProblem
 from dagpath.trace import TracedModel
 
@@ -92,7 +92,10 @@ class PathConditioning:
             check(name, right)
             masses.add_product(left, right, graph.ends[name].dst, graph.ends[name].src)
 
-        exponent = visit_gram_diagonal(traced, visit, visit_factors=visit_factors if reference is None else None)
+        try:
+            exponent = visit_common_gram_diagonal(traced, visit, None if reference is not None else visit_factors)
+        except OverflowError as error:
+            raise BalanceError(str(error)) from error
         return Problem.path_conditioning(masses, bound, offset=exponent * math.log(2))
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:
@@ -193,15 +196,20 @@ class RangeEqualization:
 
     def problem(self, traced: TracedModel, bound: float, device: torch.device) -> RangeProblem:
         """The criterion at the parameters' current values, as numbers."""
-        _, masses = _magnitudes(traced, device)
+        _, masses = _magnitudes(traced, device, divided=False)
         largest = MassAggregator(traced.graph.num_groups, device, largest=True)
         for values, dst, src in masses:
             largest.add(values, dst, src)
         return RangeProblem(largest.matrix(), bound, largest.num_live)
 
 
-def _magnitudes(traced: TracedModel, device: torch.device) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The largest absolute value, and all of them divided by it, with their groups; those out of reach are fixed."""
+def _magnitudes(
+    traced: TracedModel, device: torch.device, divided: bool = True
+) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The largest absolute value, and all of them, divided by it or not, with their groups.
+
+    Groups out of reach are fixed.
+    """
     graph = traced.graph
     parameters = {name: value.to(device, torch.float64).abs() for name, value in traced.values.items()}
     largest = max((float(values.max()) for values in parameters.values() if values.numel()), default=0.0)
@@ -210,10 +218,11 @@ def _magnitudes(traced: TracedModel, device: torch.device) -> tuple[float, list[
     forward = _reached(graph.num_groups, links)
     backward = _reached(graph.num_groups, [(live, src, dst) for live, dst, src in reversed(links)])
     within = forward & backward
+    unit = largest or 1.0 if divided else max(1.0, largest / 2.0**960)  # that sums stay finite
     masses = []
     for name, values in parameters.items():
         dst, src = (torch.where(within[end], end, 0) for end in ends[name])
-        masses.append((values / (largest or 1.0), dst, src))
+        masses.append((values / unit, dst, src))
     return largest, masses
 
 

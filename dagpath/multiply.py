@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +30,7 @@ class Moving:
         tensor: of the parameter's shape.
         power: of the factors.
         exact: must the products be exact?
+        kept: may rounding below the normal range of the type lose no more than :func:`multiply_` says?
     """
 
     parameter: str
@@ -35,11 +38,19 @@ class Moving:
     tensor: Tensor
     power: float
     exact: bool = False
+    kept: bool = False
 
 
 @torch.no_grad()
 def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor, peers: Peers) -> None:
     """Multiply each tensor once, element by element, by ``(scales[dst] / scales[src]) ** power``.
+
+    A tensor is written when all its products are there and found good, so that whoever reads it meanwhile sees, element
+    by element, what was there before or what will be there.
+
+    Products below the normal range of a type are rounded to fewer digits, or to zero. Where a tensor is ``kept``, that
+    may change no element by more than eps (of the type) times the largest one into the same destination or, if that is
+    smaller, from the same source, sizes taken before the multiplication.
 
     Args:
         moving: what to multiply; a tensor that is named twice is multiplied once.
@@ -48,7 +59,8 @@ def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor
         peers: the processes that do the same; each multiplies what it holds.
 
     Raises:
-        BalanceError: a product leaves the range of its type, or should be exact and is not. Nothing is changed.
+        BalanceError: a product leaves the range of its type, loses more than it may, or should be exact and is not.
+            Nothing is changed.
     """
     once = {id(item.tensor): item for item in moving}.values()
     with transaction(item.tensor for item in once), peers.together():
@@ -82,21 +94,45 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
         return
     if bool((dst == 1).all()) and bool((src == 1).all()):
         return
+    products = torch.empty_like(tensor)
+    negligible = functools.cache(lambda: _negligible(tensor, dst, src))
     for rows in _row_chunks(tensor):
-        part = tensor[rows]
-        product = part.double() * _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
-        part.copy_(product)
-        if moving.exact and not torch.equal(part.double(), product):
+        ratio = _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
+        product = tensor[rows].double() * ratio
+        stored = product.to(tensor.dtype)
+        if moving.exact and not torch.equal(stored.double(), product):
             raise BalanceError(
                 f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
                 f"{float(dst.max() / src.min()):.3g}, values leave the range in which {tensor.dtype} is exact; "
                 f"{_SMALLER}, with power_of_two=False, or in a wider type"
             )
-        if not bool(torch.isfinite(part).all()):
+        if not bool(torch.isfinite(stored).all()):
             raise BalanceError(
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
                 f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first"
             )
+        if moving.kept and bool((stored.abs() < torch.finfo(tensor.dtype).tiny).any()):
+            lost = (stored.double() / ratio - tensor[rows].double()).abs()
+            if bool((lost > _rows_of(negligible(), rows, tensor)).any()):
+                raise BalanceError(
+                    f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
+                    f"range of {tensor.dtype} and lose digits that count; {_SMALLER}, or convert the model to a wider "
+                    "type first"
+                )
+        products[rows] = stored
+    tensor.copy_(products)
+
+
+def _negligible(tensor: Tensor, dst: Tensor, src: Tensor) -> Tensor:
+    """What rounding may change: eps of the largest of all elements with the same destination, or with the same source.
+
+    An element that is alone at an end is compared with those at its other end; with all, if it is alone at both.
+    """
+    sizes = tensor.double().abs()
+    ends = (end.reshape((1,) * (tensor.ndim - end.ndim) + tuple(end.shape)) for end in (dst, src))
+    shared = ([dim for dim, size in enumerate(end.shape) if size == 1] for end in ends)
+    largest = [sizes.amax(dims, keepdim=True) for dims in shared if math.prod(tensor.shape[dim] for dim in dims) > 1]
+    return torch.finfo(tensor.dtype).eps * functools.reduce(torch.minimum, largest or [sizes.amax()])
 
 
 def _row_chunks(tensor: Tensor) -> Iterator[slice | tuple[()]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,9 @@ def rescale_(
     Traces the model, balances it, multiplies its parameters, and compares its outputs on the example inputs before and
     after. All or nothing: if anything fails or is interrupted, every parameter is bitwise what it was.
 
+    Several threads may rescale models of their own. A model that other threads run should be traced before they do;
+    ``dagpath.balance(traced).apply_()`` is safe at any time then.
+
     Args:
         model: any module; see :func:`dagpath.trace`.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``.
@@ -56,6 +60,10 @@ def rescale_(
         CaptureError: the model cannot be captured, or its forward raises on the example inputs.
         BalanceError: a weight is not finite.
         VerificationError: the outputs differ by more than rounding explains; the message has the difference.
+
+    Warns:
+        UserWarning: outputs on the example inputs are NaN, or none is finite, or there is none: those say nothing. With
+            nothing to compare, ``difference`` is None.
 
     Cost: for a ResNet-50 about as much as 15 forward and backward passes in float32 at batch 1, and six times the
     memory of the parameters beside the model (``benchmarks/results/rescale.json``).
@@ -95,7 +103,8 @@ def rescale_(
         for (training, _), reference, outputs in zip(checks, before, after, strict=True):
             worst = traced.peers.largest(_compare(reference, outputs))
             _check(worst, 0.0 if rescaling.power_of_two else _tolerance(traced, reference), training, rescaling)
-            difference = max(worst, difference or 0.0)
+            if _tells(reference, training):
+                difference = max(worst, difference or 0.0)
     end = time.perf_counter()
     stages = {
         "trace": traced.seconds,
@@ -113,6 +122,20 @@ def _modes_to_check(traced: TracedModel, given: Any) -> list[tuple[bool, Any]]:
     if trained is not None:
         checks.append((True, with_batch(given, trained.batch)))
     return checks
+
+
+def _tells(outputs: list[Tensor], training: bool) -> bool:
+    """Is there a finite output to compare? Warns where outputs are NaN, or none is finite."""
+    total = sum(output.numel() for output in outputs)
+    finite, undefined = (sum(int(test(output).sum()) for output in outputs) for test in (torch.isfinite, torch.isnan))
+    if undefined or not finite:
+        warnings.warn(
+            f"of {total} outputs in {'train' if training else 'eval'} mode on the example inputs {undefined} are NaN "
+            f"and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
+            "compared; pass example inputs on which the outputs are finite",
+            stacklevel=3,
+        )
+    return finite > 0
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> float:

@@ -178,14 +178,23 @@ class Rescaling:
 
         Raises:
             ValueError: the model's parameters have other names or shapes, or an optimizer has state that is not known.
-            BalanceError: a product leaves the range of its type, or, of parameters where all factors are powers of two,
-                is not exact in it (a subnormal number).
+            BalanceError: a product leaves the range of its type. A parameter may not overflow; where all factors are
+                powers of two, its products must be exact (a subnormal number may not be); otherwise, rounding below the
+                normal range (6e-5 in float16, 1e-38 in bfloat16 and float32), to zero even, may change an element by no
+                more than eps of the type times the largest into the same neuron, or from the same neuron if that is
+                smaller. Buffers of optimizers may not overflow; what is too small there becomes zero.
+
+        Threads that read the model meanwhile, in a forward pass for instance, see in each element the old value or the
+        new one, never anything else, and may see old ones here and new ones there. Rescalings of different models may
+        be applied at the same time.
 
         Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile. The same for each buffer
         of an optimizer.
         """
         parameters = self._parameters(model)
-        moving = [Moving(name, name, parameter, 1, self.power_of_two) for name, parameter in parameters.items()]
+        moving = [
+            Moving(name, name, parameter, 1, self.power_of_two, kept=True) for name, parameter in parameters.items()
+        ]
         for optimizer in optimizers:
             moving += moving_state(optimizer, self._movable(parameters))
         self._multiply_(moving, model)

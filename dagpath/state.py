@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -57,9 +58,23 @@ def random_states() -> tuple[object, ...]:
     return random.getstate(), repr(numpy.random.get_state())
 
 
+_one_model = threading.RLock()
+"""Held while a model is run or captured: PyTorch's exporter changes PyTorch itself meanwhile, for all threads, and the
+modes and random states are put back one after the other."""
+
+
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put ``model`` in train or eval mode; afterwards every attribute, tensor and random state is what it was."""
+    """Put ``model`` in train or eval mode; afterwards every attribute, tensor and random state is what it was.
+
+    One thread at a time; others wait.
+    """
+    with _one_model, _changed_mode(model, training):
+        yield
+
+
+@contextlib.contextmanager
+def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
     reshard(model)
     modules = list(model.modules())
     attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
@@ -79,8 +94,9 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
         finally:
             reshard(model)
             for current, saved in attributes:
-                current.clear()
-                current.update(saved)
+                if not _same(current.items(), saved.items()):
+                    current.clear()
+                    current.update(saved)
             for put_back in contents:
                 put_back()
             for parameter, requires_grad in frozen:
@@ -99,8 +115,9 @@ def _content(container: Any) -> Callable[[], None]:
     saved = next(kind(container) for kind in _CONTAINERS if isinstance(container, kind))
 
     def put_back() -> None:
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(saved)
+        if not _same(*(each.items() if isinstance(each, dict) else each for each in (container, saved))):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(saved)
 
     return put_back
 
@@ -119,6 +136,28 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if pressed:
             handler(*pressed[0])
+
+
+def _same(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Are these the same objects, in the same order? (What did not change is left alone: other threads may read it.)"""
+
+    def marks(items: Iterable[Any]) -> list[Any]:
+        return [tuple(map(id, item)) if isinstance(item, tuple) else id(item) for item in items]
+
+    return marks(first) == marks(second)
+
+
+def _after_fork() -> None:
+    """A process forked while another thread was inside has one thread, which is not."""
+    global _one_model, _collection
+    _one_model, _collection = threading.RLock(), threading.Lock()
+    if _pausing and _pausing[0]:
+        gc.enable()
+    _pausing.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 _collection = threading.Lock()

@@ -208,6 +208,10 @@ def trace(
     and run on neuron numbers in place of activations. Nothing is computed on real activations, and the model is left as
     it was: mode, buffers, gradients, hooks and random state.
 
+    Several threads may trace, the same model too: they wait for each other, since PyTorch's exporter changes PyTorch
+    itself while it runs. For the same reason no other thread may run a module meanwhile, be it another model. What is
+    computed of a trace needs no such care.
+
     Args:
         model: any module, also one wrapped in DataParallel, DistributedDataParallel or by ``torch.compile``, and a
             ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and

@@ -244,5 +244,5 @@ def test_flattened_parameters_are_refused(monkeypatch):
         def __init__(self) -> None:
             nn.Module.__init__(self)
 
-    with pytest.raises(TypeError, match="use torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(TypeError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
         dagpath.trace(Flattened(), torch.zeros(1, 3))

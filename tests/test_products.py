@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dagpath
+
 from invariance import assert_invariant
 from networks import Net
 
@@ -119,3 +121,32 @@ def random_program(seed: int) -> Net:
 def test_random_programs_of_products_and_gates_keep_function_and_path_norms(seed):
     torch.manual_seed(100 + seed)
     assert_invariant(random_program(seed), torch.randn(3, 4))
+
+
+MASKED_WEIGHTS = {
+    "product": lambda w, mask: w * (~mask).to(w.dtype),
+    "masked_fill": lambda w, mask: w.masked_fill(mask, 0.0),
+    "where": lambda w, mask: torch.where(mask, 0.0, w),
+}
+
+
+@pytest.mark.parametrize("kind", MASKED_WEIGHTS)
+@pytest.mark.parametrize("read", ["by a layer", "by a sum", "behind a layer"])
+def test_a_weight_that_the_input_masks_has_the_same_paths_in_the_unrolled_graph(kind, read):
+    def function(m, x):
+        h = relu(m.a(x)) if read == "behind a layer" else x
+        w = MASKED_WEIGHTS[kind](m.w, h <= 0)
+        return m.h(relu(w.sum(1)[None] if read == "by a sum" else F.linear(h, w)))
+
+    torch.manual_seed(0)
+    net = Net(function, w=torch.randn(3, 2), a=nn.Linear(2, 2), h=nn.Linear(3, 1)).double()
+    traced = dagpath.trace(net, torch.randn(1, 2, dtype=torch.float64))
+    if (kind, read) == ("product", "behind a layer"):  # an edge whose weight is a product with a gate
+        with pytest.raises(dagpath.UnsupportedOpError, match="a weight times a gate"):
+            traced.unroll()
+        return
+    graph = traced.unroll()
+    assert dagpath.path_count(traced) == graph.path_count()
+    assert dagpath.path_norm(traced) == pytest.approx(graph.path_norm(1), rel=1e-12)
+    for name, values in dagpath.gram_diagonal(traced).items():
+        torch.testing.assert_close(values, graph.gram_diagonal()[name], rtol=1e-12, atol=0)

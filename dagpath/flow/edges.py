@@ -295,6 +295,8 @@ class EdgeFlow(fx.Interpreter):
         """Both factors of a product; of two activations the gate is replaced by numbers of gates."""
         if not (a.data and b.data):
             return a, b
+        if a.params and b.params and self.node not in self._kept:
+            raise NotImplementedError("a weight times a gate is a factor of an activation, an edge that is no number")
         through_b = self._kept.get(self.node, 0) if a.params == b.params else b.params
         return (self.gate(a), b) if through_b else (a, self.gate(b))
 

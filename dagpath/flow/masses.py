@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dagpath.capture import CapturedGraph
 from dagpath.fetched import Fetched, device_of
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import NOTHING, Call, Later, Mass, is_fetched, leaves, mapped, plain
+from dagpath.flow.values import LARGEST_STEP, NOTHING, Call, Later, Mass, is_fetched, leaves, mapped, plain
 from dagpath.state import uncollected
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -82,6 +82,7 @@ class MassFlow(fx.Interpreter):
         self._cut = cut
         self._kept = kept or {}
         self.records = False
+        self.resumptions = 0  # of backward passes, inside of calls
         self.real_node = Constants(graph, parameters)
         self.layers: set[fx.Node] = set()
         self.sinks: list[Mass] = []
@@ -132,7 +133,7 @@ class MassFlow(fx.Interpreter):
             if not self.sinks:
                 return Mass(torch.zeros((), dtype=self.dtype, device=self.device), zero=True)
             exponent = self.common(self.sinks)  # a sum of zero has derivatives too: those by the zeros of a last layer
-            sums = [self.shifted(sink.values, sink.exponent - exponent).sum() for sink in self.sinks]
+            sums = [self.at(sink, exponent).sum() for sink in self.sinks]
             return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -171,7 +172,7 @@ class MassFlow(fx.Interpreter):
         passing = [mass for mass in call.leaves(Mass) if not is_fetched(mass)]
         if not (self.records and isinstance(self.parameters, Fetched)) or len(passing) == len(call.leaves(Mass)):
             return rule.mass(self, call)
-        sinks, found = len(self.sinks), list[Any]()
+        sinks, resumptions, found = len(self.sinks), self.resumptions, list[Any]()
 
         def compute(_: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             given = iter(values)
@@ -191,7 +192,7 @@ class MassFlow(fx.Interpreter):
         anchor = torch.ones((), requires_grad=True)  # without which nothing that is fetched would have a derivative
         values = iter(checkpoint(compute, anchor, *(mass.values for mass in passing), **_AGAIN))
         first, known = found[0], {id(mass.values) for mass in passing}
-        if any(id(sink.values) not in known for sink in self.sinks[sinks:]):  # paths end inside of the call
+        if self.resumptions > resumptions or any(id(sink.values) not in known for sink in self.sinks[sinks:]):
             del self.sinks[sinks:]
             return rule.mass(self, call)
         return mapped(first, Mass, lambda mass: mass.on(next(values)))
@@ -268,7 +269,7 @@ class MassFlow(fx.Interpreter):
         exponent = self.common(parents)
 
         def convert(leaf: Any) -> Any:
-            return self.shifted(leaf.values, leaf.exponent - exponent) if isinstance(leaf, Mass) else leaf
+            return self.at(leaf, exponent) if isinstance(leaf, Mass) else leaf
 
         return mapped(call.run(convert), Tensor, lambda values: self.result(parents, values, exponent))
 
@@ -308,8 +309,22 @@ class MassFlow(fx.Interpreter):
 
     @staticmethod
     def shifted(values: Tensor, shift: int) -> Tensor:
-        """``values * 2**shift``; what leaves the floating-point range is out of sight of its neighbours anyway."""
-        return values * math.ldexp(1.0, max(min(shift, 1000), -1074)) if shift else values
+        """``values * 2**shift``: infinite or zero where that leaves the floating-point range."""
+        step = LARGEST_STEP[values.dtype]
+        shift = max(-3 * step, min(shift, 3 * step))  # which leads from one end of the range beyond the other
+        while shift:
+            now = max(-step, min(shift, step))
+            values = values * 2.0**now
+            shift -= now
+        return values
+
+    def at(self, mass: Mass, exponent: int) -> Tensor:
+        """The values of a mass at another exponent: masses are added at one, see :meth:`common`."""
+        return self.shifted(mass.values, mass.exponent - exponent)
+
+    def is_far(self, shift: int) -> bool:
+        """Would derivatives leave the range of the type if values are multiplied by ``2**shift``?"""
+        return False
 
     @staticmethod
     def common(masses: list[Mass]) -> int:

@@ -82,6 +82,24 @@ class Mass(Operand):
         """The exponent to which others are aligned; below all others for a mass of zero."""
         return NOTHING if self.zero else self.exponent
 
+    @property
+    def made(self) -> Mass:
+        """The mass itself, also of one that is made :class:`Later`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Watched(Mass):
+    """The mass of a parameter whose derivatives are wanted.
+
+    Attributes:
+        base: the exponent of the values that the derivatives belong to. Of a mass of zero that is used once any is
+            right: empty until that use, which says what suits. (A bias of zero is common, its neighbours may be
+            2**-1000.)
+    """
+
+    base: list[int] = field(default_factory=list, repr=False)
+
 
 class Later(Mass):
     """The mass of a parameter or a constant, made when it is first read, if ever.
@@ -91,11 +109,15 @@ class Later(Mass):
 
     _held: list[Mass | Callable[[fx.Node], Mass]]
 
+    def __new__(cls, *given: Any, **fields: Any) -> Any:
+        """With fields by name, as :func:`dataclasses.replace` gives them, a mass that is there."""
+        return Mass(**fields) if fields else super().__new__(cls)
+
     def __init__(self, make: Callable[[fx.Node], Mass], params: bool, node: fx.Node) -> None:
         self.__dict__.update(_held=[make], params=params, data=False, node=node)  # a mass is frozen
 
     @property
-    def _mass(self) -> Mass:
+    def made(self) -> Mass:
         [held] = self._held  # which copies of this share
         if not isinstance(held, Mass):
             assert self.node is not None
@@ -104,15 +126,15 @@ class Later(Mass):
 
     @property
     def values(self) -> Tensor:
-        return self._mass.values
+        return self.made.values
 
     @property
     def exponent(self) -> int:
-        return self._mass.exponent
+        return self.made.exponent
 
     @property
     def zero(self) -> bool:
-        return self._mass.zero
+        return self.made.zero
 
 
 def is_fetched(mass: Mass) -> bool:
@@ -245,9 +267,14 @@ def is_scaleless(value: float | None) -> bool:
     return value is not None and (value == 0 or math.isinf(value))
 
 
+LARGEST_STEP = {torch.float64: 1000, torch.float32: 120}
+"""Powers of two by which tensors are multiplied at once; three of them lead from one end of the range to the other."""
+
+
 def ldexp_(tensor: Tensor, exponent: int) -> Tensor:
     """``tensor · 2**exponent`` in place, by multiplications: :func:`torch.ldexp` takes longer."""
-    step = 1000 if tensor.dtype == torch.float64 else 120
+    step = LARGEST_STEP[tensor.dtype]
+    exponent = max(-3 * step, min(exponent, 3 * step))
     while exponent:
         now = max(-step, min(step, exponent))
         tensor.mul_(2.0**now)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import Coefficient
 from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Mass
+from dagpath.flow.values import NOTHING, Mass, ldexp_
 from dagpath.lifting.gram import collected_gradients
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -26,16 +26,20 @@ class MomentFlow(PowerFlow):
 
     def parameter(self, name: str) -> Mass:
         moments = self._moments[name].to(self.device, self.dtype, copy=True)
-        return self._watched(name, Mass(moments, zero=self.exponent_of(moments) == NOTHING))
+        top = self.exponent_of(moments)
+        exponent = top if top != NOTHING and abs(top) > 300 else 0
+        return self._watched(name, Mass(ldexp_(moments, -exponent), exponent, zero=top == NOTHING))
 
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
+        one = self.number(1.0)
+        terms = [(self.fixed(coefficient(self.real)), weight or one) for coefficient, weight in parts]
+        exponents = [square.exponent + weight.exponent for square, weight in terms if not (square.zero or weight.zero)]
+        exponent = max(exponents, default=0)
         total = torch.zeros((), dtype=self.dtype, device=self.device)
-        for coefficient, weight in parts:
-            factor = self.fixed(coefficient(self.real))
-            square = self.shifted(factor.values, factor.exponent)
-            total = total + (square if weight is None else square * self.shifted(weight.values, weight.exponent))
-        return Mass(total, zero=self.exponent_of(total) == NOTHING)
+        for square, weight in terms:
+            total = total + square.values * self.at(weight, exponent - square.exponent)
+        return Mass(total, exponent, zero=not exponents)
 
 
 @plain_computation()

@@ -10,51 +10,95 @@ import torch
 from torch import Tensor
 
 from dagpath.fetched import device_of
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import ldexp_
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.powers import OnGradient, PowerFlow
+from dagpath.flow.values import NOTHING, ldexp_
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
+_LEAST = math.ulp(0.0)
 
-def visit_gram_diagonal(
-    traced: TracedModel,
-    visit: Callable[[str, Tensor], None],
-    dtype: torch.dtype = torch.float64,
-    visit_factors: Callable[[str, Tensor, Tensor], None] | None = None,
-) -> int:
-    """Hand ``diag(G) / 2**exponent`` to ``visit``, parameter by parameter as the backward pass completes each.
 
-    A parameter that no path meets is not visited. Nothing is kept: the memory of each part is freed after its visit.
-    If ``visit_factors`` is given, it gets those of linear layers, as ``left[i] · right[j]`` for the weight (i, j).
+def visit_gram_diagonal(traced: TracedModel, visit: OnGradient) -> int:
+    """Hand ``diag(G)`` to ``visit``, parameter by parameter as the backward pass completes each.
+
+    It gets the name, d and k: this part of the diagonal is ``d · 2**(k + exponent)``. A parameter that no path meets is
+    not visited. Nothing is kept: the memory of each part is freed after its visit.
 
     Returns:
         The exponent.
+
+    Raises:
+        OverflowError: see :func:`gram_diagonal`.
     """
-    options = {"on_gradient": visit, "on_factors": visit_factors}
-    return _backward(traced.masses(PowerFlow, exponent=2, dtype=dtype, **options))
-
-
-def _backward(flow: PowerFlow) -> int:
+    flow = traced.masses(PowerFlow, exponent=2, on_gradient=visit)
     total = flow.total()
-    if total.values.requires_grad:
-        torch.autograd.backward(total.values)
+    flow.backward(total)
     return total.exponent
+
+
+def visit_common_gram_diagonal(
+    traced: TracedModel,
+    visit: Callable[[str, Tensor], None],
+    visit_factors: Callable[[str, Tensor, Tensor], None] | None = None,
+) -> int:
+    """The same, all parts at one exponent: ``diag(G) / 2**exponent``.
+
+    If ``visit_factors`` is given, it gets those of linear layers, as ``left[i] · right[j]`` for the weight (i, j).
+
+    Where a part is so far below the others that it leaves the range of float64 there, its positive elements are the
+    smallest positive number: no sum sees it, and they still count.
+    """
+    bases: dict[str, list[int]] = {}
+    top: list[int] = []
+
+    def aligned(name: str, gradient: Tensor, exponent: int) -> None:  # must not refer to the flow, which refers to it
+        visit(name, _moved(gradient, exponent - the_top(), _LEAST))
+
+    def the_top() -> int:
+        if not top:
+            top.append(max((-base[0] for base in bases.values() if base), default=0))
+        return top[0]
+
+    def aligned_factors(name: str, left: Tensor, right: Tensor, exponent: int) -> None:
+        assert visit_factors is not None
+        own = [MassFlow.exponent_of(side) for side in (left, right)]
+        shift = exponent - the_top() + sum(own) if min(own) > NOTHING else 0
+        halves = (shift // 2 - own[0], shift - shift // 2 - own[1]) if min(own) > NOTHING else (0, 0)
+        visit_factors(name, *(_moved(*side, math.sqrt(_LEAST)) for side in zip((left, right), halves, strict=True)))
+
+    options = {"on_factors": None if visit_factors is None else aligned_factors}
+    flow = traced.masses(PowerFlow, exponent=2, on_gradient=aligned, **options)
+    total = flow.total()
+    bases.update(flow.bases)
+    flow.backward(total)
+    return total.exponent + (top[0] if top else 0)
+
+
+def _moved(values: Tensor, shift: int, least: float) -> Tensor:
+    """``values * 2**shift``; what is positive stays at least at the least number."""
+    moved = MassFlow.shifted(values, shift)
+    return torch.where(values > 0, moved.clamp_min(least), moved) if shift else moved
 
 
 def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], **options: Any) -> dict[str, Tensor]:
     """The derivatives of a sum over paths with respect to each parameter's masses, or their natural logarithms."""
     found: dict[str, Tensor] = {}
-    exponent = _backward(traced.masses(kind, on_gradient=found.__setitem__, **options))
+    exponents: dict[str, int] = {}
+
+    def visit(name: str, gradient: Tensor, exponent: int) -> None:
+        found[name], exponents[name] = gradient, exponent
+
+    flow = traced.masses(kind, on_gradient=visit, **options)
+    total = flow.total()
+    flow.backward(total)
     result = {}
     device = device_of(traced.values)
     for name, shape in traced.graph.shapes.items():
-        values = found.pop(name, None)
+        values, exponent = found.pop(name, None), total.exponent + exponents.get(name, 0)
         if values is None:
             values = torch.zeros(shape, dtype=options.get("dtype", torch.float64), device=device)
-        if log:
-            result[name] = values.log_().add_(exponent * math.log(2))
-        else:
-            result[name] = ldexp_(values, exponent)
+        result[name] = values.log_().add_(exponent * math.log(2)) if log else ldexp_(values, exponent)
     return result
 
 
@@ -77,6 +121,13 @@ def gram_diagonal(traced: TracedModel, log: bool = False, dtype: torch.dtype = t
     Returns:
         parameter name -> tensor of its shape, in the order of ``model.named_parameters()``. Zero for
         parameters that no path meets, such as the slope of a PReLU or a layer that eval mode does not use.
+
+    Parameters may be of any size, and layers of any sizes beside each other: each has an exponent of its own. Within
+    one tensor, of a parameter or an activation, a mass below 1e-308 (1e-38 in float32) of the largest counts as zero.
+
+    Raises:
+        OverflowError: the masses through a parameter leave the range of the type beside those of all paths, as in
+            perceptrons of a thousand layers whose biases carry more than what comes from below.
 
     Cost: one forward and one backward pass at batch 1. Source: Lebeurrier, Vayer, Gribonval 2026.
 

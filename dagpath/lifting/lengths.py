@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
 from dagpath.flow.powers import PowerFlow
@@ -41,8 +39,7 @@ class LengthFlow(PowerFlow):
 
     def shares(self) -> dict[int, float]:
         """Length -> share of the sum over all paths, in ascending order."""
-        with self._bar, warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's forward mode is scripted at its first use
+        with self._bar:
             self.run_graph()
         top = max((sink.magnitude for sink in self.sinks), default=NOTHING)
         sums: dict[int, float] = {}
@@ -77,39 +74,56 @@ class LengthFlow(PowerFlow):
         def at_zero(leaf: Any) -> Any:
             return replace(leaf, values=torch.zeros_like(leaf.values), zero=True) if _is_parted(leaf) else leaf
 
-        def towards(leaf: Any) -> Any:
-            if not _is_parted(leaf):
-                return leaf
-            part = leaf.parts.get(length)
-            tangent = torch.zeros_like(leaf.values) if part is None else part
-            return replace(leaf, values=_dual(leaf.values, tangent))
+        points = {id(mass): mass.values.detach().requires_grad_() for mass in entering}
+
+        def at_points(leaf: Any) -> Any:
+            return replace(leaf, values=points[id(leaf)]) if _is_parted(leaf) else leaf
 
         for found, new, mass in zip(parts, run(at_zero), _masses(whole), strict=True):
             if not new.zero:
-                found[step] = self.shifted(new.values, new.exponent - mass.exponent)
+                found[step] = self.at(new, mass.exponent)
+        with torch.enable_grad():
+            reached = [(found, mass.values) for found, mass in zip(parts, run(at_points), strict=True)]
+            reached = [(found, values) for found, values in reached if values.requires_grad]
+            move = _Linear([values for _, values in reached], points)
         for length in sorted({length for mass in entering for length in mass.parts}):
-            with forward_ad.dual_level():
-                for found, mass in zip(parts, run(towards), strict=True):
-                    part = _tangent(mass.values)
-                    if part is not None and bool(part.any()):
-                        crossed = length + step
-                        found[crossed] = found[crossed] + part if crossed in found else part
-        given = iter(parts)
-        return mapped(whole, Mass, lambda mass: _parted(mass, next(given)))
+            given = {id(mass): mass.parts[length] for mass in entering if length in mass.parts}
+            for (found, _), part in zip(reached, move(given), strict=True):
+                if bool(part.any()):
+                    crossed = length + step
+                    found[crossed] = found[crossed] + part if crossed in found else part
+        each = iter(parts)
+        return mapped(whole, Mass, lambda mass: _parted(mass, next(each)))
+
+
+class _Linear:
+    """The linear part of an affine map.
+
+    The backward pass is linear in what is fed to it, so its own backward pass is the map's linear part. (Forward mode
+    would do, but threads share its one level.)
+
+    Args:
+        outputs: of the map.
+        inputs: what they were computed from.
+    """
+
+    def __init__(self, outputs: list[Tensor], inputs: Mapping[int, Tensor]) -> None:
+        self._feeds = [torch.zeros_like(values, requires_grad=True) for values in outputs]
+        points = list(inputs.values())
+        slopes = torch.autograd.grad(outputs, points, self._feeds, create_graph=True, materialize_grads=True)
+        self._slopes = dict(zip(inputs, slopes, strict=True))
+
+    def __call__(self, given: Mapping[int, Tensor]) -> Sequence[Tensor]:
+        """Where it takes these inputs, the others being zero."""
+        live = [(self._slopes[key], part) for key, part in given.items() if self._slopes[key].requires_grad]
+        if not live:
+            return [torch.zeros_like(feed) for feed in self._feeds]
+        slopes, parts = zip(*live, strict=True)
+        return torch.autograd.grad(slopes, self._feeds, parts, retain_graph=True, materialize_grads=True)
 
 
 def _masses(tree: Any) -> list[Mass]:
     return leaves(tree, Mass)
-
-
-def _dual(values: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(values, tangent)  # type: ignore[no-untyped-call]
-    return dual
-
-
-def _tangent(values: Tensor) -> Tensor | None:
-    tangent: Tensor | None = forward_ad.unpack_dual(values).tangent  # type: ignore[no-untyped-call]
-    return tangent
 
 
 def _is_parted(leaf: Any) -> bool:

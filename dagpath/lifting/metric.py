@@ -134,6 +134,6 @@ def _log_sum(masses: Sequence[Mass], signs: Sequence[float]) -> float:
     top = max(mass.magnitude for mass in masses)
     if top == NOTHING:
         return -math.inf
-    terms = [sign * float(mass.values) * 2.0 ** (mass.exponent - top) for mass, sign in zip(masses, signs, strict=True)]
-    total = math.fsum(terms)
+    known = [(mass, sign) for mass, sign in zip(masses, signs, strict=True) if not mass.zero]
+    total = math.fsum(sign * float(mass.values) * 2.0 ** (mass.exponent - top) for mass, sign in known)
     return math.log(total) + top * math.log(2) if not total <= 0 else -math.inf

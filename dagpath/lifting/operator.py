@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,17 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from dagpath.fetched import device_of
-from dagpath.flow.pairs import PairFlow
-from dagpath.flow.values import is_count, ldexp_
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.pairs import PairFlow, scaled
+from dagpath.flow.values import LARGEST_STEP, NOTHING, is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
 _MOST_DENSE = 20_000
 _COLUMNS = 64
+_LEAST = {torch.float64: -900, torch.float32: -90}
+"""Derivatives of smaller powers of two are about to leave the range of their type."""
 _NO_COMPLEX = "the path Gram matrix is real, got a complex vector: multiply its real and its imaginary part"
 
 
@@ -85,18 +88,22 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         sizes = [p.numel() for p in whole.values()]
         known = [index for index, p in enumerate(whole.values()) if p.is_floating_point()]
         names = [list(whole)[index] for index in known]
-        first, second = ([whole[name].to(self._dtype, copy=True).requires_grad_() for name in names] for _ in range(2))
-        flow = self._traced.masses(
-            PairFlow,
-            others=whole | dict(zip(names, second, strict=True)),
-            dtype=self._dtype,
-            parameters=whole | dict(zip(names, first, strict=True)),
-        )
-        total = flow.total()
+        found = {name: scaled(whole[name], self._dtype) for name in names}
+        exponents = [found[name][1] if name in found else 0 for name in whole]
+        first = [found[name][0].requires_grad_() for name in names]
+        second = [leaf.detach().clone().requires_grad_() for leaf in first]
+        leaves = [
+            {name: (leaf, found[name][1]) for name, leaf in zip(names, side, strict=True)} for side in (first, second)
+        ]
+        true, others = (whole | {name: _unscaled(*leaf) for name, leaf in side.items()} for side in leaves)
+        options = {"others": others, "leaves": leaves, "dtype": self._dtype}
+        total = self._traced.masses(PairFlow, parameters=true, **options).total()
         result = torch.zeros_like(columns)
         if not total.values.requires_grad:
             return result
         inner = torch.autograd.grad(total.values, second, create_graph=True, materialize_grads=True)
+        self._check_range(names, inner)
+        moves, columns = _gauged(columns, sizes, exponents)
         live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
         chunks = list(_chunks(columns.shape[1]))
         for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
@@ -108,7 +115,13 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             for index, part in zip(known, outer, strict=True):
                 if part is not None:
                     rows[index].copy_(part.reshape(count, sizes[index]).t())
-        return ldexp_(result, total.exponent)
+        return ldexp_(result, total.exponent) if moves is None else _multiplied(result, total.exponent + moves)
+
+    def _check_range(self, names: list[str], gradients: Sequence[Tensor]) -> None:
+        for name, gradient in zip(names, gradients, strict=True):
+            if NOTHING < MassFlow.exponent_of(gradient) < _LEAST[self._dtype]:
+                wider = "use dtype=torch.float64" if self._dtype == torch.float32 else "scale the layers evenly first"
+                raise OverflowError(f"the path masses through {name!r} leave the range of {self._dtype}: {wider}")
 
     @staticmethod
     def _outer(inner: list[Tensor], first: list[Tensor], seeds: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -223,6 +236,34 @@ def live_eigenvalues(values: np.ndarray) -> np.ndarray:
     return live
 
 
+def _unscaled(leaf: Tensor, exponent: int) -> Tensor:
+    return MassFlow.shifted(leaf.double(), exponent) if exponent else leaf
+
+
+def _gauged(columns: Tensor, sizes: list[int], exponents: list[int]) -> tuple[Tensor | None, Tensor]:
+    """Where parameters were divided by powers of two: what the entries of the products are to be multiplied by for it,
+    as exponents of two, and the columns that go in.
+    """
+    if not any(exponents):
+        return None, columns
+    device = columns.device
+    rows = torch.repeat_interleave(torch.tensor(exponents, device=device), torch.tensor(sizes, device=device))[:, None]
+    there = torch.frexp(columns).exponent - rows
+    tops = there.masked_fill(columns == 0, NOTHING).amax(0)
+    tops = torch.where(tops == NOTHING, 0, tops)
+    return tops - rows, _multiplied(columns, -rows - tops)
+
+
+def _multiplied(values: Tensor, exponents: Tensor) -> Tensor:
+    """``values · 2**exponents``, entry by entry."""
+    step = LARGEST_STEP[values.dtype]
+    for _ in range(3):
+        now = exponents.clamp(-step, step)
+        values = values * torch.pow(2.0, now.to(values.dtype))
+        exponents = exponents - now
+    return values
+
+
 def _occurrences(operand: fx.Node, call: fx.Node) -> int:
     """How often a call has this operand."""
     found: list[fx.Node] = []
@@ -245,6 +286,9 @@ def gram(traced: TracedModel, dtype: torch.dtype = torch.float64) -> GramOperato
     Args:
         traced: the traced model.
         dtype: of the passes; results are float64.
+
+    Raises:
+        OverflowError: of a product, if masses leave the range of the type beside those that they are added to.
 
     Cost: a product is one forward pass and two backward passes, one of which goes through both. Source: Lebeurrier,
     Vayer, Gribonval 2026.

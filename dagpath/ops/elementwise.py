@@ -138,7 +138,7 @@ class Sum(Operation):
         if abs(alpha) != 1:
             b = flow.scaled(b, b.values, flow.number(alpha))
         exponent = flow.common([a, b])
-        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
+        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
         return flow.result([a, b], values_a + values_b, exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
@@ -171,8 +171,9 @@ class Choice(Operation):
     def mass(self, flow: MassFlow, call: Call) -> Any:
         a, b = (value if isinstance(value, Mass) else flow.number(value) for value in (call["input"], call["other"]))
         exponent = flow.common([a, b])
-        values_a, values_b = (flow.shifted(mass.values, mass.exponent - exponent) for mass in (a, b))
-        return flow.result([a, b], (values_a + values_b).expand(call.output.shape), exponent)
+        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
+        condition = [call["condition"]] if isinstance(call.get("condition"), Mass) else []
+        return flow.result([a, b, *condition], (values_a + values_b).expand(call.output.shape), exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         shape = call.output.shape
@@ -215,7 +216,10 @@ class Comparison(Operation):
 
 
 class MaskedFill(Operation):
-    """Zeros or infinities written into some entries are right under any scale; another value fixes the input."""
+    """Zeros or infinities written into some entries are right under any scale; another value fixes the input.
+
+    What is masked as the network's input says depends on that input, be it a weight: it is an activation.
+    """
 
     def _keeps(self, call: Call) -> bool:
         return not isinstance(call["value"], (Tensor, Weight, Operand)) and is_scaleless(plain(call["value"]))
@@ -228,7 +232,10 @@ class MaskedFill(Operation):
         return flow.activation(call["input"]).expand(call.output.shape)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call["input"] if self._keeps(call) else flow.barrier(call)
+        if not self._keeps(call):
+            return flow.barrier(call)
+        masses = [mass for mass in (call["input"], call["mask"]) if isinstance(mass, Mass)]
+        return flow.result(masses, masses[0].values.expand(call.output.shape), masses[0].exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         if not self._keeps(call):

@@ -37,10 +37,18 @@ def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[M
     product = exponent = through_a.exponent + through_b.exponent
     if bias is not None and not bias.zero:
         exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-    aligned = {id(a): flow.shifted(through_a.values, product - exponent), id(b): through_b.values}
-    if bias is not None:
-        aligned[id(bias)] = flow.shifted(bias.values, bias.exponent - exponent)
-    values = call.run(lambda leaf: aligned.get(id(leaf), leaf))
+
+    def run(values: Tensor, added: Tensor | None) -> Tensor:
+        given = {id(a): values, id(b): through_b.values, id(bias): added}
+        result: Tensor = call.run(lambda leaf: given.get(id(leaf), leaf))
+        return result
+
+    added = flow.at(bias, exponent) if bias is not None else None
+    if added is None or not flow.is_far(product - exponent):
+        values = run(flow.at(through_a, exponent - through_b.exponent), added)
+    else:
+        alone = Mass(run(through_a.values, torch.zeros_like(added)), product)
+        values = flow.at(alone, exponent) + run(torch.zeros_like(through_a.values), added)
     layer = any(part.params and not part.data for part in (a, b))
     return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 

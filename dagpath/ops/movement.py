@@ -123,8 +123,8 @@ class ConstantPad(Movement):
         mass = call["input"]
         filled = flow.number(value)
         exponent = flow.common([mass, filled])
-        values = flow.shifted(mass.values, mass.exponent - exponent)
-        fill = float(flow.shifted(filled.values, filled.exponent - exponent))
+        values = flow.at(mass, exponent)
+        fill = float(flow.at(filled, exponent))
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:

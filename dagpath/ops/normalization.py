@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,10 +87,13 @@ class Normalization(Operation):
         through = Mass(mass.values, mass.exponent + scale.exponent, mass.zero or scale.zero)
         exponent = flow.common([through, constant])
         factor, added = (self._placed(part.values, mass.values.ndim) for part in (scale, constant))
-        factor = flow.shifted(factor, through.exponent - exponent)
-        added = flow.shifted(added, constant.exponent - exponent)
+        added = flow.at(replace(constant, values=added), exponent)
+        if flow.is_far(through.exponent - exponent):
+            product = flow.at(replace(through, values=mass.values * factor), exponent).clone()
+        else:
+            product = mass.values * flow.shifted(factor, through.exponent - exponent)
         used = [mass, *(part for part in (weight, bias) if part is not None)]
-        result = flow.result(used, (mass.values * factor).add_(added), exponent)  # addcmul is slow where it broadcasts
+        result = flow.result(used, product.add_(added), exponent)  # addcmul is slow where it broadcasts
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:

@@ -42,7 +42,7 @@ class Rearrangement(Index):
             numbers = torch.arange(leaf.values.numel(), device=leaf.values.device)
             return (numbers + starts[id(leaf)]).view(leaf.values.shape)
 
-        values = torch.cat([flow.shifted(mass.values, mass.exponent - exponent).flatten() for mass in masses])
+        values = torch.cat([flow.at(mass, exponent).flatten() for mass in masses])
         return mapped(move(call, places), Tensor, lambda numbers: flow.result(masses, values[numbers], exponent))
 
 

@@ -94,16 +94,21 @@ class PathSGD(Optimizer):
 
         It is kept as ``inverse_gram · 2**exponent``, with at most 1 in front: in deep networks G leaves float32.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, tuple[Tensor, int]] = {}
+
+        def visit(name: str, gram: Tensor, exponent: int) -> None:
+            found[name] = gram, exponent
+
         with torch.enable_grad():
-            exponent = visit_gram_diagonal(self._traced, found.__setitem__)
+            whole = visit_gram_diagonal(self._traced, visit)
         held = {parameter for group in self.param_groups if group["paths"] for parameter in group["params"]}
         for name, parameter in self._traced.model.named_parameters():
             if parameter in held and name in found:
-                inverse = inverse_of(found[name])
+                gram, exponent = found[name]
+                inverse = inverse_of(gram)
                 own = math.frexp(float(inverse.max()))[1]
                 inverse = ldexp_(inverse, -own).to(parameter.dtype)
-                self.state[parameter].update(inverse_gram=inverse, exponent=own - exponent)
+                self.state[parameter].update(inverse_gram=inverse, exponent=own - exponent - whole)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

@@ -36,14 +36,12 @@ def alive_elements(traced: TracedModel, structure: Structure) -> dict[str, Tenso
     }
     found = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in names}
 
-    def visit(name: str, gradient: Tensor) -> None:
+    def visit(name: str, gradient: Tensor, exponent: int) -> None:
         found[name] = gradient.cpu() > 0
 
     flow = masses_with(traced, even, torch.float64, on_gradient=visit)
     flow.real_node = Constants(traced.captured.eval, {**parameters, **even}, known=_no_means(traced))
-    total = flow.total().values
-    if total.requires_grad:
-        torch.autograd.backward(total)
+    flow.backward(flow.total())
     return {name: found[name] for name in names}
 
 
