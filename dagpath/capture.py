@@ -113,7 +113,8 @@ def capture(
     evaluated, failure = _first_capture(model, given, sizes[0], False, is_compound)
     if evaluated is None:
         assert failure is not None
-        run(model, given, training=False)
+        if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            run(model, given, training=False)
         raise _capture_error(model, failure) from failure
     if modes_agree(model, with_batch(given, sizes[1])):
         return Capture(evaluated, None, "")
@@ -379,7 +380,7 @@ def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
         "another model; trace while none does."
     )
     return CaptureError(
-        f"{type(model).__name__} runs, but cannot be captured as a graph: {_headline(failure)}\n"
+        f"{type(model).__name__} cannot be captured as a graph: {_headline(failure)}\n"
         f"{_at(failure)}"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."

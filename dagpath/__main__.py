@@ -1,0 +1,5 @@
+"""``python -m dagpath``."""
+
+from dagpath.cli import main
+
+main()

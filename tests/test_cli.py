@@ -1,0 +1,124 @@
+"""The command line does what the library does, and says what went wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dagpath
+from dagpath import cli
+
+SOURCE = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def embedding():
+    return nn.Sequential(nn.Embedding(10, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(SOURCE)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    save_file(net.state_dict(), tmp_path / "in.safetensors")
+    save_file(nn.Sequential(nn.Embedding(10, 8), nn.ReLU(), nn.Linear(8, 2)).state_dict(), tmp_path / "ids.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return tmp_path
+
+
+def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["dagpath", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    return stopped.value.code or 0, printed.out, printed.err
+
+
+RESCALE = ["rescale", "nets.py:build", "--input", "1,4", "--weights", "in.safetensors", "--out", "out.safetensors"]
+
+
+@pytest.mark.parametrize("module", ["nets.py", "nets"])
+@pytest.mark.parametrize("options", [[], ["--power-of-two"], ["--criterion", "equinorm"], ["--with-values"]])
+def test_weights_are_rescaled_as_the_library_rescales_them(module, options, folder, capsys, monkeypatch):
+    before = Path("in.safetensors").read_bytes()
+    command = [argument.replace("nets.py", module) for argument in RESCALE]
+    code, out, _ = run(capsys, monkeypatch, *command, *options)
+    assert code == 0
+    assert "criterion after" in out
+    assert "written: out.safetensors" in out
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net.load_state_dict(load_file("in.safetensors"))
+    criterion = "equinorm" if "equinorm" in options else "pathcond"
+    dagpath.rescale_(net, torch.zeros(1, 4), criterion, power_of_two="--power-of-two" in options)
+    for name, tensor in load_file("out.safetensors").items():
+        assert torch.equal(tensor, net.state_dict()[name])
+    assert Path("in.safetensors").read_bytes() == before
+
+
+def test_json_is_one_object(folder, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, *RESCALE, "--json")
+    found = json.loads(out)
+    assert (code, found["converged"], found["groups"], found["out"]) == (0, True, 8, "out.safetensors")
+    assert found["objective"][1] < found["objective"][0]
+
+
+def test_inputs_may_be_of_other_types(folder, capsys, monkeypatch):
+    weights = ["--weights", "ids.safetensors", "--out", "out.safetensors"]
+    code, out, _ = run(capsys, monkeypatch, "rescale", "nets:embedding", "--input", "1,5:int64", *weights)
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({1: "nets.py:none"}, 2, "has no function 'none'"),
+        ({1: "build"}, 2, "is not of the form MODULE:FACTORY"),
+        ({1: "none.py:build"}, 2, "there is no file none.py"),
+        ({1: "nowhere:build"}, 1, "No module named 'nowhere'"),
+        ({1: "nets.py:number"}, 1, "returned int, not a torch.nn.Module"),
+        ({3: "1,x"}, 2, "is no shape such as 1,3,224,224"),
+        ({3: "1,4:float33"}, 2, "is no shape such as 1,3,224,224"),
+        ({3: "1,5"}, 1, r"cannot be captured as a graph: .*reduction dim|size mismatch|must match"),
+        ({5: "none.safetensors"}, 1, "there is no file none.safetensors"),
+        ({5: "ids.safetensors"}, 1, "is not in|has shape|which the model does not have"),
+        ({7: "in.safetensors"}, 1, "is the file that is read"),
+        ({6: "--over"}, 2, "No such option"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(change, code, words, folder, capsys, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    arguments = [change.get(index, argument) for index, argument in enumerate(RESCALE)]
+    found, _, error = run(capsys, monkeypatch, *arguments)
+    assert found == code
+    assert re.search(words, " ".join(error.replace("│", " ").split())), error
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_help_says_that_code_is_run(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "rescale", "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    assert "Both are run: name only code that you trust" in text
+    assert "Never the input" in text
+
+
+def test_the_module_is_a_program(folder):
+    command = [sys.executable, "-m", "dagpath", *RESCALE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "written: out.safetensors" in done.stdout
