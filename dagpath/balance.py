@@ -178,8 +178,10 @@ def random_rescaling(
 
 
 def check_values(traced: TracedModel) -> None:
-    """Raise :class:`BalanceError` if a parameter or buffer has no values, or values that are not finite."""
-    buffers = traced.captured.eval.tensors.values()
+    """Raise :class:`BalanceError` if a parameter, or a buffer that is read, lacks values or has some not finite."""
+    graph = traced.captured.eval
+    read = {node.name for node in traced.fx.graph.nodes if node.users}
+    buffers = [tensor for name, tensor in graph.tensors.items() if name in read]
     named = dict(traced.model.named_buffers())
     used = {name: buffer for name, buffer in named.items() if any(buffer is tensor for tensor in buffers)}
     for kind, tensors in (("parameter", dict(traced.model.named_parameters())), ("buffer", used)):

@@ -127,8 +127,8 @@ def _tells(outputs: list[Tensor], training: bool) -> bool:
     if undefined or not finite:
         warnings.warn(
             f"of {total} outputs in {'train' if training else 'eval'} mode on the example inputs {undefined} are NaN "
-            f"and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} compared; "
-            "pass example inputs on which the outputs are finite",
+            f"and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
+            "compared; pass example inputs on which the outputs are finite",
             stacklevel=3,
         )
     return finite > 0
