@@ -92,6 +92,8 @@ def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
         ratio = _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
         product = tensor[rows].double() * ratio
         stored = product.to(tensor.dtype)
+        if not bool(torch.isfinite(stored).all()) and not bool(torch.isfinite(tensor[rows]).all()):
+            raise BalanceError(f"{name} holds values that are not finite; nothing was changed")
         if moving.exact and not torch.equal(stored.double(), product):
             raise BalanceError(
                 f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
@@ -99,8 +101,6 @@ def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
                 f"{_SMALLER}, with power_of_two=False, or in a wider type"
             )
         if not bool(torch.isfinite(stored).all()):
-            if not bool(torch.isfinite(tensor[rows]).all()):
-                raise BalanceError(f"{name} holds values that are not finite; nothing was changed")
             raise BalanceError(
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
                 f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first"

@@ -380,3 +380,28 @@ def test_the_mass_of_a_parameter_is_replaced_like_any_other():
     changed = replace(later, data=True)
     assert (changed.data, changed.params, changed.node) == (True, True, placeholder)
     torch.testing.assert_close(changed.values, net[0].weight.detach().abs())
+
+
+def test_derivatives_that_leave_float32_say_to_use_float64():
+    torch.manual_seed(0)
+    net = mlp(*[8] * 101)  # a third of the mass is left behind each layer, beside biases that carry as much again
+    traced = dagpath.trace(net, torch.zeros(1, 8))
+    with pytest.raises(OverflowError, match=r"leave the range of torch.float32 .*: use dtype=torch.float64"):
+        dagpath.gram_diagonal(traced, dtype=torch.float32)
+    expected, _ = log_gram(net)
+    for name, values in dagpath.gram_diagonal(traced, log=True).items():
+        whole = np.broadcast_to(expected[name], values.shape)
+        np.testing.assert_allclose(values.numpy(), whole, rtol=1e-11, atol=1e-11)
+
+
+def test_balancing_refuses_path_masses_that_leave_float64():
+    torch.manual_seed(0)
+    net = mlp(*[2] * 101).double()
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, 1e-2)
+            nn.init.normal_(layer.bias)
+    traced = dagpath.trace(net, torch.zeros(1, 2, dtype=torch.float64))
+    with pytest.raises(dagpath.BalanceError, match=r"the path masses through .* leave the range of torch.float64"):
+        dagpath.balance(traced)
+    assert dagpath.balance(traced, "equinorm").converged
