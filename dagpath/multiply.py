@@ -110,8 +110,8 @@ def _multiply_(moving: Moving, ends: Ends, scales: Tensor) -> None:
             if bool((lost > _rows_of(negligible(), rows, tensor)).any()):
                 raise BalanceError(
                     f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
-                    f"range of {tensor.dtype} and lose digits that count; {_SMALLER}, or convert the model to a wider "
-                    "type first"
+                    f"range of {tensor.dtype} and lose digits that count beside their neighbours; {_SMALLER}, convert "
+                    "the model to a wider type first, or set to zero what is as good as zero"
                 )
         products[rows] = stored
     tensor.copy_(products)
