@@ -180,7 +180,7 @@ def random_rescaling(
 
 
 def check_values(traced: TracedModel) -> None:
-    """Raise :class:`BalanceError` if a parameter or buffer has no values, or values that are not finite."""
+    """Raise :class:`BalanceError` if a parameter, or a buffer that is read, has values that are not finite."""
     for kind, tensors in (("parameter", traced.values), ("buffer", traced.buffers)):
         for name, tensor in tensors.items():
             _check_finite(kind, name, tensor)

@@ -100,6 +100,8 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
         ratio = _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
         product = tensor[rows].double() * ratio
         stored = product.to(tensor.dtype)
+        if not bool(torch.isfinite(stored).all()) and not bool(torch.isfinite(tensor[rows]).all()):
+            raise BalanceError(f"{name} holds values that are not finite; nothing was changed")
         if moving.exact and not torch.equal(stored.double(), product):
             raise BalanceError(
                 f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
@@ -116,8 +118,8 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
             if bool((lost > _rows_of(negligible(), rows, tensor)).any()):
                 raise BalanceError(
                     f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
-                    f"range of {tensor.dtype} and lose digits that count; {_SMALLER}, or convert the model to a wider "
-                    "type first"
+                    f"range of {tensor.dtype} and lose digits that count beside their neighbours; {_SMALLER}, convert "
+                    "the model to a wider type first, or set to zero what is as good as zero"
                 )
         products[rows] = stored
     tensor.copy_(products)

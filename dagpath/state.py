@@ -59,8 +59,15 @@ def random_states() -> tuple[object, ...]:
 
 
 _one_model = threading.RLock()
-"""Held while a model is run or captured: PyTorch's exporter changes PyTorch itself meanwhile, for all threads, and the
-modes and random states are put back one after the other."""
+"""Held while a model is run or traced: PyTorch's exporter changes PyTorch itself meanwhile, for all threads, and puts
+others in the place of parameters; modes and random states are put back one after the other."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread at a time is inside; the others wait."""
+    with _one_model:
+        yield
 
 
 @contextlib.contextmanager
@@ -69,7 +76,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
     One thread at a time; others wait.
     """
-    with _one_model, _changed_mode(model, training):
+    with one_thread(), _changed_mode(model, training):
         yield
 
 

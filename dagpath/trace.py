@@ -20,7 +20,7 @@ from dagpath.flow.structure_flow import StructureFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Unknown, is_compound, operation_of
 from dagpath.report import explain, explanation
-from dagpath.state import plain_computation, uncollected, unwrap
+from dagpath.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph
 
 Flow = TypeVar("Flow", bound=MassFlow)
@@ -69,9 +69,10 @@ class TracedModel:
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
-        """The current value of each buffer that eval mode uses, by its name."""
+        """The current value of each buffer that eval mode reads, by its name."""
         captured = self.captured.eval
-        return {name: whole(captured.tensors[place]) for place, name in captured.buffers.items()}
+        read = {node.name for node in captured.module.graph.nodes if node.users}
+        return {name: whole(captured.tensors[place]) for place, name in captured.buffers.items() if place in read}
 
     @property
     def fx(self) -> fx.GraphModule:
@@ -199,6 +200,7 @@ def require_dtype(dtype: object) -> None:
 
 
 @uncollected()
+@one_thread()
 def trace(
     model: nn.Module, example_inputs: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
@@ -209,8 +211,8 @@ def trace(
     it was: mode, buffers, gradients, hooks and random state.
 
     Several threads may trace, the same model too: they wait for each other, since PyTorch's exporter changes PyTorch
-    itself while it runs. For the same reason no other thread may run a module meanwhile, be it another model. What is
-    computed of a trace needs no such care.
+    itself while it runs. For the same reason no other thread may run a module meanwhile, be it another model, nor
+    compute anything of an earlier trace of this one. Otherwise threads may share a trace as they like.
 
     Args:
         model: any module, also one wrapped in DataParallel, DistributedDataParallel or by ``torch.compile``, and a

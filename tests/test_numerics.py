@@ -1,6 +1,8 @@
 """Numbers far from one: what is computed of them is right, or refused."""
 
+import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch
 from torch import nn
 
 import dagpath
+from dagpath.flow.powers import PowerFlow
+from dagpath.flow.values import Later
 
-from networks import mlp
+from networks import Net, mlp
 
 
 def log_gram(net: nn.Sequential) -> tuple[dict[str, np.ndarray], float]:
@@ -262,3 +266,142 @@ def test_infinities_among_the_outputs_are_compared_without_a_warning():
             return self.net(x).masked_fill(torch.tensor([True, False, False]), -float("inf"))
 
     assert dagpath.rescale_(Masked(), torch.randn(2, 4)).difference < 1e-5
+
+
+@pytest.mark.parametrize("std", [0.5, 2.0, 0.1, 0.002])
+def test_a_deep_perceptron_has_the_gram_diagonal_of_its_layers(std):
+    torch.manual_seed(0)
+    net = mlp(*[8] * 101)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, std)
+            nn.init.zeros_(layer.bias)
+    traced = dagpath.trace(net, torch.zeros(1, 8))
+    expected, total = log_gram(net)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        assert 2 * dagpath.path_norm(traced, 2, log=True, dtype=dtype) == pytest.approx(total, rel=tolerance)
+        for name, values in dagpath.gram_diagonal(traced, log=True, dtype=dtype).items():
+            whole = np.broadcast_to(expected[name], values.shape)
+            np.testing.assert_allclose(values.numpy(), whole, rtol=tolerance, atol=tolerance)
+    assert dagpath.balance(traced).live == traced.graph.num_parameters
+
+
+def test_deep_networks_are_balanced_counted_and_explained():
+    class Residual(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Conv2d(2, 2, 1, bias=False) for _ in range(depth))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(depth))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block, norm in zip(self.blocks, self.norms, strict=True):
+                x = x + torch.relu(norm(block(x)))
+            return x.mean((2, 3))
+
+    torch.manual_seed(0)
+    net, x = Residual(60).eval(), torch.randn(1, 2, 1, 1)
+    traced = dagpath.trace(net, x)
+    paths = 2
+    for _ in range(60):  # a path into each channel goes on, or through both weights, or starts at a batch norm's bias
+        paths = 3 * paths + 2
+    assert dagpath.path_count(traced) == paths
+    assert traced.unroll().path_count() == paths
+    assert all(dagpath.balance(traced, name).converged for name in ("pathcond", "equinorm", "range"))
+    assert "Residual" in traced.explain()
+    assert len(dagpath.top_paths(traced, 2)) == 2
+
+
+def test_nothing_counts_in_a_network_of_zeros():
+    net = mlp(3, 4, 2)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    x = torch.randn(2, 3)
+    traced = dagpath.trace(net, x)
+    assert dagpath.path_norm(traced, log=True) == -float("inf")
+    for criterion in ("pathcond", "equinorm", "range"):
+        rescaling = dagpath.rescale_(net, x, criterion)
+        assert rescaling.converged
+        assert rescaling.log_scales.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("criterion", ["pathcond", "equinorm", "range"])
+def test_one_weight_that_is_not_finite_is_named_and_nothing_changes(criterion, value):
+    net = mlp(3, 4, 2)
+    with torch.no_grad():
+        net[2].weight[1, 3] = value
+    traced, before = dagpath.trace(net, torch.zeros(1, 3)), copy.deepcopy(net.state_dict())
+    with pytest.raises(dagpath.BalanceError, match=rf"'2.weight' has 1 .*\(1, 3\): {value}; nothing was changed"):
+        dagpath.rescale_(net, torch.zeros(1, 3), criterion)
+    with pytest.raises(dagpath.BalanceError, match=r"weight holds values that are not finite; nothing was changed"):
+        dagpath.random_rescaling(traced).apply_()
+    after = net.state_dict()
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+    assert np.isnan(dagpath.path_metric(traced, traced))
+
+
+def test_a_buffer_that_nothing_reads_may_hold_anything():
+    net, x = mlp(3, 4, 2), torch.randn(2, 3)
+    net.register_buffer("unread", torch.tensor([float("nan")]))
+    assert dagpath.rescale_(net, x).converged
+    norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    norm[1].running_mean[2] = float("nan")
+    with pytest.raises(dagpath.BalanceError, match=r"buffer '1.running_mean' has 1 .* index \(2,\): nan"):
+        dagpath.rescale_(norm, x)
+
+
+@pytest.mark.parametrize("part", [torch.ones(0, 2), torch.tensor(2.0)], ids=["no element", "no dimension"])
+def test_parameters_of_unusual_shapes_are_taken_along(part):
+    def function(m: Net, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(m.first(x))
+        return m.last(hidden * m.part) if m.part.ndim == 0 else m.last(hidden) + x[:, :0] @ m.part
+
+    torch.manual_seed(0)
+    net, x = Net(function, first=nn.Linear(3, 4), last=nn.Linear(4, 2), part=part), torch.randn(2, 3)
+    traced = dagpath.trace(net, x)
+    assert dagpath.path_norm(traced) == pytest.approx(traced.unroll().path_norm(1))
+    assert dagpath.gram_diagonal(traced)["part"].shape == part.shape
+    assert len(dagpath.top_paths(traced, 2)) == 2
+    for criterion in ("pathcond", "equinorm", "range"):
+        assert dagpath.rescale_(net, x, criterion).difference < 1e-5
+
+
+def test_a_rescaling_of_no_examples_and_of_no_neurons_is_one():
+    assert dagpath.rescale_(nn.Linear(3, 2), torch.randn(2, 3)).log_scales.shape == (0,)
+    assert dagpath.rescale_(nn.ReLU(), torch.randn(2, 3)).converged
+
+
+def test_the_mass_of_a_parameter_is_replaced_like_any_other():
+    net = mlp(2, 3, 1).double()
+    traced = dagpath.trace(net, torch.zeros(1, 2, dtype=torch.float64))
+    flow = traced.masses(PowerFlow, exponent=1)
+    placeholder = next(node for node in traced.fx.graph.nodes if node.name in traced.captured.eval.parameters)
+    later = Later(lambda node: flow.parameter("0.weight"), True, placeholder)
+    changed = replace(later, data=True)
+    assert (changed.data, changed.params, changed.node) == (True, True, placeholder)
+    torch.testing.assert_close(changed.values, net[0].weight.detach().abs())
+
+
+def test_derivatives_that_leave_float32_say_to_use_float64():
+    torch.manual_seed(0)
+    net = mlp(*[8] * 101)  # a third of the mass is left behind each layer, beside biases that carry as much again
+    traced = dagpath.trace(net, torch.zeros(1, 8))
+    with pytest.raises(OverflowError, match=r"leave the range of torch.float32 .*: use dtype=torch.float64"):
+        dagpath.gram_diagonal(traced, dtype=torch.float32)
+    expected, _ = log_gram(net)
+    for name, values in dagpath.gram_diagonal(traced, log=True).items():
+        whole = np.broadcast_to(expected[name], values.shape)
+        np.testing.assert_allclose(values.numpy(), whole, rtol=1e-11, atol=1e-11)
+
+
+def test_balancing_refuses_path_masses_that_leave_float64():
+    torch.manual_seed(0)
+    net = mlp(*[2] * 101).double()
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, 1e-2)
+            nn.init.normal_(layer.bias)
+    traced = dagpath.trace(net, torch.zeros(1, 2, dtype=torch.float64))
+    with pytest.raises(dagpath.BalanceError, match=r"the path masses through .* leave the range of torch.float64"):
+        dagpath.balance(traced)
+    assert dagpath.balance(traced, "equinorm").converged

@@ -38,11 +38,11 @@ def test_equal_ranges_are_equal_on_both_sides_of_every_group(seed):
     torch.testing.assert_close(into[both], out_of[both], rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("depth", [2, 30])
-def test_equal_ranges_in_deep_networks(depth):
+@pytest.mark.parametrize(("depth", "width"), [(2, 20), (30, 20), (100, 8)])
+def test_equal_ranges_in_deep_networks(depth, width):
     torch.manual_seed(0)
-    net = mlp(*[20] * (depth + 1))
-    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 20)), "range")
+    net = mlp(*[width] * (depth + 1))
+    rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, width)), "range")
     assert rescaling.converged
     assert rescaling.optimality <= 1e-9
     assert rescaling.objective[1] == rescaling.optimality < rescaling.objective[0]

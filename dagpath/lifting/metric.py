@@ -135,5 +135,6 @@ def _log_sum(masses: Sequence[Mass], signs: Sequence[float]) -> float:
     if top == NOTHING:
         return -math.inf
     known = [(mass, sign) for mass, sign in zip(masses, signs, strict=True) if not mass.zero]
-    total = math.fsum(sign * float(mass.values) * 2.0 ** (mass.exponent - top) for mass, sign in known)
+    terms = [sign * float(mass.values) * 2.0 ** (mass.exponent - top) for mass, sign in known]
+    total = math.fsum(terms) if all(map(math.isfinite, terms)) else math.nan
     return math.log(total) + top * math.log(2) if not total <= 0 else -math.inf

@@ -88,7 +88,8 @@ class Search:
             dst = record.dst.reshape((1,) * (totals.ndim - record.dst.ndim) + tuple(record.dst.shape))
             shared = [dim for dim, size in enumerate(dst.shape) if size == 1 and totals.shape[dim] > 1]
             totals = totals.amax(shared, keepdim=True) if shared else totals
-            best.scatter_reduce_(0, dst.reshape(-1) % len(best), totals.reshape(-1), "amax")
+            if totals.numel():
+                best.scatter_reduce_(0, dst.reshape(-1) % len(best), totals.reshape(-1), "amax")
             best[-1] = -torch.inf
         return best
 

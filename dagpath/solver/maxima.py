@@ -84,7 +84,8 @@ class RangeProblem:
 
         Args:
             tol: stop when no ``|log max_in − log max_out|`` that the bound lets shrink is larger.
-            max_iter: most changes of choices; None for 1,000. Layered graphs take about ten, whatever their width.
+            max_iter: most changes of choices; None for 1,000. Layered graphs take about as many as they
+                have layers, whatever their width.
 
         Raises:
             ValueError: tol is not positive, or max_iter no integer of at least 0.
@@ -92,17 +93,20 @@ class RangeProblem:
         check_limits(tol, max_iter)
         start = time.perf_counter()
         play, iterations = _Play(self), 0
-        z, before = play.z, self._imbalance(play.z)
-        reached = before
+        before = self._imbalance(play.z)
+        lowest, reached = play.z, before
         while reached > tol and iterations < (1_000 if max_iter is None else max_iter):
             iterations += 1
             play.settle_()
             if play.stop_() or play.answer_():
                 continue
-            z, reached = play.z, self._imbalance(play.z)
+            imbalance = self._imbalance(play.z)
+            if imbalance < reached:
+                lowest, reached = play.z, imbalance
             play.choose_()
         seconds = time.perf_counter() - start
-        return Solution(torch.from_numpy(z[1:]), (before, reached), reached, iterations, 0, reached <= tol, seconds)
+        z = torch.from_numpy(lowest[1:].clip(-self.bound, self.bound))
+        return Solution(z, (before, reached), reached, iterations, 0, reached <= tol, seconds)
 
     @cached_property
     def _logs(self) -> list[tuple[Index, Index, Array]]:
@@ -181,9 +185,9 @@ class _Play:
         self.z = splu(table.tocsc()).solve(right)
 
     def stop_(self) -> bool:
-        """Either player stops at its bound where these choices lead beyond it; is there such a group?"""
+        """Either player stops at its bound where these choices lead beyond it; is there such a group, a new one?"""
         values = self.z[self.problem.groups]
-        low, high = values < -self.problem.bound, values > self.problem.bound
+        low, high = (values < -self.problem.bound) & ~self.low, (values > self.problem.bound) & ~self.high
         self.low, self.high = self.low | low, self.high | high
         return bool(low.any() or high.any())
 
