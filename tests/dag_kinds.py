@@ -6,7 +6,6 @@ Settings need not fit: what PyTorch refuses is left out of the network.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +23,17 @@ _BOTH = (False, True)
 
 
 class Kind:
-    """A kind of operation; ``operands`` is how many earlier values it reads."""
+    """A kind of operation.
+
+    Attributes:
+        operands: how many earlier values it reads.
+        positions: does it need values that have positions?
+        weight: how often it is drawn.
+    """
 
     operands = 1
+    positions = False
+    weight = 2
 
     def settings(self, pick: Pick, shape: Shape) -> dict[str, Any]:
         return {}
@@ -50,6 +57,8 @@ class Parameters(nn.Module):
 
 
 class Activation(Kind):
+    weight = 6
+
     functions = {
         "relu": lambda x: F.relu(x),
         "relu in place": lambda x: F.relu_(x.clone()),
@@ -68,6 +77,8 @@ class Activation(Kind):
 
 
 class NotHomogeneous(Activation):
+    weight = 1
+
     functions = {
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
@@ -92,6 +103,8 @@ class NotHomogeneous(Activation):
 class Layer(Kind):
     """A module of PyTorch."""
 
+    weight = 2
+
     modules: dict[str, Callable[..., nn.Module]] = {
         "identity": lambda c: nn.Identity(),
         "dropout": lambda c: nn.Dropout(0.5),
@@ -102,16 +115,18 @@ class Layer(Kind):
     }
 
     def settings(self, pick, shape):
-        return {"module": pick(list(self.modules))}
+        return {"name": pick(list(self.modules))}
 
-    def module(self, shape, module):
-        return self.modules[module](shape[0])
+    def module(self, shape, name):
+        return self.modules[name](shape[0])
 
     def run(self, module, x, **settings):
         return module(x)
 
 
 class Linear(Kind):
+    weight = 6
+
     def settings(self, pick, shape):
         return {"out": pick((2, 1, 3, 4)), "bias": pick(_BOTH), "norm": pick((False, False, False, True))}
 
@@ -125,6 +140,9 @@ class Linear(Kind):
 
 class Convolution(Kind):
     """Convolutions and their transposes in one to three dimensions."""
+
+    positions = True
+    weight = 8
 
     def settings(self, pick, shape):
         groups = pick([1, 1, *(g for g in (2, 3, 4) if shape[0] % g == 0)])
@@ -147,7 +165,15 @@ class Convolution(Kind):
         kind = (kinds if transposed else (nn.Conv1d, nn.Conv2d, nn.Conv3d))[dims - 1]
         options: dict[str, Any] = {} if transposed else {"padding_mode": mode}
         layer = kind(
-            shape[0], out, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, **options
+            shape[0],
+            out,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            **options,
         )
         return parametrizations.weight_norm(layer) if norm else layer
 
@@ -158,7 +184,20 @@ class Convolution(Kind):
 class MatrixProduct(Kind):
     """Products with parameters, and with constants."""
 
-    forms = ("right", "left", "einsum", "per channel", "low rank", "addmm", "constant", "gram", "standardized", "masked")
+    weight = 3
+
+    forms = (
+        "right",
+        "left",
+        "einsum",
+        "per channel",
+        "low rank",
+        "addmm",
+        "constant",
+        "gram",
+        "standardized",
+        "masked",
+    )
 
     def settings(self, pick, shape):
         return {"form": pick(self.forms), "out": pick((2, 1, 3))}
@@ -208,6 +247,9 @@ class Transposed(Kind):
 
 
 class Pool(Kind):
+    positions = True
+    weight = 3
+
     forms = ("max", "average", "adaptive average", "adaptive max")
 
     def settings(self, pick, shape):
@@ -233,6 +275,8 @@ class Pool(Kind):
 
 
 class Reduce(Kind):
+    weight = 3
+
     functions = {
         "mean": lambda x, dim, keep: x.mean(dim, keep),
         "sum": lambda x, dim, keep: x.sum(dim, keep),
@@ -252,11 +296,16 @@ class Reduce(Kind):
 
 
 class GlobalMean(Kind):
+    positions = True
+    weight = 1
+
     def run(self, module, x):
         return x.flatten(2).mean(2)
 
 
 class Norm(Kind):
+    weight = 3
+
     forms = ("batch", "layer", "group", "instance", "rms")
 
     def settings(self, pick, shape):
@@ -284,6 +333,8 @@ class Norm(Kind):
 class Scale(Kind):
     """Parameters, and constants, that multiply or are added."""
 
+    weight = 3
+
     functions = {
         "times": lambda x, p: x * p,
         "plus": lambda x, p: x + p,
@@ -297,19 +348,20 @@ class Scale(Kind):
 
     def settings(self, pick, shape):
         shapes = [(shape[0], *[1] * (len(shape) - 1)), (1,), shape, shape[-1:]]
-        return {"function": pick(list(self.functions)), "shape": pick(shapes), "constant": pick(_BOTH)}
+        return {"function": pick(list(self.functions)), "sizes": pick(shapes), "constant": pick(_BOTH)}
 
-    def module(self, shape, function, constant, **settings):
-        shape = settings["shape"]
+    def module(self, shape, function, sizes, constant):
         if constant:
-            return Parameters({"factor": (torch.arange(math.prod(shape)).reshape(shape) + 1.0) % 3 - 1})
-        return Parameters(factor=shape)
+            return Parameters({"factor": (torch.arange(math.prod(sizes)).reshape(sizes) + 1.0) % 3 - 1})
+        return Parameters(factor=sizes)
 
     def run(self, module, x, function, **settings):
         return self.functions[function](x, module.factor)
 
 
 class Number(Activation):
+    weight = 3
+
     functions = {
         "half": lambda x: 0.5 * x,
         "third": lambda x: x / 3,
@@ -328,6 +380,8 @@ class Number(Activation):
 
 
 class Move(Activation):
+    weight = 5
+
     functions = {
         "flip": lambda x: x.flip(1),
         "flip positions": lambda x: x.flip(-1),
@@ -388,6 +442,9 @@ class Pad(Kind):
 
 
 class Upsample(Kind):
+    positions = True
+    weight = 2
+
     def settings(self, pick, shape):
         return {"smooth": pick(_BOTH), "size": pick((2, 3, 4)), "corners": pick(_BOTH)}
 
@@ -400,6 +457,8 @@ class Upsample(Kind):
 
 class Gate(Kind):
     """Squeeze and excite: a product with a sigmoid, or a relu, of a pooled branch."""
+
+    weight = 1
 
     def settings(self, pick, shape):
         return {"sigmoid": pick((True, False)), "hidden": pick((1, 2))}
@@ -414,6 +473,8 @@ class Gate(Kind):
 
 
 class Attention(Kind):
+    weight = 1
+
     def module(self, shape):
         return nn.ModuleDict({name: nn.Linear(shape[-1], shape[-1], name != "k") for name in "qkv"})
 
@@ -423,6 +484,8 @@ class Attention(Kind):
 
 class Join(Kind):
     """An operation of two values."""
+
+    weight = 8
 
     operands = 2
     functions = {
@@ -461,6 +524,8 @@ class Join(Kind):
 class ByMode(Kind):
     """One value in eval mode, another in train mode."""
 
+    weight = 1
+
     operands = 2
 
     def run(self, module, a, b):
@@ -492,6 +557,11 @@ KINDS: dict[str, Kind] = {
     "by mode": ByMode(),
 }
 
-OFTEN = ("activation", "linear", "convolution", "join")
-DRAWN = list(itertools.chain(OFTEN * 4, KINDS))
-"""What is drawn from: the common ones more often."""
+LAYERS = ("linear", "convolution", "norm", "layer", "scale", "matrix product", "gate")
+"""Kinds that have parameters."""
+
+
+def drawn(shape: Shape) -> list[str]:
+    """What is drawn from for a value of a shape: the common kinds more often, the simplest first."""
+    fitting = [name for name, kind in KINDS.items() if len(shape) > 1 or not kind.positions]
+    return [*fitting, *(name for name in fitting for _ in range(KINDS[name].weight - 1))]

@@ -12,12 +12,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dag_kinds import DRAWN, KINDS, Pick, Shape
+from dag_kinds import KINDS, LAYERS, Pick, Shape, drawn
 
 _LARGEST = 96
 """Entries of an activation, at most."""
 
-_REFUSED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError, NotImplementedError)
+_REFUSED = (RuntimeError, ValueError, IndexError, NotImplementedError)
 """What PyTorch raises where settings do not fit."""
 
 
@@ -86,7 +86,8 @@ class Dag(nn.Module):
         shape = self._shapes[op.inputs[0]]
         module = self.owners[op.owner] if op.owner >= 0 else KINDS[op.kind].module(shape, **op.settings)
         if op.alias >= 0:
-            assert module.weight.shape == self.owners[op.alias].weight.shape
+            if module.weight.shape != self.owners[op.alias].weight.shape:
+                raise ValueError("one weight has one shape")
             module.weight = self.owners[op.alias].weight
         if op.frozen:
             module.requires_grad_(False)
@@ -154,10 +155,10 @@ class _Growing:
 
 
 def _op(pick: Pick, net: _Growing) -> Op:
-    kind = pick(DRAWN)
     places = range(len(net.shapes) - 1, -1, -1)
     first = pick([places[0]] * 4 + list(places[1:4]))
     shape = net.shapes[first]
+    kind = pick(drawn(shape))
     if kind == "transposed":
         tied = net.earlier(lambda op: op.kind == "linear" and not op.settings["norm"])
         return Op(kind, (first,), owner=pick(tied)) if tied else Op("activation", (first,), {"function": "relu"})
@@ -165,15 +166,20 @@ def _op(pick: Pick, net: _Growing) -> Op:
     if KINDS[kind].operands == 2:
         same = [place for place in places if net.shapes[place] == shape]
         inputs.append(pick([place for place in same if place != first] + [first] + list(places[:2])))
-    reuse = pick((False,) * 7 + (True,))
-    earlier = net.earlier(lambda op: op.kind == kind and op.owner < 0) if reuse else []
-    if earlier:
-        again = pick(earlier)
-        settings = net.ops[again].settings
-        if pick((True, False)) or not hasattr(net.net.owners[again], "weight"):
-            return Op(kind, tuple(inputs), settings, owner=again)
-        return Op(kind, tuple(inputs), settings, alias=again)
     return Op(kind, tuple(inputs), KINDS[kind].settings(pick, shape), frozen=pick((False,) * 7 + (True,)))
+
+
+def _again(pick: Pick, net: _Growing, earlier: Sequence[int]) -> Op:
+    """An earlier layer once more: the module itself, or another one that has its weight."""
+    again = pick(earlier)
+    op = net.ops[again]
+    shape = net.shapes[op.inputs[0]]
+    places = [place for place, other in enumerate(net.shapes) if other == shape]
+    inputs = (pick(places[::-1]), *op.inputs[1:])
+    shares = isinstance(getattr(net.net.owners[again], "weight", None), nn.Parameter)
+    if shares and pick((False, True)):
+        return Op(op.kind, inputs, op.settings, alias=again)
+    return Op(op.kind, inputs, op.settings, owner=again)
 
 
 @st.composite
@@ -183,17 +189,22 @@ def specs(draw: st.DrawFn, max_ops: int = 12, seeds: st.SearchStrategy[int] = st
     def pick(options: Sequence[Any]) -> Any:
         return draw(st.sampled_from(options))
 
-    shapes = [(2,), (3,), (4, 3), (2, 3, 4), (4, 2, 2), (1, 5), (3, 1), (2, 2, 3, 2), (4,), (1, 4, 4)]
-    first = pick(shapes)
+    first = pick(
+        [(2,), (2, 3), (2, 3, 4), (2, 2, 3, 2), (4,), (4, 3), (4, 2, 2), (1, 5), (3, 1), (1, 4, 4), (1, 3, 3, 3)]
+    )
     net = _Growing([first, *pick([(), (), (), (first,), ((2,),)])])
     size = pick(range(1, max_ops + 1))
+    if size > 2:
+        kind = pick([name for name in ("linear", "convolution") if name in drawn(first)])
+        net.grow(Op(kind, (0,), KINDS[kind].settings(pick, first)))
     for _ in range(2 * size):
         if len(net.ops) < size:
-            net.grow(_op(pick, net))
-    if pick((True, True, False)):
+            layers = net.earlier(lambda op: op.owner < 0 and op.alias < 0 and op.kind in LAYERS)
+            net.grow(_again(pick, net, layers) if layers and pick((False,) * 11 + (True,)) else _op(pick, net))
+    if pick((True, True, True, False)):
         net.grow(Op("linear", (len(net.shapes) - 1,), {"out": 2, "bias": True, "norm": False}))
     outputs, structure = (-1,), "tensor"
-    if net.ops and pick((False, False, True)):
+    if net.ops and pick((False, False, False, True)):
         places = range(len(net.shapes))
         outputs = tuple(draw(st.lists(st.sampled_from(places), min_size=1, max_size=3, unique=True)))
         structure = pick(("tuple", "dict"))

@@ -124,7 +124,9 @@ def check_engines(traced: dagpath.TracedModel, inputs: Sequence[Any]) -> None:
     assert graph.path_count() == count
     gram = dagpath.gram_diagonal(traced)
     for name, values in graph.gram_diagonal().items():
-        torch.testing.assert_close(values, gram[name], rtol=1e-10, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            values, gram[name], rtol=1e-10, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
     types = {parameter.dtype for parameter in traced.model.parameters()}
     if not graph.cuts and count <= _PATHS and types == {torch.float64}:
         realized = pytree.tree_leaves(dagpath.PathLifting(traced, _PATHS).realize(tuple(inputs)))
@@ -155,9 +157,7 @@ def check_balance(traced: dagpath.TracedModel, criterion: str = "pathcond") -> N
     restore_(net, saved)
 
 
-def largest_gradient(
-    traced: dagpath.TracedModel, gram: dict[str, Tensor], rescaling: dagpath.Rescaling
-) -> float:
+def largest_gradient(traced: dagpath.TracedModel, gram: dict[str, Tensor], rescaling: dagpath.Rescaling) -> float:
     """``‖∇F‖∞ / p`` of path conditioning, element by element; groups that the bound holds do not count."""
     scales = torch.cat([torch.zeros(1, dtype=torch.float64), rescaling.log_scales])
     size = len(scales)
