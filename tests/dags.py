@@ -183,7 +183,7 @@ def _again(pick: Pick, net: _Growing, earlier: Sequence[int]) -> Op:
 
 
 @st.composite
-def specs(draw: st.DrawFn, max_ops: int = 12, seeds: st.SearchStrategy[int] = st.integers(0, 2**31 - 1)) -> Spec:
+def specs(draw: st.DrawFn, max_ops: int = 12) -> Spec:
     """Random networks. The structure is drawn, the values of parameters and inputs come from a drawn seed."""
 
     def pick(options: Sequence[Any]) -> Any:
@@ -213,7 +213,7 @@ def specs(draw: st.DrawFn, max_ops: int = 12, seeds: st.SearchStrategy[int] = st
         tuple(net.ops),
         outputs,
         structure,
-        draw(seeds),
+        draw(st.integers(0, 2**31 - 1)),
         pick((0, 0, 4)),
         pick((0.0, 0.0, 0.2, 0.8)),
         pick(("float64", "float32")),
