@@ -110,9 +110,8 @@ def restore_(net: nn.Module, saved: Sequence[Tensor]) -> None:
             parameter.copy_(values)
 
 
-def unrolled_quantities(traced: dagpath.TracedModel) -> dict[str, Any]:
+def unrolled_quantities(graph: dagpath.UnrolledGraph) -> dict[str, Any]:
     """What the passes over the captured graph compute, from the unrolled graph."""
-    graph = traced.unroll()
     norms = [graph.path_norm(p) for p in (1, 2, 3)]
     return {
         "norms": [math.log(norm) if norm else -math.inf for norm in norms],
@@ -131,19 +130,25 @@ def assert_agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(values, expected["gram"][name], rtol=1e-10, atol=0, msg=message)
 
 
-def check_realization(traced: dagpath.TracedModel, inputs: Sequence[Any], expected: Sequence[Tensor]) -> None:
-    """The sum over all paths is the function."""
-    realized = pytree.tree_leaves(dagpath.PathLifting(traced, _PATHS).realize(tuple(inputs)))
+def first_example(traced: dagpath.TracedModel, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What the eval graph takes: one example, as examples may be mixed elsewhere, or all of them."""
+    return tuple(x[:1] for x in inputs) if traced.captured.eval.batch == 1 else tuple(inputs)
+
+
+def check_realization(traced: dagpath.TracedModel, example: tuple[Any, ...], expected: Sequence[Tensor]) -> None:
+    """The sum over all paths is the function, of one example."""
+    realized = pytree.tree_leaves(dagpath.PathLifting(traced, _PATHS).realize(example))
     for one, other in zip(realized, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * max(1.0, float(other.abs().max())))
 
 
 def check_engines(traced: dagpath.TracedModel, inputs: Sequence[Any]) -> None:
     """The unrolled graph has the same quantities; its paths, where nothing cuts them, are the function."""
-    found = unrolled_quantities(traced)
+    found = unrolled_quantities(traced.unroll())
     assert_agree(found, quantities(traced))
     if not found["cut"] and found["count"] <= _PATHS and in_float64(traced):
-        check_realization(traced, inputs, outputs(traced.model, inputs, False))
+        example = first_example(traced, inputs)
+        check_realization(traced, example, outputs(traced.model, example, False))
 
 
 def in_float64(traced: dagpath.TracedModel) -> bool:
