@@ -58,8 +58,8 @@ def modes_agree(model: nn.Module, inputs: Any) -> bool:
 def batches_agree(model: nn.Module, inputs: Any, others: Any) -> bool:
     """Does eval mode make the same calls for two numbers of examples, on tensors that grow with them or not at all?
 
-    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, and what is written into one
-    example overwrites a part of several.
+    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, what is written into one example
+    overwrites a part of several, and a triangle of examples and units keeps other units of each example.
     """
     try:
         records = [_record(model, chosen, training=False) for chosen in (inputs, others)]

@@ -211,10 +211,6 @@ def _of_mass(change: Callable[[Mass], dict[str, Any] | None]):
     return method
 
 
-def _some(value: Mass) -> bool:
-    return bool((value.values != 0).any())
-
-
 def _values_turned(axis: int):
     def change(value):
         other = turned(value.values, axis)
@@ -240,7 +236,7 @@ def _operand_times(index: int, factor: float) -> Mutant:
     """The mass of one operand counts with a factor, 0 or 2."""
 
     def mutant(answer, flow, call):
-        masses = [mass for mass in call.leaves(Mass) if (mass.data or mass.params) and _some(mass)]
+        masses = [mass for mass in call.leaves(Mass) if (mass.data or mass.params) and bool(mass.values.any())]
         if len(masses) <= index:
             return answer(flow, call), False
         chosen, read = masses[index], []
@@ -286,7 +282,7 @@ def _other_way(flow, factors, a, b):
 
 
 MASSES: dict[str, Mutant] = {
-    "twice": afterwards(Mass, _of_mass(lambda mass: {"values": 2 * mass.values} if _some(mass) else None)),
+    "twice": afterwards(Mass, _of_mass(lambda mass: {"values": 2 * mass.values} if mass.values.any() else None)),
     "exponent forgotten": afterwards(Mass, _of_mass(lambda mass: {"exponent": 0} if mass.exponent else None)),
     "first operand forgotten": _operand_times(0, 0.0),
     "second operand forgotten": _operand_times(1, 0.0),
@@ -381,10 +377,6 @@ def _gates(change: Callable[[Tensor], Tensor]):
     return method
 
 
-def _last_turned(gates: Tensor) -> Tensor:
-    return gates.roll(1, -1) if gates.ndim else gates
-
-
 EDGES: dict[str, Mutant] = {
     "twice": instead("connect", _connected(lambda dst, src, weight, slots: (dst, src, weight.scaled(2.0), slots))),
     "first edges forgotten": _none_at(0),
@@ -394,7 +386,7 @@ EDGES: dict[str, Mutant] = {
     "constants of one": instead("connect", _connected(_constant_one)),
     "always open": instead("slots", _gates(torch.ones_like)),
     "open where closed": instead("slots", _gates(lambda gates: 1 - gates)),
-    "other gates": instead("slots", _gates(_last_turned)),
+    "other gates": instead("slots", _gates(lambda gates: gates.roll(1, -1) if gates.ndim else gates)),
     "paths into a barrier forgotten": instead(
         "cut_paths", lambda flow, cut, value: (None, isinstance(value, Nodes) and value.params)
     ),
