@@ -35,6 +35,9 @@ _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
 Their results have the shape of their first argument; the dry run goes no further into them.
 """
 
+_TRIANGLES = ("tril", "triu", "tril_", "triu_")
+"""Functions whose zeros depend on the place in the last two dimensions."""
+
 _PLAIN = (
     *(int, float, complex, str, bool, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
@@ -56,8 +59,8 @@ def modes_agree(model: nn.Module, inputs: Any) -> bool:
 def batches_agree(model: nn.Module, inputs: Any, others: Any) -> bool:
     """Does eval mode make the same calls for two numbers of examples, on tensors that grow with them or not at all?
 
-    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, and what is written into one
-    example overwrites a part of several.
+    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, what is written into one example
+    overwrites a part of several, and a triangle of examples and units keeps other units of each example.
     """
     try:
         records = [_record(model, chosen, training=False) for chosen in (inputs, others)]
@@ -84,6 +87,8 @@ def _grows(call: _Call, other: _Call, sizes: Sequence[int]) -> bool:
         if leaf.origin != grown.origin or len(leaf.shape) != len(grown.shape):
             return False
         if any(a != b and a * sizes[1] != b * sizes[0] for a, b in zip(leaf.shape, grown.shape, strict=True)):
+            return False
+        if call.name.rpartition(".")[2] in _TRIANGLES and leaf.shape[-2:] != grown.shape[-2:]:
             return False
     if not (call.leaves and isinstance(call.leaves[0], _Place) and _writes(call.name)):
         return True

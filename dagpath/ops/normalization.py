@@ -97,16 +97,17 @@ class Normalization(Operation):
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, weight, bias = flow.nodes(call["input"]), call.get("weight"), call.get("bias")
         if any(part.data for part in call.leaves(Operand)[1:]):
             return flow.barrier(call)
+        weight, bias = call.get("weight"), call.get("bias")
         mean, inverse_std = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
         if call.get("running_mean") is not None and not self._uses_input(call):
             mean = call["running_mean"].total
             inverse_std = (call["running_var"].total + call["eps"]).rsqrt()
+            x = Nodes(flow.nodes(call["input"]), call["input"].params)
         else:
             flow.cut_paths(call["input"])
-            x = flow.source(x.shape, lambda values: self._normalized(call.on(values))).numbers
+            x = flow.source(call["input"].shape, lambda values: self._normalized(call.on(values)))
         scale = EdgeWeights.constant(inverse_std)
         shift = EdgeWeights.constant(-mean * inverse_std)
         if weight is not None:
@@ -114,9 +115,9 @@ class Normalization(Operation):
         if bias is not None:
             shift = shift.plus(bias).merged()
         dst = flow.new(x.shape)
-        flow.connect(dst, x, self._placed_weights(scale, x.ndim))
-        flow.add(dst, self._placed_weights(shift, x.ndim))
-        params = any(part is not None and part.params for part in (call["input"], weight, bias))
+        flow.connect(dst, x.numbers, self._placed_weights(scale, dst.ndim))
+        flow.add(dst, self._placed_weights(shift, dst.ndim))
+        params = any(part is not None and part.params for part in (x, weight, bias))
         result = Nodes(dst, params)
         return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
 
