@@ -234,10 +234,11 @@ def _with_values(
     """The same trace, with the values of the files."""
     captured = traced.captured.eval
     tensors = dict(captured.tensors)
+    read = set(traced.buffers)
     for place, name in captured.buffers.items():
         if prefix + name in checkpoint.places:
             tensors[place] = checkpoint.read(prefix + name)
-        elif tensors[place].is_meta:
+        elif name in read and tensors[place].is_meta:
             raise ValueError(
                 f"the buffer {name!r} has no values: it is not in {checkpoint.path}, and the model is on the meta "
                 "device; put the values that the model computes for it in its place first"
