@@ -9,6 +9,7 @@ cannot see through (values, unknown tensors, random decisions) counts as a diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +36,11 @@ _MODE_DEPENDENT: dict[Callable[..., Any], int] = {
 Their results have the shape of their first argument; the dry run goes no further into them.
 """
 
-_TRIANGLES = ("tril", "triu", "tril_", "triu_")
-"""Functions whose zeros depend on the place in the last two dimensions."""
+_TRIANGLES = ("tril", "triu")
+_DIAGONALS = ("diag", "diagonal", "trace", "fill_diagonal")
+"""Functions that ask which of an entry's places along two dimensions (the last ones of a triangle) is larger."""
+_REGROUPS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "contiguous")
+"""Functions that number the entries anew, in their old order."""
 
 _PLAIN = (
     *(int, float, complex, str, bool, type(None), slice, type(...)),
@@ -59,8 +63,9 @@ def modes_agree(model: nn.Module, inputs: Any) -> bool:
 def batches_agree(model: nn.Module, inputs: Any, others: Any) -> bool:
     """Does eval mode make the same calls for two numbers of examples, on tensors that grow with them or not at all?
 
-    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, what is written into one example
-    overwrites a part of several, and a triangle of examples and units keeps other units of each example.
+    A model that takes examples apart does not: ``x[:1]`` and ``x[1:]`` grow otherwise, and what is written into one
+    example overwrites a part of several. Nor does one in which the number of an example says which unit is meant: a
+    triangle or diagonal of examples and units, or a new order in which examples come after units.
     """
     try:
         records = [_record(model, chosen, training=False) for chosen in (inputs, others)]
@@ -79,21 +84,57 @@ def _grows(call: _Call, other: _Call, sizes: Sequence[int]) -> bool:
     """Are two calls the same but for the number of examples in their tensors?"""
     if (call.name, call.structure) != (other.name, other.structure):
         return False
+    name = call.name.rpartition(".")[2].rstrip("_")
     for leaf, grown in zip(call.leaves, other.leaves, strict=True):
-        if not isinstance(leaf, _Place) or not isinstance(grown, _Place):
-            if isinstance(leaf, _Place) or isinstance(grown, _Place):
+        if isinstance(leaf, _Place) and isinstance(grown, _Place):
+            if leaf.origin != grown.origin or not _shapes_grow(leaf.shape, grown.shape, sizes):
                 return False
-            continue
-        if leaf.origin != grown.origin or len(leaf.shape) != len(grown.shape):
+            if name in _TRIANGLES and leaf.shape[-2:] != grown.shape[-2:]:
+                return False
+            if name in _DIAGONALS and leaf.shape != grown.shape:
+                return False
+        elif not _numbers_grow(leaf, grown, sizes):
             return False
-        if any(a != b and a * sizes[1] != b * sizes[0] for a, b in zip(leaf.shape, grown.shape, strict=True)):
+    if name == "einsum" and _repeats_a_letter(call.leaves):
+        return False
+    for shape, grown_shape in zip(call.results, other.results, strict=True):
+        if not _shapes_grow(shape, grown_shape, sizes):
             return False
-        if call.name.rpartition(".")[2] in _TRIANGLES and leaf.shape[-2:] != grown.shape[-2:]:
-            return False
+        if name in _REGROUPS and isinstance(call.leaves[0], _Place):
+            before = _units_before(call.leaves[0].shape, other.leaves[0].shape)
+            if before != _units_before(shape, grown_shape):
+                return False
     if not (call.leaves and isinstance(call.leaves[0], _Place) and _writes(call.name)):
         return True
     part, grown = call.leaves[0], other.leaves[0]
     return bool(part.shape != grown.shape or part.memory == grown.memory)
+
+
+def _shapes_grow(shape: tuple[int, ...], grown: tuple[int, ...], sizes: Sequence[int]) -> bool:
+    """Is a shape that of more examples along at most one dimension?"""
+    if len(shape) != len(grown):
+        return False
+    longer = [(a, b) for a, b in zip(shape, grown, strict=True) if a != b]
+    return len(longer) <= 1 and all(a * sizes[1] == b * sizes[0] for a, b in longer)
+
+
+def _numbers_grow(leaf: Any, grown: Any, sizes: Sequence[int]) -> bool:
+    """Are arguments that are no tensors the same, or numbers that are in proportion to the examples?"""
+    if isinstance(leaf, tuple) and isinstance(grown, tuple):
+        return len(leaf) == len(grown) and all(_numbers_grow(a, b, sizes) for a, b in zip(leaf, grown, strict=True))
+    proportional = type(leaf) is int and type(grown) is int and leaf * sizes[1] == grown * sizes[0]
+    return proportional or (type(leaf) is type(grown) and bool(leaf == grown))
+
+
+def _repeats_a_letter(arguments: Sequence[Any]) -> bool:
+    terms = next((leaf for leaf in arguments if isinstance(leaf, str)), "").partition("->")[0].split(",")
+    return any(len(set(term.strip(" ."))) < len(term.strip(" .")) for term in terms)
+
+
+def _units_before(shape: tuple[int, ...], grown: tuple[int, ...]) -> int:
+    """The number of entries over which the examples are repeated: the product of the dimensions before theirs."""
+    at = next((dim for dim, (a, b) in enumerate(zip(shape, grown, strict=True)) if a != b), 0)
+    return math.prod(shape[:at])
 
 
 def _writes(name: str) -> bool:
@@ -118,11 +159,12 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a function. Its arguments as a flat list, tensors replaced by their places."""
+    """A call of a function. Its arguments as a flat list, tensors replaced by their places; the shapes it returns."""
 
     name: str
     leaves: list[Any]
     structure: Any
+    results: tuple[tuple[int, ...], ...] = ()
 
 
 def _record(model: nn.Module, inputs: Any, training: bool) -> list[_Call]:
@@ -174,7 +216,7 @@ class _Recorder(TorchFunctionMode):
             return _Place(self._known[id(leaf)], tuple(leaf.shape), leaf.untyped_storage().nbytes())
         if not isinstance(leaf, _PLAIN):
             raise _UnclearError(f"an argument of type {type(leaf).__name__}")
-        return repr(leaf) if isinstance(leaf, slice) else leaf
+        return (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,9 +236,10 @@ class _Recorder(TorchFunctionMode):
                 part = self.calls[-1].leaves
                 part[0] = replace(part[0], shape=tuple(args[0][args[1]].shape))
             result = func(*args, **kwargs)
-        for position, leaf in enumerate(pytree.tree_leaves(result)):
-            if isinstance(leaf, Tensor):
-                if not leaf.is_meta:
-                    raise _UnclearError("a tensor with values")
-                self.know(leaf, (len(self.calls), position))
+        returned = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        for position, leaf in enumerate(returned):
+            if not leaf.is_meta:
+                raise _UnclearError("a tensor with values")
+            self.know(leaf, (len(self.calls), position))
+        self.calls[-1] = replace(self.calls[-1], results=tuple(tuple(leaf.shape) for leaf in returned))
         return result

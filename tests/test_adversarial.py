@@ -135,6 +135,12 @@ FUNCTIONS = {
     "batch and its own product": lambda m, x: (lambda y: m.head(torch.baddbmm(y, y, m.mix[None])[0]))(
         m.a(x)[None, :, :6]
     ),
+    "diagonal of examples and units": lambda m, x: m.a(x).diagonal(0, 0, 1),
+    "trace of examples and units": lambda m, x: m.a(x)[:, : len(x)].trace(),
+    "diagonal by einsum": lambda m, x: torch.einsum("ii->i", m.a(x)[:, : len(x)]),
+    "examples after units": lambda m, x: F.relu(m.a(x).reshape(6, len(x)).t()),
+    "units by the number of examples": lambda m, x: m.head(m.b(x)) + m.a(x)[:, len(x) - 1 : len(x)].sum(),
+    "units by the numbers of examples": lambda m, x: m.a(x)[torch.arange(len(x)), torch.arange(len(x))],
     "one-dimensional weight": lambda m, x: F.linear(F.relu(m.a(x)), m.head.weight[0]),
 }
 
