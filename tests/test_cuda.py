@@ -118,3 +118,14 @@ def test_steps_in_path_space_are_the_same(make):
         assert all(parameter.device == device for parameter in model.parameters())
     for expected, found in zip(here.parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_the_stream_of_the_caller_is_used_and_left_alone():
+    model, x = network().cuda(), torch.randn(2, 3, 12, 12, device="cuda")
+    expected = dagpath.rescale_(copy.deepcopy(model), x).log_scales
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = dagpath.rescale_(model, x).log_scales
+        assert torch.cuda.current_stream() == stream
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)

@@ -16,6 +16,6 @@ def test_every_test_that_the_page_names_exists():
 
 
 def test_every_promise_has_its_test():
-    promises = [part for part in re.split(r"\n\n", PAGE) if "\n   " in part]
-    assert len(promises) > 10
-    assert all("test_" in promise for promise in promises if ".. " not in promise)
+    promises = re.split(r"\n- ", PAGE)[1:]
+    assert len(promises) > 15
+    assert all("*Proof*: " in promise and "``test_" in promise for promise in promises)
