@@ -110,6 +110,56 @@ def test_what_is_wrong_is_said_and_nothing_is_written(change, code, words, folde
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+def test_a_model_is_explained_without_values(folder, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "explain", "nets.py:build", "--input", "1,4")
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    assert (code, out) == (0, traced.explain() + "\n")
+    code, out, _ = run(capsys, monkeypatch, "explain", "nets.py:build", "--input", "1,4", "--json")
+    assert json.loads(out) == traced.explain("dict")
+
+
+@pytest.mark.parametrize("file", ["in.safetensors", "in.pt"])
+def test_paths_are_counted_and_weighed(file, folder, capsys, monkeypatch):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net.load_state_dict(load_file("in.safetensors"))
+    torch.save(net.state_dict(), "in.pt")
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    command = ["paths", "nets.py:build", "--input", "1,4", "--weights", file]
+    code, out, _ = run(capsys, monkeypatch, *command, "--json", "--top", "3")
+    found = json.loads(out)
+    assert (code, found["paths"]) == (0, 4 * 8 * 2 + 8 * 2 + 2)
+    assert found["log_path_norm_2"] == dagpath.path_norm(traced, 2, log=True)
+    assert [path["value"] for path in found["top"]] == [path.value for path in dagpath.top_paths(traced, 3)]
+    code, out, _ = run(capsys, monkeypatch, *command)
+    assert code == 0
+    assert "log of the path-norm, p = 1" in out
+    assert "→" in out
+
+
+def test_a_rescaled_file_is_at_no_distance_in_paths(folder, capsys, monkeypatch):
+    run(capsys, monkeypatch, *RESCALE, "--power-of-two")
+    both = ["compare", "in.safetensors", "out.safetensors", "--model", "nets.py:build", "--input", "1,4"]
+    code, out, _ = run(capsys, monkeypatch, *both, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["relative_path_distance"] < 1e-7
+    assert found["relative_parameter_differences"]["2.bias"] == 0
+    code, out, _ = run(capsys, monkeypatch, *both)
+    assert "relative difference" in out
+
+
+def test_files_that_hold_code_are_not_run(folder, capsys, monkeypatch):
+    class Code:
+        def __reduce__(self):
+            return (print, ("this was run",))
+
+    torch.save({"0.weight": Code()}, "bad.pt")
+    code, out, error = run(capsys, monkeypatch, "paths", "nets.py:build", "--input", "1,4", "--weights", "bad.pt")
+    assert code == 1
+    assert "this was run" not in out + error
+
+
 def test_the_help_says_that_code_is_run(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "rescale", "--help")
     text = " ".join(out.replace("│", " ").split())
