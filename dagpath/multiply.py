@@ -38,7 +38,7 @@ class Moving:
     tensor: Tensor
     power: float
     exact: bool = False
-    kept: bool = False
+    kept: bool = True
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from dagpath.balance import balance
 from dagpath.capture import run, with_batch
 from dagpath.criteria import Criterion
-from dagpath.distributed import reshard
+from dagpath.distributed import computed_types, reshard
 from dagpath.errors import VerificationError
 from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
@@ -92,19 +92,21 @@ def rescale_(
     balanced = time.perf_counter()
     reshard(model)
     with transaction(model.parameters()):
-        with traced.peers.together():
+        with traced.peers.together(gathers=True):
             before = [run(model, inputs, training) for training, inputs in checks]
         applying = time.perf_counter()
         rescaling.apply_()
         applied = time.perf_counter()
-        with traced.peers.together():
+        with traced.peers.together(gathers=True):
             after = [run(model, inputs, training) for training, inputs in checks]
         difference = None
         for (training, _), reference, outputs in zip(checks, before, after, strict=True):
             worst = traced.peers.largest(_compare(reference, outputs))
             _check(worst, 0.0 if rescaling.power_of_two else _tolerance(traced, reference), training, rescaling)
-            if _tells(reference, training):
+            if traced.peers.largest(float(any(bool(torch.isfinite(output).any()) for output in reference))):
                 difference = max(worst, difference or 0.0)
+    for (training, _), reference in zip(checks, before, strict=True):
+        _warn_of_undefined(reference, training)
     end = time.perf_counter()
     stages = {
         "trace": traced.seconds,
@@ -124,8 +126,8 @@ def _modes_to_check(traced: TracedModel, given: Any) -> list[tuple[bool, Any]]:
     return checks
 
 
-def _tells(outputs: list[Tensor], training: bool) -> bool:
-    """Is there a finite output to compare? Warns where outputs are NaN, or none is finite."""
+def _warn_of_undefined(outputs: list[Tensor], training: bool) -> None:
+    """Warn where outputs are NaN, or none is finite: nothing can be told from those."""
     total = sum(output.numel() for output in outputs)
     finite, undefined = (sum(int(test(output).sum()) for output in outputs) for test in (torch.isfinite, torch.isnan))
     if undefined or not finite:
@@ -135,7 +137,6 @@ def _tells(outputs: list[Tensor], training: bool) -> bool:
             "compared; pass example inputs on which the outputs are finite",
             stacklevel=3,
         )
-    return finite > 0
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> float:
@@ -157,7 +158,7 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> float:
 def _tolerance(traced: TracedModel, outputs: list[Tensor]) -> float:
     inside = pytree.tree_leaves([node.meta.get("val") for node in traced.fx.graph.nodes])
     tensors = [*outputs, *traced.model.parameters(), *(leaf for leaf in inside if isinstance(leaf, Tensor))]
-    types = {tensor.dtype for tensor in tensors}
+    types = {tensor.dtype for tensor in tensors} | computed_types(traced.model)
     return max((_TOLERANCES.get(dtype, 0.0) for dtype in types), default=1e-10)
 
 

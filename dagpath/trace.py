@@ -199,8 +199,6 @@ def require_dtype(dtype: object) -> None:
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
 
 
-@uncollected()
-@one_thread()
 def trace(
     model: nn.Module, example_inputs: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
@@ -250,17 +248,24 @@ def trace(
             f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
             f"{type(example_inputs).__name__}"
         )
-    captured = capture(model, args, kwargs or {}, is_compound)
+    with peers.together():
+        captured, neurons = _captured(model, args, kwargs or {})
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",
             stacklevel=2,
         )
+    return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)
+
+
+@uncollected()
+@one_thread()
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Capture, NeuronGraph]:
+    captured = capture(model, args, kwargs, is_compound)
     with plain_computation():
         flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
         for graph in (captured.eval, captured.train):
             if graph is not None:
                 flow.run_graph(graph)
-        neurons = NeuronGraph(flow, functools.partial(_structure, model, captured))
-    return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)
+        return captured, NeuronGraph(flow, functools.partial(_structure, model, captured))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion, EquiNorm
+from dagpath.distributed import reshard
 from dagpath.optim.groups import check_steps
 from dagpath.optimizer_state import moving_state
 from dagpath.rescaling import Rescaling
@@ -134,6 +135,7 @@ class Rebalance:
             warnings.warn(self.options.shortfall(rescaling), stacklevel=4)  # the line that calls optimizer.step()
 
     def _check_all_held(self) -> None:
+        reshard(self.traced.model)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         held = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in self.traced.model.named_parameters():
