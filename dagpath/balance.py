@@ -45,6 +45,7 @@ class BalanceOptions:
         """What :func:`balance` returns, without its warning."""
         require_traced(traced)
         start = time.perf_counter()
+        traced.peers.require_same("the options of balancing", self._text())
         with traced.peers.together(gathers=True):
             check_values(traced)
             where = torch.device(self.device) if self.device is not None else _device_of(traced)
@@ -72,6 +73,13 @@ class BalanceOptions:
             {"masses": posed - start, "solve": end - posed},
             problem.bound,
             after - solution.objective[1] if self.power_of_two else 0.0,
+        )
+
+    def _text(self) -> str:
+        """The options, in words that are the same in every process."""
+        own = self.criterion if isinstance(self.criterion, str) else type(self.criterion).__qualname__
+        return f"criterion={own}, solver={self.solver}, tol={self.tol}, max_iter={self.max_iter}, " + (
+            f"power_of_two={self.power_of_two}, bound={self.bound}"
         )
 
     def shortfall(self, rescaling: Rescaling) -> str:

@@ -157,12 +157,14 @@ def with_batch(given: Any, size: int | None) -> Any:
     """
     tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sizes = {tensor.shape[0] for tensor in tensors}
-    if size is None or len(sizes) != 1 or sizes <= {0, size}:
+    if size is None or len(sizes) != 1 or sizes == {size}:
         return given
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             return leaf
+        if not len(leaf):
+            return leaf.new_zeros((size, *leaf.shape[1:]))
         return leaf[:size] if len(leaf) >= size else torch.cat([leaf[:1]] * size)
 
     return pytree.tree_map(resize, given)

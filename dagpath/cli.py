@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from dagpath.checkpoint import rescale_checkpoint
 from dagpath.errors import DagpathError
+from dagpath.solver.problem import DEFAULT_BOUND
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
@@ -68,8 +70,9 @@ def rescale(
     out: Annotated[
         Path,
         typer.Option(
-            help="Where the new weights go: a file for a file, a new folder for several. It appears once it is "
-            "complete. Never the input.",
+            help="Where the new weights go: a file for a file, which is replaced if it exists; a folder that does not "
+            "exist for several, in which only the weights and their index are written. It appears once it is complete. "
+            "Never the input.",
             show_default=False,
         ),
     ],
@@ -77,6 +80,10 @@ def rescale(
     power_of_two: Annotated[
         bool, typer.Option("--power-of-two", help="Factors that are powers of two: outputs stay bitwise the same.")
     ] = False,
+    bound: Annotated[
+        float,
+        typer.Option(help="Largest factor, and the inverse of the smallest. Smaller where a half type overflows."),
+    ] = math.exp(DEFAULT_BOUND),
     prefix: Annotated[str, typer.Option(help="What stands before the model's names in the files.")] = "",
     with_values: Annotated[
         bool,
@@ -103,6 +110,7 @@ def rescale(
         prefix=prefix,
         progress=not as_json,
         power_of_two=power_of_two,
+        bound=math.log(bound) if bound > 1 else 0.0,
     )
     if as_json:
         found = {
@@ -124,6 +132,9 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 it could not be done, 2 the command is wrong."""
     try:
         app()
+    except KeyboardInterrupt:
+        _errors.print("[bold red]interrupted[/bold red]: nothing was written")
+        raise SystemExit(130) from None
     except (DagpathError, ValueError, TypeError, OSError, ImportError) as error:
         _errors.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
@@ -150,11 +161,11 @@ def _factory(spec: str) -> Callable[[], Any]:
     if path.suffix == ".py":
         if not path.is_file():
             raise typer.BadParameter(f"there is no file {module}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
+        found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
         assert found is not None
         assert found.loader is not None
         loaded = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = loaded
+        sys.modules[found.name] = loaded
         found.loader.exec_module(loaded)
     else:
         sys.path.insert(0, "")  # as ``python -m`` does
@@ -173,6 +184,6 @@ def _example(spec: str) -> Tensor:
         shape = [int(size) for size in sizes.split(",")]
     except ValueError:
         shape = [-1]
-    if not isinstance(dtype, torch.dtype) or min(shape) < 0:
+    if not isinstance(dtype, torch.dtype) or min(shape) < 1:
         raise typer.BadParameter(f"--input {spec!r} is no shape such as 1,3,224,224 or 1,128:int64")
     return torch.zeros(shape, dtype=dtype)

@@ -7,7 +7,9 @@ Parameters that are spread over processes (by ``fully_shard`` or ``parallelize_m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +139,18 @@ def stand_in(model: nn.Module, inputs: Any = None, fakes: FakeTensorMode | None 
     return torch.utils._pytree.tree_map(fake, inputs)
 
 
+def warn_if_alone(peers: Peers) -> None:
+    """Warn where several processes train, and this model is none that they share."""
+    dist = torch.distributed
+    if not peers.groups and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"{dist.get_world_size()} processes train together, but this trace is of a model of one process: give "
+            "dagpath.trace the model in DistributedDataParallel, not its .module, or each process may find factors of "
+            "its own",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class Peers:
     """The processes that hold or train a model together; no groups where there is but one.
@@ -185,6 +199,17 @@ class Peers:
         for group in self.groups:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
         return float(found)
+
+    def require_same(self, what: str, given: str) -> None:
+        """Raise ValueError in all processes unless they give the same text.
+
+        Args:
+            what: what it describes, for the message.
+            given: the text.
+        """
+        digest = float(int.from_bytes(hashlib.sha256(given.encode()).digest()[:6], "big"))
+        if self.largest(digest) != -self.largest(-digest):
+            raise ValueError(f"{what} differ between the processes that share the model; here: {given}")
 
     @contextlib.contextmanager
     def together(self, gathers: bool = False) -> Iterator[None]:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.balance import balance
+from dagpath.balance import BalanceOptions, balance
 from dagpath.capture import run, with_batch
 from dagpath.criteria import Criterion
-from dagpath.distributed import computed_types, reshard
+from dagpath.distributed import Peers, computed_types, reshard
 from dagpath.errors import VerificationError
 from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
+from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -65,7 +66,7 @@ def rescale_(
         UserWarning: outputs on the example inputs are NaN, or none is finite, or there is none: those say nothing. With
             nothing to compare, ``difference`` is None.
 
-    Cost: for a ResNet-50 about as much as 15 forward and backward passes in float32 at batch 1, and six times the
+    Cost: for a ResNet-50 about as much as 9 forward and backward passes in float32 at batch 1, and six times the
     memory of the parameters beside the model (``benchmarks/results/rescale.json``).
 
     Example:
@@ -84,8 +85,14 @@ def rescale_(
             f"{', '.join(_BALANCE_OPTIONS)}"
         )
     start = time.perf_counter()
+    unwrap(model)  # which refuses what no processes are asked about
+    with Peers.of(model).together():
+        options = BalanceOptions(criterion, **balance_options)
     traced = trace(model, example_inputs, kwargs)
-    rescaling = balance(traced, criterion, **balance_options)
+    traced.peers.require_same("the arguments of rescale_", f"verify={bool(verify)}")
+    rescaling = options.minimize(traced)
+    if not rescaling.converged:
+        warnings.warn(options.shortfall(rescaling), stacklevel=2)
     model = traced.model
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []

@@ -240,16 +240,17 @@ def trace(
         NeuronGraph(10 neurons, 8 free groups, 58 parameters)
     """
     start = time.perf_counter()
-    peers = Peers.of(model)
-    model = unwrap(model)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(args, tuple):
-        raise TypeError(
-            f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
-            f"{type(example_inputs).__name__}"
-        )
+    inner = unwrap(model)
+    peers, model = Peers.of(model), inner
     with peers.together():
+        args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        if not isinstance(args, tuple):
+            raise TypeError(
+                f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
+                f"{type(example_inputs).__name__}"
+            )
         captured, neurons = _captured(model, args, kwargs or {})
+    peers.require_same("the graphs of neurons", f"{type(model).__name__}, {neurons.digest()}")
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "

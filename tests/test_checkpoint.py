@@ -240,7 +240,7 @@ def test_copies_of_one_parameter_that_differ_are_refused(tmp_path):
     paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     with torch.device("meta"):
         empty = Tied()
-    with pytest.raises(ValueError, match="'code.weight', 'out.weight' are one parameter of the model, but differ"):
+    with pytest.raises(ValueError, match=r"'code.weight', 'out.weight' are one parameter of the model, but differ"):
         dagpath.rescale_checkpoint(empty, torch.zeros(1, 5), *paths)
 
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion, EquiNorm
-from dagpath.distributed import reshard
+from dagpath.distributed import reshard, warn_if_alone
 from dagpath.optim.groups import check_steps
 from dagpath.optimizer_state import moving_state
 from dagpath.rescaling import Rescaling
@@ -93,6 +93,7 @@ class Rebalance:
         for one in self.optimizers:
             moving_state(one, {})
         self._check_all_held()
+        warn_if_alone(traced.peers)
         last = self.optimizers[-1]
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))  # a step may be compiled
         self._hooks = last.register_step_pre_hook(before), last.register_step_post_hook(after)
