@@ -24,6 +24,8 @@ from dagpath.solver.problem import DEFAULT_BOUND
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
+_INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 
 _MODEL = (
     "MODULE:FACTORY. The module is a name such as torchvision.models or a file such as nets/mine.py, and FACTORY a "
@@ -129,12 +131,13 @@ def rescale(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 it could not be done, 2 the command is wrong."""
+    """Run the command line. Exit codes: 0 done, 1 it could not be done, 2 the command is wrong, 130 Ctrl-C."""
     try:
         app()
-    except KeyboardInterrupt:
-        _errors.print("[bold red]interrupted[/bold red]: nothing was written")
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _errors.print("[bold red]interrupted[/bold red]: nothing was written")
+        raise
     except (DagpathError, ValueError, TypeError, OSError, ImportError) as error:
         _errors.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
