@@ -183,9 +183,12 @@ class MassFlow(fx.Interpreter):
 
             outer, self.node = self.node, call.node  # a backward pass is elsewhere in the graph
             args, kwargs = mapped((call.args, call.kwargs), Mass, anew)
+            before = len(self.sinks)
             result = rule.mass(self, Call(call.target, args, kwargs, call.node))
             self.node = outer
-            if not found:  # later ones hold what they were computed from
+            if found:  # paths end there already
+                del self.sinks[before:]
+            else:  # later ones would hold what they were computed from
                 found.append(result)
             return anchor.clone(), *(mass.values for mass in leaves(result, Mass))
 
