@@ -45,15 +45,17 @@ class BalanceOptions:
         """What :func:`balance` returns, without its warning."""
         require_traced(traced)
         start = time.perf_counter()
-        check_values(traced)
-        where = torch.device(self.device) if self.device is not None else _device_of(traced)
-        problem = criterion_of(self.criterion).problem(traced, self.bound, where)
-        posed = time.perf_counter()
-        solution = solve(problem, self.solver, self.tol, self.max_iter)
-        z, after = solution.z, solution.objective[1]
-        if self.power_of_two:
-            rounded, after = round_to_powers_of_two(problem, z)
-            z = torch.from_numpy(rounded)
+        traced.peers.require_same("the options of balancing", self._text())
+        with traced.peers.together(gathers=True):
+            check_values(traced)
+            where = torch.device(self.device) if self.device is not None else _device_of(traced)
+            problem = criterion_of(self.criterion).problem(traced, self.bound, where)
+            posed = time.perf_counter()
+            solution = solve(problem, self.solver, self.tol, self.max_iter)
+            z, after = solution.z, solution.objective[1]
+            if self.power_of_two:
+                rounded, after = round_to_powers_of_two(problem, z)
+                z = torch.from_numpy(rounded)
         z = traced.peers.first(z)  # which are the same already where all processors are alike
         end = time.perf_counter()
         return Rescaling(
@@ -71,6 +73,13 @@ class BalanceOptions:
             {"masses": posed - start, "solve": end - posed},
             problem.bound,
             after - solution.objective[1] if self.power_of_two else 0.0,
+        )
+
+    def _text(self) -> str:
+        """The options, in words that are the same in every process."""
+        own = self.criterion if isinstance(self.criterion, str) else type(self.criterion).__qualname__
+        return f"criterion={own}, solver={self.solver}, tol={self.tol}, max_iter={self.max_iter}, " + (
+            f"power_of_two={self.power_of_two}, bound={self.bound}"
         )
 
     def shortfall(self, rescaling: Rescaling) -> str:
@@ -153,7 +162,8 @@ def random_rescaling(
         traced: the traced model.
         sigma: standard deviation of log λ (natural logarithm), at least 0.
         power_of_two: round the factors to powers of two; applying it is then bitwise exact.
-        generator: source of randomness; None for PyTorch's global one.
+        generator: source of randomness; None for PyTorch's global one. Processes that share the model have the factors
+            of the first.
 
     Returns:
         A :class:`Rescaling`; ``apply_()`` applies it.
@@ -176,7 +186,7 @@ def random_rescaling(
     z = sigma * torch.randn(traced.graph.num_groups, dtype=torch.float64, generator=generator)
     if power_of_two:
         z = torch.round(z / math.log(2)) * math.log(2)
-    return Rescaling(traced, z, power_of_two)
+    return Rescaling(traced, traced.peers.first(z), power_of_two)
 
 
 def check_values(traced: TracedModel) -> None:

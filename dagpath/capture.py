@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dagpath.containers import opened
-from dagpath.distributed import own, stand_in, whole
+from dagpath.distributed import has_all_values, own, stand_in, whole
 from dagpath.errors import CaptureError
 from dagpath.modes import batches_agree, modes_agree
 from dagpath.regions import inlined
@@ -113,8 +114,7 @@ def capture(
     evaluated, failure = _first_capture(model, given, sizes[0], False, is_compound)
     if evaluated is None:
         assert failure is not None
-        if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            run(model, given, training=False)
+        run(model, given, training=False, dry=not has_all_values(model))
         raise _capture_error(model, failure) from failure
     if modes_agree(model, with_batch(given, sizes[1])):
         return Capture(evaluated, None, "")
@@ -157,12 +157,14 @@ def with_batch(given: Any, size: int | None) -> Any:
     """
     tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sizes = {tensor.shape[0] for tensor in tensors}
-    if size is None or len(sizes) != 1 or sizes <= {0, size}:
+    if size is None or len(sizes) != 1 or sizes == {size}:
         return given
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             return leaf
+        if not len(leaf):
+            return leaf.new_zeros((size, *leaf.shape[1:]))
         return leaf[:size] if len(leaf) >= size else torch.cat([leaf[:1]] * size)
 
     return pytree.tree_map(resize, given)
@@ -350,15 +352,22 @@ def _headline(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+def run(model: nn.Module, inputs: Any, training: bool, dry: bool = False) -> list[Tensor]:
     """The tensors that the model returns, computed without gradients; the model is left as it was.
+
+    Args:
+        model: the model.
+        inputs: its inputs, positional and by keyword.
+        training: in train mode?
+        dry: without the values of parameters and buffers: the results have none either.
 
     Raises:
         CaptureError: the model's forward raised; the message names the line.
     """
-    args, kwargs = inputs
+    fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else contextlib.nullcontext()
     try:
-        with mode(model, training), without_autocast(), torch.no_grad():
+        with mode(model, training), without_autocast(), torch.no_grad(), fakes:
+            args, kwargs = stand_in(model, inputs, fakes) if isinstance(fakes, FakeTensorMode) else inputs
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except Exception as error:
         shapes = ", ".join(
@@ -374,6 +383,12 @@ def run(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     return [whole(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+_NO_VALUES = (
+    "\n  This model was made without values (on the meta device, say): if it computes with tensors of its own, such as "
+    "tables, make it with values."
+)
+
+
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
     threads = (
         "\n  Other threads are alive: PyTorch's exporter fails where one of them runs a module meanwhile, be it of "
@@ -384,5 +399,6 @@ def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
         f"{_at(failure)}"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
+        f"{'' if has_all_values(model) else _NO_VALUES}"
         f"{threads if threading.active_count() > 1 else ''}"
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import stat
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dagpath.balance import balance
+from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion
 from dagpath.fetched import Fetched
 from dagpath.files import written_whole
@@ -23,6 +26,23 @@ from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
 
 _INDEX = ".safetensors.index.json"
+_TYPES = ("F64", "F32", "F16", "BF16")
+"""The types of parameters that can be multiplied, as the files call them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is, and what it is.
+
+    Attributes:
+        file: the file.
+        shape: the shape.
+        kind: the type, as the file calls it.
+    """
+
+    file: Path
+    shape: torch.Size
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -33,13 +53,13 @@ class Checkpoint:
         path: what was opened.
         files: the files of tensors.
         index: the file that says which tensor is in which of them; None where there is one file.
-        places: tensor name -> its file and its shape.
+        places: tensor name -> where it is.
     """
 
     path: Path
     files: tuple[Path, ...]
     index: Path | None
-    places: Mapping[str, tuple[Path, torch.Size]]
+    places: Mapping[str, Place]
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Checkpoint:
@@ -53,7 +73,7 @@ class Checkpoint:
         path = Path(path)
         found = _only(path) if path.is_dir() else path
         if not found.name.endswith(_INDEX):
-            return Checkpoint(path, (found,), None, {name: (found, shape) for name, shape in _shapes(found).items()})
+            return Checkpoint(path, (found,), None, _places(found))
         try:
             names = json.loads(found.read_bytes())["weight_map"]
             files = {file: found.parent / file for file in sorted(set(names.values()))}
@@ -62,31 +82,50 @@ class Checkpoint:
         for file in files.values():
             if file.parent != found.parent:
                 raise ValueError(f"{found} names {str(file)!r}, which is in another folder")
-        shapes = {file: _shapes(part) for file, part in files.items()}
-        inside = {(name, file) for file, part in shapes.items() for name in part}
+        places = {file: _places(part) for file, part in files.items()}
+        inside = {(name, file) for file, part in places.items() for name in part}
         if inside != set(names.items()):
             name, file = min(inside ^ set(names.items()))
             raise ValueError(f"{found} and its files do not agree: {name!r} is in one of {found.name} and {file} alone")
-        places = {name: (files[file], shapes[file][name]) for name, file in names.items()}
-        return Checkpoint(path, tuple(files.values()), found, places)
+        return Checkpoint(
+            path, tuple(files.values()), found, {name: places[file][name] for name, file in names.items()}
+        )
 
     def read(self, name: str) -> Tensor:
         """One tensor, which is not to be written to: its memory may be a map of the file."""
         from safetensors import safe_open  # an extra
 
-        with safe_open(self.places[name][0], framework="pt") as file:
+        with safe_open(self.places[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def check_target(self, out: str | os.PathLike[str]) -> None:
+        """Raise what :meth:`write` would raise of a place that cannot be written to."""
+        out = Path(out)
+        if not out.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {out.parent}")
+        if self.index is not None:
+            if os.path.lexists(out):
+                raise FileExistsError(f"{out} exists: name a folder that does not, for {len(self.files)} files")
+        elif out.is_dir():
+            raise FileExistsError(f"{out} is a folder: name a file")
+        elif out.exists() and out.samefile(self.files[0]):
+            raise ValueError(f"{out} is the file that is read: name another")
+
     def write(
-        self, out: str | os.PathLike[str], change: Callable[[str, Tensor], Tensor | None], progress: bool = False
+        self,
+        out: str | os.PathLike[str],
+        names: Collection[str],
+        change_: Callable[[str, Tensor], None],
+        progress: bool = False,
     ) -> None:
         """Write a copy in which some tensors are changed: the whole of it, or nothing.
 
         Args:
             out: a file where the checkpoint is one file (which is replaced at the end, if it exists), else a folder,
                 which must not exist.
-            change: gets the name and a copy of each tensor; returns it with other values, or None to leave it.
+            names: of the tensors to change.
+            change_: gets the name and a copy of each, and changes it in place.
             progress: show a progress bar.
 
         Raises:
@@ -96,25 +135,24 @@ class Checkpoint:
 
         Cost: each file is copied and the changed tensors are written again; one tensor is held at a time.
         """
-        out = Path(out)
-        if self.index is None:
-            _check_target(self.files[0], out)
-        elif out.exists():
-            raise FileExistsError(f"{out} exists: name a folder that does not, for {len(self.files)} files")
-        bar = tqdm(total=len(self.places), desc="rescaling", disable=not progress, leave=False, delay=2)
+        self.check_target(out)
+        bar = tqdm(total=len(names), desc="rescaling", disable=not progress, leave=False, delay=2)
         with bar, written_whole(out, folder=self.index is not None) as made:
             for file in self.files:
                 target = made if self.index is None else made / file.name
-                shutil.copyfile(file, target)
+                shutil.copy(file, target)
+                target.chmod(target.stat().st_mode | stat.S_IWUSR)
                 with target.open("r+b") as written:
                     for name, start in _starts(written).items():
-                        changed = change(name, self.read(name).clone())
-                        if changed is not None:
-                            written.seek(start)
-                            written.write(changed.contiguous().view(-1).view(torch.uint8).numpy().data)
+                        if name not in names:
+                            continue
+                        tensor = self.read(name).clone()
+                        change_(name, tensor)
+                        written.seek(start)
+                        written.write(tensor.view(-1).view(torch.uint8).numpy().data)
                         bar.update()
             if self.index is not None:
-                shutil.copyfile(self.index, made / self.index.name)
+                shutil.copy(self.index, made / self.index.name)
 
 
 def rescale_checkpoint(
@@ -131,15 +169,16 @@ def rescale_checkpoint(
     """Rescale the weights in safetensors files, to the minimum of a criterion, tensor by tensor.
 
     The files are written as a whole or not at all: they appear under their name once they are complete, and what was
-    there before stays as it is if anything fails or is interrupted. Types, order and metadata stay.
+    there before stays as it is if anything fails or is interrupted. Types, order, metadata and permissions stay. (What
+    kills the process leaves a folder beside, whose name ends in ``.partial``.)
 
     Args:
         model: the architecture. Its values are not used and not changed; make it without any, under
             ``torch.device("meta")``, where they would not fit.
         example_inputs: as in :func:`dagpath.trace`; tensors may be on the CPU though the model is on the meta device.
         weights: a file ``*.safetensors``, the index of several (``*.safetensors.index.json``), or their folder.
-        out: where the new ones go: a file for a file, a folder that does not exist yet for several. Only safetensors
-            files and their index are written there.
+        out: where the new ones go: a file for a file, which is replaced if it exists; a folder that does not exist yet
+            for several. Only safetensors files and their index are written there, no configuration.
         criterion: as in :func:`dagpath.balance`.
         kwargs: keyword arguments of ``model.forward``.
         prefix: what stands before the model's names in the files, such as ``"module."``.
@@ -151,13 +190,14 @@ def rescale_checkpoint(
 
     Raises:
         ValueError: the files lack a parameter, or a buffer that eval mode uses and that has no values in the model
-            either, or hold a tensor that the model does not have, or one of another shape; or ``out`` is what is read.
+            either, or hold a tensor that the model does not have, one of another shape, a parameter that is not of
+            floating-point numbers of 16 bits or more, or two copies of one that differ; or ``out`` is what is read.
         BalanceError: a weight is not finite, or a product leaves the range of its type.
         FileNotFoundError, FileExistsError, OSError: as it happens; nothing is left behind.
         CaptureError: as in :func:`dagpath.trace`.
 
-    Cost: each tensor is read three times and written once. One tensor is held at a time, in float64, and its masses for
-    a moment; the masses of linear layers whose inputs are alike at all positions are stored as vectors, those of
+    Cost: each tensor is read some four times and written once. One tensor is held at a time, in float64, and its masses
+    for a moment; the masses of linear layers whose inputs are alike at all positions are stored as vectors, those of
     convolutions summed over their kernels. Criteria other than path conditioning hold the absolute values of all.
 
     Example:
@@ -175,46 +215,61 @@ def rescale_checkpoint(
         >>> torch.allclose(torch.func.functional_call(net, rescaled, x), net(x), atol=1e-5)
         True
     """
+    start = time.perf_counter()
+    options = BalanceOptions(criterion, **balance_options)
     checkpoint = Checkpoint.open(weights)
+    checkpoint.check_target(out)
     names = _names_in(checkpoint, model, prefix)
-    if checkpoint.index is None:
-        _check_target(checkpoint.files[0], Path(out))
     traced = _with_values(trace(model, example_inputs, kwargs), checkpoint, names, prefix)
-    rescaling = balance(traced, criterion, **balance_options)
-    owners = {inside: name for name, all_inside in names.items() for inside in all_inside}
+    rescaling = options.minimize(traced)
+    if not rescaling.converged:
+        warnings.warn(options.shortfall(rescaling), stacklevel=2)
+    owners = {inside: name for name in traced.graph.movable for inside in names[name]}
     scales = rescaling.scales()
 
-    def change(inside: str, tensor: Tensor) -> Tensor | None:
-        if owners.get(inside) not in traced.graph.movable:
-            return None
+    def change_(inside: str, tensor: Tensor) -> None:
         name = owners[inside]
         multiply_one_(Moving(name, inside, tensor, 1, rescaling.power_of_two), traced.graph.ends[name], scales)
-        return tensor
 
-    checkpoint.write(out, change, progress)
-    return rescaling
+    found = time.perf_counter()
+    checkpoint.write(out, owners, change_, progress)
+    end = time.perf_counter()
+    stages = {"trace": traced.seconds, **rescaling.stages, "write": end - found}
+    return replace(rescaling, seconds=end - start, stages=stages)
 
 
 def _names_in(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> dict[str, list[str]]:
     """Parameter name -> the names of its copies in the files: one that is used in several places may have several."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in known.values()}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         if prefix + alias in checkpoint.places:
             names[known[id(parameter)]].append(prefix + alias)
     found = {inside for all_inside in names.values() for inside in all_inside}
-    buffers = {prefix + name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {prefix + name: name for name, _ in model.named_buffers(remove_duplicate=False)}
+    stored = {name: [inside] for inside, name in buffers.items() if inside in checkpoint.places and name in shapes}
     hint = f"prefix={prefix!r} stands before the model's names; in the files are {_some(checkpoint.places)}"
     for name, all_inside in names.items():
         if not all_inside:
             raise ValueError(f"{checkpoint.path} has no {prefix + name!r}, a parameter of the model ({hint})")
         for inside in all_inside:
-            shape = checkpoint.places[inside][1]
+            if checkpoint.places[inside].kind not in _TYPES:
+                raise ValueError(
+                    f"{inside!r} in {checkpoint.path} is of type {checkpoint.places[inside].kind}: only parameters of "
+                    f"type {', '.join(_TYPES)} can be rescaled; nothing was written"
+                )
+        if any(not torch.equal(checkpoint.read(all_inside[0]), checkpoint.read(other)) for other in all_inside[1:]):
+            raise ValueError(
+                f"{', '.join(map(repr, all_inside))} are one parameter of the model, but differ in the file"
+            )
+    for name, all_inside in [*names.items(), *stored.items()]:
+        for inside in all_inside:
+            shape = checkpoint.places[inside].shape
             if shape != shapes[name]:
                 expected = tuple(shapes[name])
-                raise ValueError(f"{inside!r} in {checkpoint.path} has shape {tuple(shape)}, the parameter {expected}")
-    more = [inside for inside in checkpoint.places if inside not in found | buffers]
+                raise ValueError(f"{inside!r} in {checkpoint.path} has shape {tuple(shape)}, the model's {expected}")
+    more = [inside for inside in checkpoint.places if inside not in found | buffers.keys()]
     if more:
         raise ValueError(
             f"{checkpoint.path} has {more[0]!r}, which the model does not have ({len(more)} such tensors): what reads "
@@ -259,15 +314,16 @@ def _only(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} has no *.safetensors")
 
 
-def _shapes(path: Path) -> dict[str, torch.Size]:
-    """The tensors of a file and their shapes."""
+def _places(path: Path) -> dict[str, Place]:
+    """The tensors of a file."""
     from safetensors import SafetensorError, safe_open  # an extra
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Place(path, torch.Size(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 
@@ -277,10 +333,3 @@ def _starts(file: Any) -> dict[str, int]:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _check_target(source: Path, out: Path) -> None:
-    if out.is_dir():
-        raise FileExistsError(f"{out} is a folder: name a file")
-    if out.exists() and out.samefile(source):
-        raise ValueError(f"{out} is the file that is read: name another")

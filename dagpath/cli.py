@@ -24,10 +24,13 @@ from dagpath.errors import DagpathError
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
 from dagpath.paths.top import top_paths
 from dagpath.report import table
+from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.trace import trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
+_INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 
 _MODEL = (
     "MODULE:FACTORY. The module is a name such as torchvision.models or a file such as nets/mine.py, and FACTORY a "
@@ -181,8 +184,9 @@ def rescale(
     out: Annotated[
         Path,
         typer.Option(
-            help="Where the new weights go: a file for a file, a new folder for several. It appears once it is "
-            "complete. Never the input.",
+            help="Where the new weights go: a file for a file, which is replaced if it exists; a folder that does not "
+            "exist for several, in which only the weights and their index are written. It appears once it is complete. "
+            "Never the input.",
             show_default=False,
         ),
     ],
@@ -190,6 +194,10 @@ def rescale(
     power_of_two: Annotated[
         bool, typer.Option("--power-of-two", help="Factors that are powers of two: outputs stay bitwise the same.")
     ] = False,
+    bound: Annotated[
+        float,
+        typer.Option(help="Largest factor, and the inverse of the smallest. Smaller where a half type overflows."),
+    ] = math.exp(DEFAULT_BOUND),
     prefix: Prefix = "",
     with_values: Annotated[
         bool,
@@ -216,6 +224,7 @@ def rescale(
         prefix=prefix,
         progress=not as_json,
         power_of_two=power_of_two,
+        bound=math.log(bound) if bound > 1 else 0.0,
     )
     if as_json:
         found = {
@@ -234,9 +243,13 @@ def rescale(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 it could not be done, 2 the command is wrong."""
+    """Run the command line. Exit codes: 0 done, 1 it could not be done, 2 the command is wrong, 130 Ctrl-C."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _errors.print("[bold red]interrupted[/bold red]: nothing was written")
+        raise
     except (DagpathError, ValueError, TypeError, OSError, ImportError) as error:
         _errors.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
@@ -261,7 +274,10 @@ def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     if weights is None:
         return model
     if weights.suffix in (".pt", ".pth", ".bin"):
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # one of many types
+            raise ValueError(f"{weights} is no file of tensors (what else it may hold is not run)") from error
     else:
         checkpoint = Checkpoint.open(weights)
         tensors = {name: checkpoint.read(name) for name in checkpoint.places}
@@ -287,11 +303,11 @@ def _factory(spec: str) -> Callable[[], Any]:
     if path.suffix == ".py":
         if not path.is_file():
             raise typer.BadParameter(f"there is no file {module}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
+        found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
         assert found is not None
         assert found.loader is not None
         loaded = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = loaded
+        sys.modules[found.name] = loaded
         found.loader.exec_module(loaded)
     else:
         sys.path.insert(0, "")  # as ``python -m`` does
@@ -310,6 +326,6 @@ def _example(spec: str) -> Tensor:
         shape = [int(size) for size in sizes.split(",")]
     except ValueError:
         shape = [-1]
-    if not isinstance(dtype, torch.dtype) or min(shape) < 0:
+    if not isinstance(dtype, torch.dtype) or min(shape) < 1:
         raise typer.BadParameter(f"--input {spec!r} is no shape such as 1,3,224,224 or 1,128:int64")
     return torch.zeros(shape, dtype=dtype)

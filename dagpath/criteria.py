@@ -19,17 +19,19 @@ from dagpath.trace import TracedModel
 class Criterion(Protocol):
     """Anything with a :meth:`problem`: the model's masses, summed per pair of groups, and a convex function of them.
 
-    A criterion of one's own is a few lines. Here one that minimizes the sum of all absolute weights, biases left out:
+    A criterion of one's own is a few lines. The values of parameters are in ``traced.values``: in the model they may be
+    spread over processes, or absent where they come from files. Here one that minimizes the sum of all absolute
+    weights, biases left out:
 
         >>> import torch, dagpath
         >>> from dagpath.solver import MassAggregator, Problem, SumOuter
         >>> class SumOfWeights:
         ...     def problem(self, traced, bound, device):
         ...         masses = MassAggregator(traced.graph.num_groups, device)
-        ...         for name, parameter in traced.model.named_parameters():
-        ...             if parameter.ndim > 1:
+        ...         for name, values in traced.values.items():
+        ...             if values.ndim > 1:
         ...                 ends = traced.graph.ends[name]
-        ...                 masses.add(parameter.detach().abs(), ends.dst, ends.src)
+        ...                 masses.add(values.abs(), ends.dst, ends.src)
         ...         nothing = torch.zeros(traced.graph.num_groups, dtype=torch.float64)
         ...         return Problem(masses.matrix(), SumOuter(), kappa=1.0, linear=nothing, scale=1.0, bound=bound)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

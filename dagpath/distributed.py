@@ -7,7 +7,9 @@ Parameters that are spread over processes (by ``fully_shard`` or ``parallelize_m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +52,11 @@ def own_part(of: Tensor, tensor: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     expanded = of.expand(tensor.shape)
-    return distribute_tensor(expanded, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    part = distribute_tensor(expanded, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    for dim, size in enumerate((1,) * (tensor.ndim - of.ndim) + tuple(of.shape)):
+        if size == 1 and part.shape[dim] > 1:
+            part = part.narrow(dim, 0, 1)
+    return part
 
 
 def values_of(model: nn.Module) -> Mapping[str, Tensor]:
@@ -78,16 +84,34 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def stand_in(model: nn.Module, inputs: Any = None) -> Any:
+def computed_types(model: nn.Module) -> set[torch.dtype]:
+    """The types in which ``fully_shard`` lets a model compute, whatever those of its parameters are."""
+    kinds = imported("torch.distributed.fsdp", "FSDPModule")
+    parts = [module for module in model.modules() if isinstance(module, kinds)] if kinds else []
+    policies = [part._get_fsdp_state()._mp_policy for part in parts]  # type: ignore[operator]
+    return {policy.param_dtype for policy in policies if policy.param_dtype is not None}
+
+
+def has_all_values(model: nn.Module) -> bool:
+    """Are all values here, in this process?"""
+    return not any(tensor.is_meta or is_spread(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def stand_in(model: nn.Module, inputs: Any = None, fakes: FakeTensorMode | None = None) -> Any:
     """Replace what has no values here by tensors of the same shape that need none, to capture the model.
 
     Parameters and buffers that are spread over processes or on the meta device, inputs on the meta device, and no hooks
     of ``torch.distributed``. To be called inside of :func:`dagpath.state.mode`, which puts everything back.
 
+    Args:
+        model: the model.
+        inputs: its inputs.
+        fakes: where such tensors are made; None for a mode of their own.
+
     Returns:
         The inputs.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = fakes or FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Any] = {}
 
     def fake(tensor: Any) -> Any:
@@ -115,6 +139,18 @@ def stand_in(model: nn.Module, inputs: Any = None) -> Any:
     return torch.utils._pytree.tree_map(fake, inputs)
 
 
+def warn_if_alone(peers: Peers) -> None:
+    """Warn where several processes train, and this model is none that they share."""
+    dist = torch.distributed
+    if not peers.groups and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"{dist.get_world_size()} processes train together, but this trace is of a model of one process: give "
+            "dagpath.trace the model in DistributedDataParallel, not its .module, or each process may find factors of "
+            "its own",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class Peers:
     """The processes that hold or train a model together; no groups where there is but one.
@@ -122,10 +158,12 @@ class Peers:
     Attributes:
         groups: process groups, one for each dimension of a mesh.
         device: where tensors are that those groups send.
+        gather: do the processes gather parameters from each other?
     """
 
     groups: tuple[Any, ...] = ()
     device: torch.device | str = "cpu"
+    gather: bool = False
 
     @staticmethod
     def of(model: Any) -> Peers:
@@ -145,7 +183,7 @@ class Peers:
         """Those that hold tensors together."""
         meshes = {tensor.device_mesh: None for tensor in tensors if is_spread(tensor)}  # type: ignore[attr-defined]
         groups = {mesh.get_group(dim): None for mesh in meshes for dim in range(mesh.ndim)}
-        return Peers(tuple(groups), next((mesh.device_type for mesh in meshes), "cpu"))
+        return Peers(tuple(groups), next((mesh.device_type for mesh in meshes), "cpu"), bool(meshes))
 
     def first(self, numbers: Tensor) -> Tensor:
         """The numbers of the first process, on all."""
@@ -162,9 +200,28 @@ class Peers:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
         return float(found)
 
+    def require_same(self, what: str, given: str) -> None:
+        """Raise ValueError in all processes unless they give the same text.
+
+        Args:
+            what: what it describes, for the message.
+            given: the text.
+        """
+        digest = float(int.from_bytes(hashlib.sha256(given.encode()).digest()[:6], "big"))
+        if self.largest(digest) != -self.largest(-digest):
+            raise ValueError(f"{what} differ between the processes that share the model; here: {given}")
+
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """If the block raises in one process, it raises in all. Nothing in the block may wait for the others."""
+    def together(self, gathers: bool = False) -> Iterator[None]:
+        """If the block raises in one process, it raises in all. Nothing in the block may wait for the others.
+
+        Args:
+            gathers: the block gathers parameters where they are spread. What fails in one process alone there leaves
+                the others waiting for it, until PyTorch's timeout.
+        """
+        if gathers and self.gather:
+            yield
+            return
         failure: BaseException | None = None
         try:
             yield

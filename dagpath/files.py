@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +17,23 @@ def written_whole(out: str | os.PathLike[str], folder: bool = False) -> Iterator
     What kills the process leaves it behind, under a name that ends in ``.partial``, and ``out`` as it was.
 
     Args:
-        out: a file, which may exist, or a folder, which may not.
+        out: a file, which may exist, or a folder, which may not. What a link leads to is replaced, not the link.
         folder: is it a folder?
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if not out.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent}")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as made:
-        target = Path(made, out.name)
+    with tempfile.TemporaryDirectory(prefix=".dagpath.", suffix=".partial", dir=out.parent) as made:
+        target = Path(made, "whole")
         if folder:
             target.mkdir()
         yield target
         for path in [*target.iterdir(), target] if folder else [target]:
             _sync(path)  # before the name says that it is there
+        if not folder and out.is_file():
+            shutil.copymode(out, target)
         target.replace(out)
+        _sync(out.parent)
 
 
 def _sync(path: Path) -> None:

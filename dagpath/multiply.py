@@ -38,7 +38,7 @@ class Moving:
     tensor: Tensor
     power: float
     exact: bool = False
-    kept: bool = False
+    kept: bool = True
 
 
 @torch.no_grad()
@@ -106,12 +106,12 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
             raise BalanceError(
                 f"{name}: multiplied by powers of two between {float(dst.min() / src.max()):.3g} and "
                 f"{float(dst.max() / src.min()):.3g}, values leave the range in which {tensor.dtype} is exact; "
-                f"{_SMALLER}, with power_of_two=False, or in a wider type"
+                f"{_SMALLER}, with power_of_two=False, or in a wider type; nothing was changed"
             )
         if not bool(torch.isfinite(stored).all()):
             raise BalanceError(
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
-                f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first"
+                f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first; nothing was changed"
             )
         if moving.kept and bool((stored.abs() < torch.finfo(tensor.dtype).tiny).any()):
             lost = (stored.double() / ratio - tensor[rows].double()).abs()
@@ -119,7 +119,7 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
                 raise BalanceError(
                     f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
                     f"range of {tensor.dtype} and lose digits that count beside their neighbours; {_SMALLER}, convert "
-                    "the model to a wider type first, or set to zero what is as good as zero"
+                    "the model to a wider type first, or set to zero what is as good as zero; nothing was changed"
                 )
         products[rows] = stored
     tensor.copy_(products)

@@ -102,13 +102,15 @@ def moving_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> list
         if id(parameter) not in held:
             continue
         if parameter.grad is not None:
-            moving.append(_checked(Moving(name, f"the gradient of {name!r}", parameter.grad, -1), parameter))
+            moving.append(
+                _checked(Moving(name, f"the gradient of {name!r}", parameter.grad, -1, kept=False), parameter)
+            )
         for buffer, value in optimizer.state.get(parameter, {}).items():
             label = f"{buffer!r} of {name!r} in {_kind(optimizer)}"
             if buffer not in powers:
                 _check_uncounted(label, value, optimizer)
             elif powers[buffer] and value is not None:
-                moving.append(_checked(Moving(name, label, value, powers[buffer]), parameter))
+                moving.append(_checked(Moving(name, label, value, powers[buffer], kept=False), parameter))
     return moving
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.balance import balance
+from dagpath.balance import BalanceOptions, balance
 from dagpath.capture import run, with_batch
 from dagpath.criteria import Criterion
-from dagpath.distributed import reshard
+from dagpath.distributed import Peers, computed_types, reshard
 from dagpath.errors import VerificationError
 from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
+from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -65,7 +66,7 @@ def rescale_(
         UserWarning: outputs on the example inputs are NaN, or none is finite, or there is none: those say nothing. With
             nothing to compare, ``difference`` is None.
 
-    Cost: for a ResNet-50 about as much as 15 forward and backward passes in float32 at batch 1, and six times the
+    Cost: for a ResNet-50 about as much as 9 forward and backward passes in float32 at batch 1, and six times the
     memory of the parameters beside the model (``benchmarks/results/rescale.json``).
 
     Example:
@@ -84,27 +85,35 @@ def rescale_(
             f"{', '.join(_BALANCE_OPTIONS)}"
         )
     start = time.perf_counter()
+    unwrap(model)  # which refuses what no processes are asked about
+    with Peers.of(model).together():
+        options = BalanceOptions(criterion, **balance_options)
     traced = trace(model, example_inputs, kwargs)
-    rescaling = balance(traced, criterion, **balance_options)
+    traced.peers.require_same("the arguments of rescale_", f"verify={bool(verify)}")
+    rescaling = options.minimize(traced)
+    if not rescaling.converged:
+        warnings.warn(options.shortfall(rescaling), stacklevel=2)
     model = traced.model
     given = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(kwargs or {}))
     checks = _modes_to_check(traced, given) if verify else []
     balanced = time.perf_counter()
     reshard(model)
     with transaction(model.parameters()):
-        with traced.peers.together():
+        with traced.peers.together(gathers=True):
             before = [run(model, inputs, training) for training, inputs in checks]
         applying = time.perf_counter()
         rescaling.apply_()
         applied = time.perf_counter()
-        with traced.peers.together():
+        with traced.peers.together(gathers=True):
             after = [run(model, inputs, training) for training, inputs in checks]
         difference = None
         for (training, _), reference, outputs in zip(checks, before, after, strict=True):
             worst = traced.peers.largest(_compare(reference, outputs))
             _check(worst, 0.0 if rescaling.power_of_two else _tolerance(traced, reference), training, rescaling)
-            if _tells(reference, training):
+            if traced.peers.largest(float(any(bool(torch.isfinite(output).any()) for output in reference))):
                 difference = max(worst, difference or 0.0)
+    for (training, _), reference in zip(checks, before, strict=True):
+        _warn_of_undefined(reference, training)
     end = time.perf_counter()
     stages = {
         "trace": traced.seconds,
@@ -124,8 +133,8 @@ def _modes_to_check(traced: TracedModel, given: Any) -> list[tuple[bool, Any]]:
     return checks
 
 
-def _tells(outputs: list[Tensor], training: bool) -> bool:
-    """Is there a finite output to compare? Warns where outputs are NaN, or none is finite."""
+def _warn_of_undefined(outputs: list[Tensor], training: bool) -> None:
+    """Warn where outputs are NaN, or none is finite: nothing can be told from those."""
     total = sum(output.numel() for output in outputs)
     finite, undefined = (sum(int(test(output).sum()) for output in outputs) for test in (torch.isfinite, torch.isnan))
     if undefined or not finite:
@@ -135,7 +144,6 @@ def _tells(outputs: list[Tensor], training: bool) -> bool:
             "compared; pass example inputs on which the outputs are finite",
             stacklevel=3,
         )
-    return finite > 0
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> float:
@@ -157,7 +165,7 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> float:
 def _tolerance(traced: TracedModel, outputs: list[Tensor]) -> float:
     inside = pytree.tree_leaves([node.meta.get("val") for node in traced.fx.graph.nodes])
     tensors = [*outputs, *traced.model.parameters(), *(leaf for leaf in inside if isinstance(leaf, Tensor))]
-    types = {tensor.dtype for tensor in tensors}
+    types = {tensor.dtype for tensor in tensors} | computed_types(traced.model)
     return max((_TOLERANCES.get(dtype, 0.0) for dtype in types), default=1e-10)
 
 

@@ -191,13 +191,13 @@ class Rescaling:
         Cost: reads and writes each parameter once; a copy of the parameters is held meanwhile. The same for each buffer
         of an optimizer.
         """
-        parameters = self._parameters(model)
-        moving = [
-            Moving(name, name, parameter, 1, self.power_of_two, kept=True) for name, parameter in parameters.items()
-        ]
-        for optimizer in optimizers:
-            moving += moving_state(optimizer, self._movable(parameters))
-        self._multiply_(moving, model)
+        peers = self.traced.peers if model is None else Peers.of(model)
+        with peers.together():
+            parameters = self._parameters(model)
+            moving = [Moving(name, name, values, 1, self.power_of_two) for name, values in parameters.items()]
+            for optimizer in optimizers:
+                moving += moving_state(optimizer, self._movable(parameters))
+        multiply_(moving, self.traced.graph.ends, self.scales(), peers)
         return self.traced.model if model is None else model
 
     def apply_to_optimizer_(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
@@ -263,7 +263,10 @@ class Rescaling:
             >>> torch.allclose(momentum, before / rescaling.multipliers()["2.weight"].float())
             True
         """
-        self._multiply_(moving_state(optimizer, self._movable(self._parameters(model))), model)
+        peers = self.traced.peers if model is None else Peers.of(model)
+        with peers.together():
+            moving = moving_state(optimizer, self._movable(self._parameters(model)))
+        multiply_(moving, self.traced.graph.ends, self.scales(), peers)
 
     def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
         model = self.traced.model if model is None else unwrap(model)
@@ -275,10 +278,6 @@ class Rescaling:
     def _movable(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         movable = self.traced.graph.movable
         return {name: parameter for name, parameter in parameters.items() if name in movable}
-
-    def _multiply_(self, moving: Iterable[Moving], model: nn.Module | None) -> None:
-        peers = self.traced.peers if model is None else Peers.of(model)
-        multiply_(moving, self.traced.graph.ends, self.scales(), peers)
 
     def summary(self, layers: bool = False) -> str:
         """What was found, as a table.

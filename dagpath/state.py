@@ -24,8 +24,9 @@ def unwrap(model: Any) -> nn.Module:
     Raises:
         TypeError: it is no module.
     """
+    flat = imported("torch.distributed.fsdp", "FullyShardedDataParallel")
     while True:
-        if isinstance(model, imported("torch.distributed.fsdp", "FullyShardedDataParallel")):
+        if isinstance(model, nn.Module) and any(isinstance(part, flat) for part in model.modules()):
             raise TypeError(
                 "FullyShardedDataParallel flattens the parameters of a model, so that no rescaling can tell their "
                 "neurons apart: use torch.distributed.fsdp.fully_shard, or rescale the model before it is wrapped"

@@ -199,8 +199,6 @@ def require_dtype(dtype: object) -> None:
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
 
 
-@uncollected()
-@one_thread()
 def trace(
     model: nn.Module, example_inputs: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
@@ -242,25 +240,33 @@ def trace(
         NeuronGraph(10 neurons, 8 free groups, 58 parameters)
     """
     start = time.perf_counter()
-    peers = Peers.of(model)
-    model = unwrap(model)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(args, tuple):
-        raise TypeError(
-            f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
-            f"{type(example_inputs).__name__}"
-        )
-    captured = capture(model, args, kwargs or {}, is_compound)
+    inner = unwrap(model)
+    peers, model = Peers.of(model), inner
+    with peers.together():
+        args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        if not isinstance(args, tuple):
+            raise TypeError(
+                f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
+                f"{type(example_inputs).__name__}"
+            )
+        captured, neurons = _captured(model, args, kwargs or {})
+    peers.require_same("the graphs of neurons", f"{type(model).__name__}, {neurons.digest()}")
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",
             stacklevel=2,
         )
+    return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)
+
+
+@uncollected()
+@one_thread()
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Capture, NeuronGraph]:
+    captured = capture(model, args, kwargs, is_compound)
     with plain_computation():
         flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
         for graph in (captured.eval, captured.train):
             if graph is not None:
                 flow.run_graph(graph)
-        neurons = NeuronGraph(flow, functools.partial(_structure, model, captured))
-    return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)
+        return captured, NeuronGraph(flow, functools.partial(_structure, model, captured))

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     cases = [
         ({name: good[name] for name in list(good)[1:]}, ValueError, "has no '0.weight', a parameter of the model"),
         ({**good, "extra": torch.zeros(2)}, ValueError, r"has 'extra', which the model does not have \(1 such"),
-        ({**good, "0.bias": torch.zeros(3)}, ValueError, r"'0.bias' in .* has shape \(3,\), the parameter \(4,\)"),
+        ({**good, "0.bias": torch.zeros(3)}, ValueError, r"'0.bias' in .* has shape \(3,\), the model's \(4,\)"),
         (nan, dagpath.BalanceError, r"'0.bias' has 1 values that are not finite, the first at index \(2,\): nan"),
     ]
     for tensors, kind, message in cases:
@@ -215,6 +215,85 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     assert contents(shards) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_parameters_that_are_no_floating_point_numbers_are_refused(dtype, tmp_path):
+    net = mlp(3, 4, 2)
+    save_file({**net.state_dict(), "2.weight": torch.ones(2, 4).to(dtype)}, tmp_path / "in.safetensors")
+    paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match=r"'2.weight' in .* is of type \w+: only parameters of type F64, .* can be"):
+        dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), *paths)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors"}
+
+
+def test_statistics_of_another_shape_are_refused(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    save_file({**net.state_dict(), "1.running_var": torch.ones(1)}, tmp_path / "in.safetensors")
+    paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match=r"'1.running_var' in .* has shape \(1,\), the model's \(4,\)"):
+        dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), *paths)
+
+
+def test_copies_of_one_parameter_that_differ_are_refused(tmp_path):
+    net = Tied()
+    tensors = {**net.state_dict(), "out.weight": torch.randn(5, 5)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    with torch.device("meta"):
+        empty = Tied()
+    with pytest.raises(ValueError, match=r"'code.weight', 'out.weight' are one parameter of the model, but differ"):
+        dagpath.rescale_checkpoint(empty, torch.zeros(1, 5), *paths)
+
+
+def test_weights_that_would_lose_what_counts_are_refused_as_in_memory(tmp_path):
+    torch.manual_seed(0)
+    net = mlp(4, 8, 3).half()
+    with torch.no_grad():
+        net[0].weight.mul_(1e-2)
+        net[2].weight.mul_(100)
+        net[2].weight[:, 0].mul_(1e-6)
+        net[0].weight[0].mul_(1e4)
+    save_file(net.state_dict(), tmp_path / "in.safetensors")
+    paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    outcomes = []
+    for criterion in ("pathcond", "equinorm", "range"):
+        for rescale in (
+            lambda criterion: dagpath.rescale_(copy.deepcopy(net), torch.zeros(1, 4).half(), criterion, verify=False),
+            lambda criterion: dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 4), *paths, criterion=criterion),
+        ):
+            try:
+                rescale(criterion)
+                outcomes.append("")
+            except dagpath.BalanceError as error:
+                outcomes.append(str(error))
+    assert outcomes[::2] == outcomes[1::2]
+
+
+def test_permissions_stay_and_links_lead_on(tmp_path):
+    net = mlp(3, 4, 2)
+    source, out, link = (tmp_path / f"{name}.safetensors" for name in ("in", "out", "link"))
+    save_file(net.state_dict(), source)
+    source.chmod(0o600)
+    link.symlink_to(out)
+    dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), source, link)
+    assert link.is_symlink()
+    assert out.stat().st_mode & 0o777 == 0o600
+    out.chmod(0o640)
+    dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), source, out)
+    assert out.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_bad_place_is_refused_before_anything_is_traced(tmp_path):
+    net = mlp(3, 4, 2)
+    shards = save_sharded(net, tmp_path / "shards", 2)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for out, kind in ((shards, FileExistsError), (tmp_path / "no" / "out", FileNotFoundError),
+                      (tmp_path / "dangling", FileExistsError)):  # fmt: skip
+        with pytest.raises(kind):
+            dagpath.rescale_checkpoint(net, "no input", shards, out)
+    with pytest.raises(ValueError, match="tol must be positive"):
+        dagpath.rescale_checkpoint(net, "no input", shards, tmp_path / "out", tol=-1.0)
+
+
 def test_an_overflow_of_a_half_type_leaves_no_file(tmp_path):
     net = mlp(1, 2, 50).half()  # the masses that leave are the larger ones, so that what enters is to grow
     for parameter in net.parameters():
@@ -243,7 +322,7 @@ def steps_of_writing(monkeypatch, fail_at: int, error: BaseException) -> list[st
 
     from dagpath import checkpoint
 
-    failing(checkpoint.shutil, "copyfile")
+    failing(checkpoint.shutil, "copy")
     failing(checkpoint, "multiply_one_")
     failing(files.os, "fsync")
     failing(files.Path, "replace")
@@ -253,7 +332,7 @@ def steps_of_writing(monkeypatch, fail_at: int, error: BaseException) -> list[st
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_failure_at_any_step_leaves_the_files_as_they_were(kind, tmp_path):
     torch.manual_seed(0)
-    net = mlp(3, 4, 5, 2)
+    net, rescaled = mlp(3, 4, 5, 2), None
     where = tmp_path / "files"
     where.mkdir()
     if kind == "file":
@@ -262,21 +341,21 @@ def test_a_failure_at_any_step_leaves_the_files_as_they_were(kind, tmp_path):
         out.write_bytes(b"older")
     else:
         weights, out = save_sharded(net, where / "in", 3), where / "out"
-    before, number, failures = contents(where), 0, 0
+    before, source = contents(where), on_meta(net)
+    rescaled = copy.deepcopy(net)
+    dagpath.rescale_(rescaled, torch.zeros(1, 3))
     full, stopped = OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()
-    while True:
-        number += 1
+    steps = 9 if kind == "file" else 16
+    for number in range(1, steps + 1):
         with pytest.MonkeyPatch.context() as patch:
             done = steps_of_writing(patch, number, full if number % 2 else stopped)
-            try:
-                dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), weights, out)
-                break
-            except (OSError, KeyboardInterrupt):
-                failures += 1
-        assert contents(where) == before
-    assert failures == len(done) == (8 if kind == "file" else 15)
-    dagpath.rescale_(net, torch.zeros(1, 3))
-    assert_holds(load_file(out) if kind == "file" else load_all(out), net)
+            with pytest.raises((OSError, KeyboardInterrupt)):
+                dagpath.rescale_checkpoint(source, torch.zeros(1, 3), weights, out)
+        if number < steps:
+            assert contents(where) == before, done
+    assert done[-2:] == ["replace", "fsync"]  # what fails after the name is given finds everything new
+    assert_holds(load_file(out) if kind == "file" else load_all(out), rescaled)
+    assert not list(where.glob(".dagpath*"))
 
 
 def test_a_disk_that_is_full_leaves_no_file(tmp_path):

@@ -1,6 +1,7 @@
 """Models that several processes train together: each multiplies what it holds, by the same factors bit for bit."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -191,6 +192,109 @@ def what_fails_in_one_process_fails_in_all() -> None:
     assert all(torch.equal(value, before[name]) for name, value in values(plain).items())
 
 
+def random_factors_are_those_of_the_first() -> None:
+    torch.manual_seed(dist.get_rank())
+    for wrap in (DistributedDataParallel, sharded):
+        plain = residual_network()
+        model = wrap(copy.deepcopy(plain))
+        torch.manual_seed(dist.get_rank())
+        rescaling = dagpath.random_rescaling(dagpath.trace(model, images()))
+        assert_same_everywhere(rescaling.log_scales)
+        rescaling.apply_()
+        x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-3, atol=1e-4)
+
+
+def everything_that_reads_parameters_works_where_they_are_spread() -> None:
+    torch.manual_seed(0)
+    plain = Net(
+        lambda m, x: m.head(m.cell(m.enter(x).relu())[0].relu() * m.gain * m.gain),
+        enter=nn.Linear(4, 6),
+        cell=nn.GRU(6, 5, batch_first=True),
+        gain=torch.rand(5),
+        head=nn.Linear(5, 3),
+    )
+    model = fully_shard(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 4)
+    expected, found = dagpath.trace(plain, x), dagpath.trace(model, x)
+    torch.testing.assert_close(dagpath.path_mass(found), dagpath.path_mass(expected))
+    for criterion in ("pathcond", "equinorm", "range"):
+        one, other = dagpath.balance(expected, criterion), dagpath.balance(found, criterion)
+        assert one.live == other.live
+        torch.testing.assert_close(one.log_scales, other.log_scales)
+
+
+def calls_that_differ_are_refused_in_all() -> None:
+    rank = dist.get_rank()
+    model, x = DistributedDataParallel(mlp(4, 8, 3)), torch.zeros(1, 4)
+    before = values(model)
+    kind = ValueError if rank else dagpath.DagpathError
+    with pytest.raises(kind, match="tol must be positive" if rank else "another process failed"):
+        dagpath.rescale_(model, x, tol=-1.0 if rank else 1e-9)
+    with pytest.raises(dagpath.DagpathError, match="forward raised" if rank else "another process failed"):
+        dagpath.rescale_(model, torch.zeros(1, 5) if rank else x)
+    with pytest.raises(ValueError, match="the options of balancing differ between the processes"):
+        dagpath.rescale_(model, x, "range" if rank else "pathcond")
+    with pytest.raises(ValueError, match="the arguments of rescale_ differ between the processes"):
+        dagpath.rescale_(model, x, verify=bool(rank))
+    with torch.no_grad():
+        model.module[0].weight[rank, 0] = float("nan") if rank else 1.0
+    with pytest.raises(dagpath.BalanceError, match="not finite" if rank else "another process failed"):
+        dagpath.rescale_(model, x)
+    with torch.no_grad():
+        model.module[0].weight.copy_(before["0.weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank else "ignore")
+        nan = torch.full((1, 4), float("nan"))
+        try:
+            dagpath.rescale_(model, nan if rank else x)
+            assert not rank
+        except UserWarning:  # raised once everything is done
+            assert rank
+    assert_same_everywhere(model.module[0].weight.detach())
+    alone = mlp(4, 8, 3)
+    with pytest.warns(UserWarning, match="processes train together, but this trace is of a model of one process"):
+        dagpath.optim.Rebalance(dagpath.trace(alone, x), torch.optim.SGD(alone.parameters(), lr=0.1), every=2)
+
+
+def what_would_be_lost_in_a_half_type_is_refused_in_shards_too() -> None:
+    torch.manual_seed(0)
+    plain = mlp(4, 8, 3).half()
+    with torch.no_grad():
+        plain[0].weight[:, 1:].mul_(1e-3)
+    scales = torch.full((8,), -7.0, dtype=torch.float64)
+    model = sharded(copy.deepcopy(plain))
+    outcomes = []
+    for one in (plain, model):
+        try:
+            dagpath.Rescaling(dagpath.trace(one, torch.zeros(1, 4).half()), scales).apply_()
+            outcomes.append(True)
+        except dagpath.BalanceError:
+            outcomes.append(False)
+    assert outcomes[0] == outcomes[1]
+    assert_same(model, plain)
+
+
+def parameters_that_stay_gathered_are_found() -> None:
+    model = fully_shard(mlp(4, 8, 3), reshard_after_forward=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model(torch.zeros(1, 4))
+    rebalance = dagpath.optim.Rebalance(dagpath.trace(model, torch.zeros(1, 4)), optimizer, every=1)
+    with torch.no_grad():
+        model(torch.zeros(1, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert rebalance.rescaling.converged
+
+
+def a_model_that_computes_in_a_half_type_is_compared_in_it() -> None:
+    torch.manual_seed(0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    model = sharded(mlp(8, 32, 32, 3), mp_policy=policy)
+    assert dagpath.rescale_(model, torch.randn(4, 8)).difference < 0.2
+
+
 def spread_state_of_another_kind_is_multiplied_in_its_own_place() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
@@ -214,8 +318,27 @@ SCENES = [
     a_model_whose_tensors_are_split_is_rescaled_where_it_lies,
     a_model_that_is_split_and_sharded_is_rescaled_where_it_lies,
     what_fails_in_one_process_fails_in_all,
+    random_factors_are_those_of_the_first,
+    everything_that_reads_parameters_works_where_they_are_spread,
+    calls_that_differ_are_refused_in_all,
+    what_would_be_lost_in_a_half_type_is_refused_in_shards_too,
+    parameters_that_stay_gathered_are_found,
+    a_model_that_computes_in_a_half_type_is_compared_in_it,
     spread_state_of_another_kind_is_multiplied_in_its_own_place,
 ]
+
+
+SCENES_OF_MANY = [
+    a_sharded_model_is_rescaled_where_it_lies,
+    training_goes_on_as_in_one_process,
+    a_model_that_is_split_and_sharded_is_rescaled_where_it_lies,
+    spread_state_of_another_kind_is_multiplied_in_its_own_place,
+]
+"""Where more than two processes make a difference."""
+
+
+def scenes(world: int) -> list:
+    return SCENES if world == 2 else SCENES_OF_MANY
 
 
 def run_all(rank: int, world: int, folder: str) -> None:
@@ -223,7 +346,7 @@ def run_all(rank: int, world: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
-        for scene in SCENES:
+        for scene in scenes(world):
             scene()
             Path(folder, f"{scene.__name__} {rank}").touch()
     finally:
@@ -233,7 +356,7 @@ def run_all(rank: int, world: int, folder: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_a_model(world, tmp_path):
     mp.spawn(run_all, (world, str(tmp_path)), nprocs=world)
-    for scene in SCENES:
+    for scene in scenes(world):
         assert len(list(tmp_path.glob(f"{scene.__name__} *"))) == world
 
 
@@ -244,5 +367,6 @@ def test_flattened_parameters_are_refused(monkeypatch):
         def __init__(self) -> None:
             nn.Module.__init__(self)
 
-    with pytest.raises(TypeError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
-        dagpath.trace(Flattened(), torch.zeros(1, 3))
+    for model in (Flattened(), nn.Sequential(nn.Linear(3, 3), Flattened())):
+        with pytest.raises(TypeError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
+            dagpath.trace(model, torch.zeros(1, 3))

@@ -42,14 +42,20 @@ def fetching(traced: TracedModel, fetch: Callable[[str], Tensor]) -> TracedModel
 
 
 def assert_alike(net: nn.Module, x: Tensor) -> None:
-    traced = dagpath.trace(net, x)
+    assert_same_quantities(dagpath.trace(net, x))
+
+
+def assert_same_quantities(traced: TracedModel) -> None:
+    """Of parameters that are held, and that are fetched."""
     held = traced.values
     other = fetching(traced, lambda name: held[name].clone())
     assert dagpath.path_norm(other, log=True) == dagpath.path_norm(traced, log=True)
     for name, values in dagpath.gram_diagonal(traced, log=True).items():
         found = dagpath.gram_diagonal(other, log=True)[name]
         torch.testing.assert_close(found, values, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(dagpath.path_mass(other), dagpath.path_mass(traced), rtol=1e-12, atol=0)
     expected, found = dagpath.balance(traced), dagpath.balance(other)
+    assert found.live == expected.live
     torch.testing.assert_close(found.log_scales, expected.log_scales, rtol=1e-12, atol=1e-12)
 
 
@@ -85,6 +91,35 @@ def test_what_ends_inside_of_a_call_ends_there_for_fetched_parameters_too():
         shift=torch.rand(6),
     ).double()
     assert_alike(net, torch.zeros(2, 3).double())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.head(m.enter(x).relu() * m.gain * m.gain),
+        lambda m, x: m.head(F.linear(m.enter(x).relu(), F.linear(m.square, m.square))),
+        lambda m, x: m.head(m.cell(m.enter(x).relu())),
+        lambda m, x: m.head(m.both(m.enter(x).relu(), x)),
+        lambda m, x: m.head(m.enter(x).relu() @ torch.cat([m.square] * 2, 1)[:, :5]),
+        lambda m, x: m.head(m.normed(m.enter(x).relu())),
+        lambda m, x: m.head(m.none(x[:, :0]) + m.enter(x).relu()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_parameters_that_are_used_twice_or_cut_paths_are_fetched_alike(function):
+    torch.manual_seed(0)
+    parts = {
+        "enter": nn.Linear(3, 5),
+        "head": nn.Linear(5, 2),
+        "gain": torch.rand(5),
+        "square": torch.rand(5, 5),
+        "cell": nn.GRUCell(5, 5),
+        "both": nn.Bilinear(5, 3, 5),
+        "none": nn.Linear(0, 5),
+        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)),
+    }
+    net = Net(function, **parts).double()
+    assert_alike(net, torch.zeros(1, 3).double())
 
 
 def test_one_parameter_is_there_at_a_time():

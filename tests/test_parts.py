@@ -60,9 +60,12 @@ def test_parts_are_matrices():
             one.products(x.numpy(), y.numpy()), other.products(x.numpy(), y.numpy()), strict=True
         ):
             np.testing.assert_allclose(found, expected, rtol=1e-5)
-        assert one.range() == pytest.approx(other.range(), rel=1e-5)
-    nothing = Product(torch.zeros(2).double(), right)
-    assert nothing.range()[1] == 0
+        assert one.log_range() == pytest.approx(other.log_range(), abs=1e-5)
+    assert Product(torch.zeros(2).double(), right).log_range() == (np.inf, -np.inf)
+    far = torch.tensor([1.0, 1e-200], dtype=torch.float64)
+    assert Product(far, far).log_range() == pytest.approx((-400 * np.log(10), 0))
+    with pytest.raises(ValueError, match=r"dst of shape \(3, 1\) does not broadcast to \(2, 2\)"):
+        MassAggregator(3).add_product(far, far, torch.ones(3, 1).long(), torch.tensor(0))
 
 
 def test_a_product_within_groups_stands_where_the_fixed_group_meets_itself():

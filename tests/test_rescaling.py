@@ -77,8 +77,8 @@ class SumOfSquares:
 
     def problem(self, traced, bound, device):
         masses = MassAggregator(traced.graph.num_groups, device)
-        for name, parameter in traced.model.named_parameters():
-            masses.add(parameter.detach().square(), traced.graph.ends[name].dst, traced.graph.ends[name].src)
+        for name, parameter in traced.values.items():
+            masses.add(parameter.square(), traced.graph.ends[name].dst, traced.graph.ends[name].src)
         nothing = torch.zeros(traced.graph.num_groups)
         return Problem(masses.matrix(), SumOuter(), kappa=2.0, linear=nothing, scale=5.0, bound=bound)
 

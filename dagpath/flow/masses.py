@@ -174,7 +174,7 @@ class MassFlow(fx.Interpreter):
             return rule.mass(self, call)
         sinks, resumptions, found = len(self.sinks), self.resumptions, list[Any]()
 
-        def compute(_: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        def compute(anchor: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             given = iter(values)
 
             def anew(mass: Mass) -> Mass:
@@ -183,14 +183,18 @@ class MassFlow(fx.Interpreter):
 
             outer, self.node = self.node, call.node  # a backward pass is elsewhere in the graph
             args, kwargs = mapped((call.args, call.kwargs), Mass, anew)
+            before = len(self.sinks)
             result = rule.mass(self, Call(call.target, args, kwargs, call.node))
             self.node = outer
-            if not found:  # later ones hold what they were computed from
+            if found:  # paths end there already
+                del self.sinks[before:]
+            else:  # later ones would hold what they were computed from
                 found.append(result)
-            return tuple(mass.values for mass in leaves(result, Mass))
+            return anchor.clone(), *(mass.values for mass in leaves(result, Mass))
 
         anchor = torch.ones((), requires_grad=True)  # without which nothing that is fetched would have a derivative
-        values = iter(checkpoint(compute, anchor, *(mass.values for mass in passing), **_AGAIN))
+        _, *computed = checkpoint(compute, anchor, *(mass.values for mass in passing), **_AGAIN)
+        values = iter(computed)
         first, known = found[0], {id(mass.values) for mass in passing}
         if self.resumptions > resumptions or any(id(sink.values) not in known for sink in self.sinks[sinks:]):
             del self.sinks[sinks:]

@@ -222,14 +222,16 @@ class NeuronFlow(fx.Interpreter):
         first, second = broadcast(*(compact(result) for result in results))
         pairs, inverse = torch.unique((first + 1) * (self.num_numbers + 2) + second + 1, return_inverse=True)
         firsts, seconds = pairs // (self.num_numbers + 2) - 1, pairs % (self.num_numbers + 2) - 1
-        numbers = torch.where((firsts == ZERO) | (seconds == ZERO), ZERO, self._new_numbers(len(pairs), None))
+        numbers = torch.where((firsts == ZERO) & (seconds == ZERO), ZERO, self._new_numbers(len(pairs), None))
         self._products.append(Product(self.node, factors, (firsts, seconds), numbers))
         return numbers[inverse].expand(torch.broadcast_shapes(*(result.shape for result in results)))  # type: ignore[no-untyped-call]
 
     def _keep(self, product: Product, index: int) -> None:
         self.node = product.node
         self.kept[product.node] = index
+        zero = (product.results[index] == ZERO) & (product.result > ZERO)
         self.tie(product.result, product.results[index], "a product")
+        self.fix(product.result[zero], "is always zero")
         self.fix(product.factors[1 - index], "is a factor of a product of two tensors that could both be rescaled")
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:

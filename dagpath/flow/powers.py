@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.scratch import Scratch
-from dagpath.flow.values import NOTHING, Mass, Watched, is_fetched, ldexp_
+from dagpath.flow.values import NOTHING, Mass, Watched, is_fetched, ldexp_, uses
 
 _SAFE = {torch.float64: 2.0**300, torch.float32: 2.0**32}
 """Sums of masses up to here, and down to its inverse, leave room in the range of the type: for terms that are smaller,
@@ -165,12 +165,12 @@ class PowerFlow(MassFlow):
 
     @cached_property
     def _uses(self) -> Counter[str]:
-        """How many calls read each parameter."""
-        uses: Counter[str] = Counter()
+        """How often calls read each parameter."""
+        found: Counter[str] = Counter()
         for node in self.graph_inputs.module.graph.nodes:
             if node.name in self.graph_inputs.parameters:
-                uses[self.graph_inputs.parameters[node.name]] += len(node.users)
-        return uses
+                found[self.graph_inputs.parameters[node.name]] += uses(node)
+        return found
 
     def parameter(self, name: str) -> Mass:
         return self._watched(name, self.fixed(self.parameters[name]))
@@ -180,8 +180,10 @@ class PowerFlow(MassFlow):
         visit = self._on_factors
         if visit is None or not is_fetched(weight) or weight.values.ndim != 2:
             return None
+        if not weight.values.numel() or not x.values.numel():
+            return None
         rows = x.values.detach().reshape(-1, x.values.shape[-1])
-        if not len(rows) or not bool((rows == rows[0]).all()):
+        if not torch.allclose(rows, rows[:1], rtol=8 * torch.finfo(self.dtype).eps, atol=0):  # up to rounding
             return None
         assert weight.node is not None
         name, right, exponent = self.graph_inputs.parameters[weight.node.name], rows[0], x.exponent

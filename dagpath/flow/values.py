@@ -137,9 +137,14 @@ class Later(Mass):
         return self.made.zero
 
 
+def uses(node: fx.Node) -> int:
+    """How often calls name a node among their arguments."""
+    return sum(leaves((user.args, user.kwargs), fx.Node).count(node) for user in node.users)
+
+
 def is_fetched(mass: Mass) -> bool:
-    """Is it the mass of a parameter that one call alone uses?"""
-    return isinstance(mass, Later) and mass.params and mass.node is not None and len(mass.node.users) == 1
+    """Is it the mass of a parameter that is used once?"""
+    return isinstance(mass, Later) and mass.params and mass.node is not None and uses(mass.node) == 1
 
 
 @dataclass(frozen=True)

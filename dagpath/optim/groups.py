@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.distributed import is_spread
+from dagpath.distributed import is_spread, reshard
 from dagpath.trace import TracedModel
 
 
@@ -48,6 +48,7 @@ def parameter_groups(traced: TracedModel) -> list[dict[str, Any]]:
     Raises:
         TypeError: a parameter is spread over processes.
     """
+    reshard(traced.model)
     for name, parameter in traced.model.named_parameters():
         if is_spread(parameter):
             raise TypeError(

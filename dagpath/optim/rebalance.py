@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion, EquiNorm
+from dagpath.distributed import reshard, warn_if_alone
 from dagpath.optim.groups import check_steps
 from dagpath.optimizer_state import moving_state
 from dagpath.rescaling import Rescaling
@@ -92,6 +93,7 @@ class Rebalance:
         for one in self.optimizers:
             moving_state(one, {})
         self._check_all_held()
+        warn_if_alone(traced.peers)
         last = self.optimizers[-1]
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))  # a step may be compiled
         self._hooks = last.register_step_pre_hook(before), last.register_step_post_hook(after)
@@ -134,6 +136,7 @@ class Rebalance:
             warnings.warn(self.options.shortfall(rescaling), stacklevel=4)  # the line that calls optimizer.step()
 
     def _check_all_held(self) -> None:
+        reshard(self.traced.model)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         held = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in self.traced.model.named_parameters():

@@ -59,13 +59,11 @@ class MassAggregator:
         masses = checked_masses("", masses.to(self._device))
         if not masses.numel():
             return
-        ends = []
-        for name, end in (("dst", dst), ("src", src)):
-            sizes = zip(reversed(end.shape), reversed(masses.shape), strict=False)
-            if end.ndim > masses.ndim or any(size not in (1, whole) for size, whole in sizes):
-                raise ValueError(f"{name} of shape {tuple(end.shape)} does not broadcast to {tuple(masses.shape)}")
-            ends.append(_pad(checked_groups(name, end, self._size).to(self._device), masses.ndim))
-        dst, src = ends
+        self._check_fits(masses.shape, dst, src)
+        dst, src = (
+            _pad(checked_groups(name, end, self._size).to(self._device), masses.ndim)
+            for name, end in (("dst", dst), ("src", src))
+        )
         varies = [(dst.shape[dim] > 1, src.shape[dim] > 1) for dim in range(masses.ndim)]
         if any(both == (True, True) for both in varies):
             pairs = [dim for dim in range(masses.ndim) if varies[dim] != (False, False)]
@@ -74,6 +72,13 @@ class MassAggregator:
             rows = [dim for dim in range(masses.ndim) if varies[dim][0]]
             columns = [dim for dim in range(masses.ndim) if varies[dim][1]]
             self._add(self._reduced(masses, rows, columns), dst, src, rows, columns)
+
+    @staticmethod
+    def _check_fits(shape: torch.Size, dst: Tensor, src: Tensor) -> None:
+        for name, end in (("dst", dst), ("src", src)):
+            sizes = zip(reversed(end.shape), reversed(shape), strict=False)
+            if end.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+                raise ValueError(f"{name} of shape {tuple(end.shape)} does not broadcast to {tuple(shape)}")
 
     def add_product(self, left: Tensor, right: Tensor, dst: Tensor, src: Tensor) -> None:
         """Add the elements of a matrix, whose masses are ``left[i] · right[j]``: as :meth:`add` does with that matrix.
@@ -84,6 +89,7 @@ class MassAggregator:
             ValueError: as :meth:`add`.
         """
         left, right = (checked_masses("", side.to(self._device)) for side in (left, right))
+        self._check_fits(torch.Size((len(left), len(right))), dst, src)
         rows, columns = _pad(dst, 2), _pad(src, 2)
         if self._largest or rows.shape[1] > 1 or columns.shape[0] > 1 or not (len(left) and len(right)):
             self.add(left[:, None] * right[None, :], dst, src)

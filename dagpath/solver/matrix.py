@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
 from dagpath.solver.checks import checked_groups, checked_masses
-from dagpath.solver.parts import Part, Product, Table, on_host, positive_range
+from dagpath.solver.parts import Part, Product, Table, log_range, on_host
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -275,7 +275,8 @@ class GroupMatrix:
     @cached_property
     def largest(self) -> float:
         """The largest mass; 1 if there is none."""
-        return max(high for _, high in self._ranges) or 1.0
+        high = max(high for _, high in self._log_ranges)
+        return math.exp(high) if high > -math.inf else 1.0
 
     def divided(self, number: float) -> GroupMatrix:
         """Every mass divided by a number."""
@@ -288,12 +289,12 @@ class GroupMatrix:
     @cached_property
     def log_spread(self) -> float:
         """Logarithm of the ratio of the largest mass to the smallest that is not zero."""
-        low, high = min(low for low, _ in self._ranges), max(high for _, high in self._ranges)
-        return math.log(high) - math.log(low) if high > 0 else 0.0
+        low, high = min(low for low, _ in self._log_ranges), max(high for _, high in self._log_ranges)
+        return high - low if high > -math.inf else 0.0
 
     @cached_property
-    def _ranges(self) -> list[tuple[float, float]]:
-        return [positive_range(self.masses), *(block.range() for block in self.blocks)]
+    def _log_ranges(self) -> list[tuple[float, float]]:
+        return [log_range(self.masses), *(block.log_range() for block in self.blocks)]
 
     def _at(self, r: Array, c: Array) -> tuple[list[Any], list[Any]]:
         """r over the row side and c over the column side, where the masses are: at the entries, then at each block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -34,8 +35,8 @@ class Part(Protocol):
     def tempered(self, power: float) -> Part:
         """Every mass to a power."""
 
-    def range(self) -> tuple[float, float]:
-        """The smallest mass that is not zero and the largest; infinity and zero where there is none."""
+    def log_range(self) -> tuple[float, float]:
+        """Logarithms of the smallest mass that is not zero and of the largest; ±infinity where there is none."""
 
     def table(self) -> Tensor:
         """All masses, [rows, columns]."""
@@ -75,8 +76,8 @@ class Table:
     def tempered(self, power: float) -> Table:
         return Table(self.masses**power)
 
-    def range(self) -> tuple[float, float]:
-        return positive_range(self.masses)
+    def log_range(self) -> tuple[float, float]:
+        return log_range(self.masses)
 
     def table(self) -> Tensor:
         return self.masses
@@ -116,15 +117,16 @@ class Product:
     def tempered(self, power: float) -> Product:
         return Product(self.left**power, self.right**power)
 
-    def range(self) -> tuple[float, float]:
-        (low, high), (lower, higher) = positive_range(self.left), positive_range(self.right)
-        return low * lower, high * higher
+    def log_range(self) -> tuple[float, float]:
+        (low, high), (lower, higher) = log_range(self.left), log_range(self.right)
+        empty = math.inf in (low, lower)
+        return (math.inf, -math.inf) if empty else (low + lower, high + higher)
 
     def table(self) -> Tensor:
         return self.left[:, None] * self.right[None, :]
 
 
-def positive_range(masses: Tensor) -> tuple[float, float]:
-    """The smallest mass that is not zero and the largest; infinity and zero where there is none."""
+def log_range(masses: Tensor) -> tuple[float, float]:
+    """Logarithms of the smallest mass that is not zero and of the largest; ±infinity where there is none."""
     live = masses[masses > 0]
-    return (float(live.min()), float(live.max())) if len(live) else (float("inf"), 0.0)
+    return (math.log(live.min()), math.log(live.max())) if len(live) else (math.inf, -math.inf)
