@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,12 +176,8 @@ class Peers:
         if inner is not None:
             return Peers.of(inner)
         reshard(model)
-        return Peers.holding(model.parameters())
-
-    @staticmethod
-    def holding(tensors: Iterable[Tensor]) -> Peers:
-        """Those that hold tensors together."""
-        meshes = {tensor.device_mesh: None for tensor in tensors if is_spread(tensor)}  # type: ignore[attr-defined]
+        spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
+        meshes = {parameter.device_mesh: None for parameter in spread}
         groups = {mesh.get_group(dim): None for mesh in meshes for dim in range(mesh.ndim)}
         return Peers(tuple(groups), next((mesh.device_type for mesh in meshes), "cpu"), bool(meshes))
 
