@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
-import dagpath
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "examples")]
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
+from inventories import write_inventories
 from tables import write_tables
+
+import dagpath
 
 project = "dagpath"
 author = "The dagpath authors"
@@ -16,18 +19,53 @@ version = release = dagpath.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx.ext.doctest",
     "matplotlib.sphinxext.plot_directive",
+    "myst_parser",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "*.inc"]
+exclude_patterns = ["_build", "*.inc", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
+
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lightning", "transformers", "accelerate"]
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style")]
+
+nitpicky = True
+nitpick_ignore_regex: list[tuple[str, str]] = []
+
+intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+copybutton_exclude = ".linenos, .gp, .go"
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "ignore_pattern": r"[\\/]resnet\.py$",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "min_reported_time": 1e9,  # how long an example took on the machine that built this page says little
+    "remove_config_comments": True,
+    "show_signature": False,
+    "show_memory": False,
+    "write_computation_times": False,
+    "reference_url": {"dagpath": None},
+    "doc_module": ("dagpath",),
+    "backreferences_dir": None,
+    "image_scrapers": ("matplotlib",),
+    "default_thumb_file": None,
+    "nested_sections": False,
+}
 
 
 def setup(app: object) -> None:
@@ -36,15 +74,18 @@ def setup(app: object) -> None:
 
 html_theme = "furo"
 html_title = "dagpath"
+html_static_path = ["static"]
+html_css_files = ["pictures.css"]
 
-plot_working_directory = str(Path(__file__).parents[1])
+plot_basedir = str(HERE / "pictures")
+plot_working_directory = str(HERE.parent)
 plot_formats = [("png", 110)]
 plot_html_show_formats = plot_html_show_source_link = False
 plot_rcparams = {"font.size": 9}
 plot_apply_rcparams = True
 plot_pre_code = """
 import sys
-sys.path.insert(0, "docs")
+sys.path[:0] = ["docs", "docs/pictures"]
 from dagpath.study import figures
 from tables import SAME_FUNCTION, drawn, runs
 """

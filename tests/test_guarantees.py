@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-PAGE = (TESTS.parent / "docs" / "guarantees.rst").read_text()
+PAGE = (TESTS.parent / "docs" / "project" / "guarantees.rst").read_text()
 
 
 def test_every_test_that_the_page_names_exists():

@@ -16,7 +16,7 @@ from dagpath.optim import Rebalance
 
 from networks import mlp
 
-DOCS = (Path(__file__).parents[1] / "docs/training.rst").read_text()
+DOCS = (Path(__file__).parents[1] / "docs/howto/during_training.rst").read_text()
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 Y = X.prod(1, keepdim=True) * torch.tensor([1.0, -1.0])
 BATCH, EPOCH, EVERY, STEPS = 8, 3, 2, 6

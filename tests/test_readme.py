@@ -45,14 +45,14 @@ def test_the_first_code_block_runs(file, pattern):
 
 
 def test_all_code_of_the_page_on_the_solver_is_run():
-    text = (ROOT / "docs/solver.rst").read_text()
+    text = (ROOT / "docs/understand/newton.rst").read_text()
     assert ">>> " in text
     assert not re.search(r"code-block|::\n\n", text.replace(".. math::\n\n", ""))
 
 
 def test_the_losses_in_the_documentation_are_those_of_the_result_file():
     losses = json.loads((ROOT / "benchmarks/results/train.json").read_text())["figures"]["losses"]
-    text = (ROOT / "docs/training.rst").read_text()
+    text = (ROOT / "docs/benchmarks/training.rst").read_text()
     rows = {
         "SGD": "SGD",
         "GSGD, ``skeleton=0.5``": "GSGD, 0.5",
@@ -80,6 +80,6 @@ def test_what_the_documentation_says_of_single_runs_is_in_the_result_file():
     cases = [(network, start) for network in ("MLP", "CNN") for start in ("1", "0.5")]
     same_start = sum(wins(net, f"GSGD, {start}", f"SGD from the start of GSGD, {start}") for net, start in cases)
     assert (same_start, wins("MLP", "GSGD, 0.5", "SGD"), wins("CNN", "GSGD, 0.5", "SGD")) == (15, 5, 2)
-    text = (ROOT / "docs/training.rst").read_text()
+    text = (ROOT / "docs/benchmarks/training.rst").read_text()
     assert "end lower in 15 of the 20 runs" in text
     assert "with all five on the MLP, with two on the CNN" in text

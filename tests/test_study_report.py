@@ -11,7 +11,12 @@ from dagpath import study
 ROOT = Path(__file__).parents[1]
 RUNS = study.load(ROOT / "benchmarks/results/study_training.jsonl")
 FIGURES = json.loads((ROOT / "benchmarks/results/study_initialization.json").read_text())["figures"]
-TEXT = " ".join((ROOT / "docs/study.rst").read_text().split())
+TEXT = " ".join(
+    "".join(
+        (ROOT / "docs" / page).read_text()
+        for page in ("understand/initialization.rst", "benchmarks/training_study.rst")
+    ).split()
+)
 TASKS = tuple(study.TASKS)
 
 
