@@ -1,8 +1,8 @@
 """Settings of all tests, and the rule that every block of code in the documentation is run.
 
-Each page (README.md and the like, and docs/**/*.rst) is run from top to bottom in one namespace and in a folder of its own:
-examples with ``>>>``, blocks of Python, and blocks of ``console`` in which ``$ dagpath …`` is followed by what it prints
-(``...`` stands for anything). Blocks of ``sh`` are not: they install things.
+Each page (README.md and the like, and docs/**/*.rst) is run from top to bottom in one namespace and in a folder of its
+own: examples with ``>>>``, blocks of Python, and blocks of ``console`` in which ``$ dagpath …`` is followed by what it
+prints (``...`` stands for anything). Blocks of ``sh`` are not: they install things.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from hypothesis import settings
 from sybil import Example, Sybil
 from sybil.parsers import markdown, rest
 
-import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
 from dagpath import cli
+
+import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", deadline=None, derandomize=False, print_blob=True, database=None)

@@ -1,16 +1,18 @@
 """Sphinx settings."""
 
+# ruff: noqa: E402 (the folders of what is imported are added first)
+
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "examples")]
 
+import dagpath
+
 import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
 from inventories import write_inventories
 from tables import write_tables
-
-import dagpath
 
 project = "dagpath"
 author = "The dagpath authors"

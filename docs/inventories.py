@@ -1,7 +1,8 @@
 """The names of other projects that these pages link to.
 
-Sphinx would fetch the whole inventories of these projects; the few names that are used stand in ``inventories.txt``, so that
-the site builds without a network. A line is ``project role name page``; ``$`` at the end of a page stands for the name.
+Sphinx would fetch the whole inventories of these projects; the few names that are used stand in ``inventories.txt``, so
+that the site builds without a network. A line is ``project role name page``; ``$`` at the end of a page stands for the
+name.
 """
 
 from __future__ import annotations

@@ -11,12 +11,8 @@ from dagpath import study
 ROOT = Path(__file__).parents[1]
 RUNS = study.load(ROOT / "benchmarks/results/study_training.jsonl")
 FIGURES = json.loads((ROOT / "benchmarks/results/study_initialization.json").read_text())["figures"]
-TEXT = " ".join(
-    "".join(
-        (ROOT / "docs" / page).read_text()
-        for page in ("understand/initialization.rst", "benchmarks/training_study.rst")
-    ).split()
-)
+PAGES = [ROOT / "docs" / page for page in ("understand/initialization.rst", "benchmarks/training_study.rst")]
+TEXT = " ".join(" ".join(page.read_text() for page in PAGES).split())
 TASKS = tuple(study.TASKS)
 
 
