@@ -18,6 +18,7 @@ from dagpath.lifting import (
     path_norm,
 )
 from dagpath.ops import register_op
+from dagpath.page import html_report
 from dagpath.paths import Path, PathLifting
 from dagpath.paths.conserved import conserved_quantities
 from dagpath.paths.top import ChannelPath, top_paths
@@ -50,6 +51,7 @@ __all__ = [
     "expected_gram_diagonal",
     "gram",
     "gram_diagonal",
+    "html_report",
     "optim",
     "path_count",
     "path_length_profile",

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from dagpath.checkpoint import Checkpoint, rescale_checkpoint
 from dagpath.errors import DagpathError
+from dagpath.files import written_whole
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
+from dagpath.page import html_report
 from dagpath.paths.top import top_paths
 from dagpath.report import table
 from dagpath.solver.problem import DEFAULT_BOUND
@@ -76,14 +78,38 @@ def about() -> None:
 def explain(
     model: Model,
     inputs: Inputs,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Also write a page for a browser: the graph of layers, the path mass and the factors of each, and "
+            "what is fixed. One file that needs no other; it is replaced if it exists.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    prefix: Prefix = "",
     as_json: AsJson = False,
 ) -> None:
     """Say which neurons are free, tied and fixed, and what fixed them: operation, module, source line.
 
-    [bold]Example[/bold]: dagpath explain torchvision.models:mobilenet_v3_small --input 1,3,224,224
+    The answer needs no weights; the path masses and factors of the page do.
+
+    [bold]Example[/bold]: dagpath explain torchvision.models:mobilenet_v3_small --input 1,3,224,224 --html report.html
     """
-    traced = trace(_built(model, torch.device("meta")), tuple(map(_example, inputs)))
+    network = (
+        _built(model, torch.device("meta")) if html is None and weights is None else _loaded(model, weights, prefix)
+    )
+    with _errors.status("tracing"):
+        traced = trace(network, tuple(map(_example, inputs)))
+    if html is not None:
+        if weights is not None and html.resolve() == weights.resolve():
+            raise ValueError(f"{html} holds the weights: name another file for the page")
+        with written_whole(html) as page:
+            page.write_text(html_report(traced), encoding="utf-8")
     typer.echo(json.dumps(traced.explain("dict")) if as_json else traced.explain())
+    if html is not None and not as_json:
+        typer.echo(f"\nwritten: {html}")
 
 
 @app.command()
@@ -99,7 +125,8 @@ def paths(
 
     [bold]Example[/bold]: dagpath paths torchvision.models:resnet18 --input 1,3,224,224 --weights in.safetensors
     """
-    traced = trace(_loaded(model, weights, prefix), tuple(map(_example, inputs)))
+    with _errors.status("tracing"):
+        traced = trace(_loaded(model, weights, prefix), tuple(map(_example, inputs)))
     found = {
         "paths": path_count(traced),
         "log_path_norm_1": path_norm(traced, 1, log=True),
@@ -146,7 +173,8 @@ def compare(
     [bold]Example[/bold]: dagpath compare a.safetensors b.safetensors --model nets.py:build --input 1,3,32,32
     """
     examples = tuple(map(_example, inputs))
-    a, b = (trace(_loaded(model, weights, prefix), examples) for weights in (first, second))
+    with _errors.status("tracing"):
+        a, b = (trace(_loaded(model, weights, prefix), examples) for weights in (first, second))
     distance = path_metric(a, b, 2, log=True)
     layers = [
         (name, _relative(value, b.values[name]))

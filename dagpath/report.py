@@ -154,23 +154,24 @@ def _depth_that_fits(graph: NeuronGraph) -> int | None:
 
 def fixed_summary(graph: NeuronGraph) -> list[tuple[int, str]]:
     """(neurons, reason) for each reason and operation that fixed neurons, most neurons first."""
-    return [(count, reason) for count, reason, _ in _summed(explanation("", graph, "")["causes"])]
+    return [(count, reason) for count, reason, _ in summed(explanation("", graph, "")["causes"])]
 
 
-def _summed(causes: Iterable[dict[str, Any]]) -> list[tuple[int, str, list[dict[str, Any]]]]:
+def summed(causes: Iterable[dict[str, Any]]) -> list[tuple[int, str, list[dict[str, Any]]]]:
+    """(neurons, reason and operation, causes) for each reason and operation, most neurons first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cause in causes:
         operation = "" if cause["operation"] in ("output", "placeholder") else f" ({cause['operation']})"
         found.setdefault(cause["reason"] + operation, []).append(cause)
-    summed = [(sum(cause["neurons"] for cause in group), reason, group) for reason, group in found.items()]
-    return sorted(summed, key=lambda row: -row[0])
+    rows = [(sum(cause["neurons"] for cause in group), reason, group) for reason, group in found.items()]
+    return sorted(rows, key=lambda row: -row[0])
 
 
 def _reasons(causes: Iterable[dict[str, Any]]) -> list[str]:
     """Two lines for each reason: the neurons and what fixed them, and where."""
-    summed = _summed(causes)
-    width = max((len(f"{count:,}") for count, *_ in summed), default=0)
-    return [f"{count:>{width},}  {_call(reason, group, width + 2)}" for count, reason, group in summed]
+    found = summed(causes)
+    width = max((len(f"{count:,}") for count, *_ in found), default=0)
+    return [f"{count:>{width},}  {_call(reason, group, width + 2)}" for count, reason, group in found]
 
 
 def _call(what: str, entries: Sequence[dict[str, Any]], indent: int = 2) -> str:

@@ -120,6 +120,29 @@ def test_a_model_is_explained_without_values(folder, capsys, monkeypatch):
     assert json.loads(out) == traced.explain("dict")
 
 
+def test_a_page_is_written_beside_the_explanation(folder, capsys, monkeypatch):
+    arguments = ("explain", "nets.py:build", "--input", "1,4", "--weights", "in.safetensors", "--html", "page.html")
+    code, out, _ = run(capsys, monkeypatch, *arguments)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net.load_state_dict(load_file("in.safetensors"))
+    traced = dagpath.trace(net, torch.zeros(1, 4))
+    assert (code, out) == (0, traced.explain() + "\n\nwritten: page.html\n")
+    assert Path("page.html").read_text(encoding="utf-8") == dagpath.html_report(traced)
+
+
+@pytest.mark.parametrize(
+    ("html", "words"),
+    [("in.safetensors", "holds the weights"), ("none/page.html", "there is no folder"), (".", "is a directory")],
+)
+def test_a_page_that_cannot_be_written_changes_nothing(html, words, folder, capsys, monkeypatch):
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    arguments = ("explain", "nets.py:build", "--input", "1,4", "--weights", "in.safetensors", "--html", html)
+    code, _, errors = run(capsys, monkeypatch, *arguments)
+    assert code in (1, 2)
+    assert words in errors
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize("file", ["in.safetensors", "in.pt"])
 def test_paths_are_counted_and_weighed(file, folder, capsys, monkeypatch):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
