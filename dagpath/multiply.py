@@ -113,7 +113,7 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
                 f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first; nothing was changed"
             )
-        if moving.kept and bool((stored.abs() < torch.finfo(tensor.dtype).tiny).any()):
+        if moving.kept and bool(((stored.abs() < torch.finfo(tensor.dtype).tiny) & (tensor[rows] != 0)).any()):
             lost = (stored.double() / ratio - tensor[rows].double()).abs()
             if bool((lost > _rows_of(negligible(), rows, tensor)).any()):
                 raise BalanceError(
@@ -130,11 +130,13 @@ def _negligible(tensor: Tensor, dst: Tensor, src: Tensor) -> Tensor:
 
     An element that is alone at an end is compared with those at its other end; with all, if it is alone at both.
     """
-    sizes = tensor.double().abs()
     ends = (end.reshape((1,) * (tensor.ndim - end.ndim) + tuple(end.shape)) for end in (dst, src))
     shared = ([dim for dim, size in enumerate(end.shape) if size == 1] for end in ends)
-    largest = [sizes.amax(dims, keepdim=True) for dims in shared if math.prod(tensor.shape[dim] for dim in dims) > 1]
-    return torch.finfo(tensor.dtype).eps * functools.reduce(torch.minimum, largest or [sizes.amax()])
+    meeting = [dims for dims in shared if math.prod(tensor.shape[dim] for dim in dims) > 1]
+    everywhere = list(range(tensor.ndim))
+    largest = (torch.linalg.vector_norm(tensor, math.inf, dims, keepdim=True) for dims in meeting or [everywhere])
+    bound: Tensor = functools.reduce(torch.minimum, (sizes.double() for sizes in largest))
+    return torch.finfo(tensor.dtype).eps * bound
 
 
 def _row_chunks(tensor: Tensor) -> Iterator[slice | tuple[()]]:

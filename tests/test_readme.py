@@ -2,11 +2,7 @@
 
 import json
 import re
-import statistics
-import textwrap
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,42 +27,10 @@ def test_the_figures_of_the_readme_are_those_of_the_result_file():
         assert text == f"{figures[name]:.{digits}f}", name
 
 
-@pytest.mark.parametrize(
-    ("file", "pattern"),
-    [("README.md", r"```python\n(.*?)```"), ("docs/index.rst", r"code-block:: python\n\n(.*?)\n\n\S")],
-)
-def test_the_first_code_block_runs(file, pattern):
-    block = re.search(pattern, (ROOT / file).read_text(), re.DOTALL)
-    assert block is not None
-    code = textwrap.dedent(block.group(1)).replace("resnet50", "resnet18").replace("224", "64")
-    scope: dict = {}
-    exec(code, scope)
-    assert "criterion after" in scope["rescaling"].summary()
-
-
 def test_all_code_of_the_page_on_the_solver_is_run():
     text = (ROOT / "docs/understand/newton.rst").read_text()
     assert ">>> " in text
     assert not re.search(r"code-block|::\n\n", text.replace(".. math::\n\n", ""))
-
-
-def test_the_losses_in_the_documentation_are_those_of_the_result_file():
-    losses = json.loads((ROOT / "benchmarks/results/train.json").read_text())["figures"]["losses"]
-    text = (ROOT / "docs/benchmarks/training.rst").read_text()
-    rows = {
-        "SGD": "SGD",
-        "GSGD, ``skeleton=0.5``": "GSGD, 0.5",
-        'GSGD, ``skeleton="ones"``': "GSGD, 1",
-        'GSGD, ``skeleton="heaviest"``': "GSGD, heaviest",
-        "PathSGD, ``every=10``": "PathSGD, every 10",
-        "SGD from the start of GSGD at 0.5": "SGD from the start of GSGD, 0.5",
-        "SGD from the start of GSGD at 1": "SGD from the start of GSGD, 1",
-    }
-    for label, method in rows.items():
-        shown = re.search(rf"^{re.escape(label)} +(\S+) (\S+)$", text, re.MULTILINE)
-        assert shown is not None, label
-        found = [statistics.median(losses[f"{network}, {method}"]["losses"]) for network in ("MLP", "CNN")]
-        assert [f"{loss:.2e}" for loss in found] == list(shown.groups()), label
 
 
 def test_what_the_documentation_says_of_single_runs_is_in_the_result_file():
@@ -83,3 +47,5 @@ def test_what_the_documentation_says_of_single_runs_is_in_the_result_file():
     text = (ROOT / "docs/benchmarks/training.rst").read_text()
     assert "end lower in 15 of the 20 runs" in text
     assert "with all five on the MLP, with two on the CNN" in text
+    rates = [figures[f"{network}, GSGD, heaviest"]["learning rate"] for network in ("MLP", "CNN")]
+    assert 'of ``"heaviest"`` are {:.1e}\n(MLP) and {:.1e} (CNN)'.format(*rates) in text
