@@ -83,7 +83,7 @@ def pages(parsers: Any, *patterns: str) -> Sybil:
         parsers.SkipParser(),
     ]
     if parsers is rest:
-        blocks.append(rest.DocTestParser(doctest.ELLIPSIS))
+        blocks.append(rest.DocTestParser(SAME))
     return Sybil(blocks, patterns=patterns, setup=enter_folder, teardown=leave_folder)
 
 
