@@ -1,30 +1,22 @@
-"""What the README states is what the committed results say."""
+"""What the front pages and the documentation state is what is there, and what the committed results say."""
 
 import json
 import re
 from pathlib import Path
 
+import dagpath
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_figures_of_the_readme_are_those_of_the_result_file():
-    figures = json.loads((ROOT / "benchmarks/results/rescale.json").read_text())["figures"]
-    shown = re.findall(r"^\| .+ \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    names = [
-        *(
-            "rescale_ / pass",
-            "  trace / pass",
-            "  masses / pass",
-            "  solve / pass",
-            "  apply / pass",
-            "  verify / pass",
-        ),
-        *("peak memory / parameter bytes", "plain coordinate descent, 10 sweeps / newton"),
-        "dagpath's coordinate solver, 10 sweeps / newton",
-    ]
-    for text, name in zip(shown, names, strict=True):
-        digits = len(text.partition(".")[2])
-        assert text == f"{figures[name]:.{digits}f}", name
+def test_every_link_of_the_front_pages_leads_somewhere():
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
+        assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {dagpath.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_all_code_of_the_page_on_the_solver_is_run():
