@@ -1,5 +1,7 @@
 """A small network with its skeleton, and one basis path."""
 
+import itertools
+
 import torch
 from matplotlib import pyplot as plt
 from torch import nn
@@ -17,7 +19,7 @@ entering, leaving = (set(chosen[chosen >= 0].tolist()) for chosen in (basis.ente
 
 columns = [[(0.0, 1.0), (0.0, 0.0)], [(1.5, 1.0), (1.5, 0.0)], [(3.0, 1.0), (3.0, 0.0)], [(4.5, 0.5)]]
 names = [["$x_0$", "$x_1$"], ["$a_0$", "$a_1$"], ["$b_0$", "$b_1$"], ["out"]]
-elements = [(start, end) for first, second in zip(columns, columns[1:], strict=False) for end in second for start in first]
+elements = [(start, end) for first, second in itertools.pairwise(columns) for end in second for start in first]
 chosen = next(e for e in range(4, 8) if e not in entering | leaving)
 ends = {place: name for layer in zip(columns, names, strict=True) for place, name in zip(*layer, strict=True)}
 edge = " → ".join(ends[place] for place in elements[chosen])

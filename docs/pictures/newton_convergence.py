@@ -15,13 +15,13 @@ SWEEPS = 60
 def newton(problem, steps):
     """Newton's method with a dense Hessian; each step is halved until the objective falls."""
     incidence, masses = problem.to_scipy()
-    B, p = incidence.toarray(), problem.live
+    incidence, p = incidence.toarray(), problem.live
     point = problem.at(np.zeros(problem.num_groups))
     yield point.value
     for _ in range(steps):
-        w = masses * np.exp(-2 * B @ point.z)
-        m = B.T @ w
-        hessian = 4 * p / w.sum() * (B.T * w @ B - np.outer(m, m) / w.sum())
+        w = masses * np.exp(-2 * incidence @ point.z)
+        m = incidence.T @ w
+        hessian = 4 * p / w.sum() * (incidence.T * w @ incidence - np.outer(m, m) / w.sum())
         step = -np.linalg.solve(hessian, point.gradient)
         following = point.at(point.z + step)
         while following.value > point.value + 1e-9:
@@ -41,7 +41,12 @@ problem = dagpath.PathConditioning().problem(traced, 14.0, torch.device("cpu"))
 best = solve_newton(problem, 1e-12).objective[1]
 sweeps = list(range(0, SWEEPS + 1, 5))
 curves = {
-    "coordinate descent, sweeps": (sweeps, [solve_coordinate(problem, 1e-12, k).objective[1] for k in sweeps], "o", BLUE),
+    "coordinate descent, sweeps": (
+        sweeps,
+        [solve_coordinate(problem, 1e-12, k).objective[1] for k in sweeps],
+        "o",
+        BLUE,
+    ),
     "Newton, plainly, iterations": (range(11), list(newton(problem, 10)), "s", GREEN),
     "dagpath's solver, iterations": (
         range(4),
