@@ -25,7 +25,7 @@ ends = {place: name for layer in zip(columns, names, strict=True) for place, nam
 edge = " → ".join(ends[place] for place in elements[chosen])
 on_path = set(basis.to_scipy()[:, [int(basis.class_of[chosen])]].nonzero()[0].tolist())
 
-fig, ax = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
+fig, ax = plt.subplots(figsize=(5.2, 3.1), layout="constrained")
 for e, (start, end) in enumerate(elements):
     xs, ys = zip(start, end, strict=True)
     if e in on_path:

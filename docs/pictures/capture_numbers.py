@@ -8,7 +8,7 @@ from dagpath.plots import BLUE, GREEN, GREY, ORANGE
 SIDE = 0.5
 COLOURS = dict.fromkeys(("1", "2"), BLUE) | dict.fromkeys(("3", "4"), GREEN) | dict.fromkeys(("5", "6"), ORANGE)
 
-fig, ax = plt.subplots(figsize=(6.2, 3.8), layout="constrained")
+fig, ax = plt.subplots(figsize=(5.4, 3.5), layout="constrained")
 
 
 def tensor(x, y, numbers, name=""):

@@ -9,7 +9,7 @@ HIDDEN = [(1.6, 2.0), (1.6, 1.0), (1.6, 0.0)]
 OUTPUT = (3.2, 1.0)
 CONSTANTS = [(0, -0.6), (1.6, -0.9)]
 
-fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5.4, 3.3), layout="constrained")
 
 
 def edge(start, end, style="-", path=False):
@@ -18,7 +18,7 @@ def edge(start, end, style="-", path=False):
 
 
 def node(place, label, colour=BLUE):
-    ax.scatter(*place, s=700, color="white", edgecolors=colour, linewidths=2, zorder=3)
+    ax.scatter(*place, s=560, color="white", edgecolors=colour, linewidths=2, zorder=3)
     ax.text(*place, label, ha="center", va="center", zorder=4, fontsize=10)
 
 
@@ -39,7 +39,7 @@ node(OUTPUT, "out", ORANGE)
 for place in CONSTANTS:
     node(place, "1", GREY)
 
-ax.text(0.62, 1.42, r"$\theta_{x_0 \to v_1}$", color=ORANGE, fontsize=11, rotation=-6)
+ax.text(0.62, 1.46, r"$\theta_{x_0 \to v_1}$", color=ORANGE, fontsize=11, rotation=-6)
 ax.text(2.2, 1.1, r"$\theta_{v_1 \to \mathrm{out}}$", color=ORANGE, fontsize=11)
 ax.text(3.35, 1.75, "the value of this path:", ha="center", fontsize=10)
 ax.text(

@@ -8,7 +8,7 @@ from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY
 COLOURS = {"a": BLUE, "b": ORANGE, "c": GREEN, "d": SKY, "e": "#E69F00"}
 SIDE, TOP, LOW = 0.42, 2.6, 0.0
 
-fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5.4, 3.3), layout="constrained")
 
 
 def layer(x, y, channels, name):
@@ -49,6 +49,6 @@ ax.text(9.55, TOP, "head", va="center", fontsize=9)
 ax.text(3.0, 3.55, "one stage: groups a, b, c", ha="center", fontsize=10)
 ax.text(8.0, 3.55, "the next: d, e", ha="center", fontsize=10)
 ax.plot([6.35, 6.35], [-1.0, 3.75], ":", color="black", lw=1)
-ax.text(4.9, -1.2, "white: channels with a factor of their own", ha="center", fontsize=9)
+ax.text(2.9, -1.25, "white: channels with a factor of their own", ha="center", fontsize=9)
 ax.set(xlim=(-0.5, 10.3), ylim=(-1.5, 3.9))
 ax.axis("off")
