@@ -29,6 +29,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build", "*.inc", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
 
@@ -77,7 +78,7 @@ def setup(app: object) -> None:
 html_theme = "furo"
 html_title = "dagpath"
 html_static_path = ["static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["site.css"]
 
 plot_basedir = str(HERE / "pictures")
 plot_working_directory = str(HERE.parent)
