@@ -27,9 +27,9 @@ class CaptureError(DagpathError):
         >>> class Signed(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x if x.sum() > 0 else -x
-        >>> dagpath.trace(Signed(), torch.zeros(1, 3))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> dagpath.trace(Signed(), torch.zeros(1, 3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        dagpath.errors.CaptureError: Signed.forward depends on the values of its input
+        dagpath.errors.CaptureError: Signed cannot be captured as a graph: ...
     """
 
 
@@ -42,9 +42,9 @@ class UnsupportedOpError(DagpathError):
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 1))
         >>> lifting = dagpath.PathLifting(dagpath.trace(net, torch.zeros(1, 2)))
-        >>> lifting.realize(torch.zeros(1, 2))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> lifting.realize(torch.zeros(1, 2))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        dagpath.errors.UnsupportedOpError: sigmoid in '1' is not positively homogeneous
+        dagpath.errors.UnsupportedOpError: sigmoid in '1'... is not positively homogeneous: it cuts paths, ...
     """
 
 
