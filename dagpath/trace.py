@@ -18,7 +18,8 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.structure_flow import StructureFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import Unknown, is_compound, operation_of
+from dagpath.ops.base import Unknown, operation_of
+from dagpath.ops.compound import is_compound
 from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph

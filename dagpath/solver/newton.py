@@ -41,9 +41,10 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
     """Minimize by projected Newton steps.
 
     First steps minimize the separable model, in which every block of masses is replaced by the rank-one matrix of the
-    same row and column sums: that costs little, and goes on as long as it pays. Where every block's masses are a product
-    of what arrives and what leaves, as for linear layers, one is all. Then come Newton steps on the problem itself, whose linear systems are solved by conjugate gradients with the model's Hessian
-    as preconditioner, only as exactly as the step deserves.
+    same row and column sums: that costs little, and goes on as long as it pays. Where every block's masses are a
+    product of what arrives and what leaves, as for linear layers, one is all. Then come Newton steps on the problem
+    itself, whose linear systems are solved by conjugate gradients with the model's Hessian as preconditioner, only as
+    exactly as the step deserves.
 
     Args:
         problem: any :class:`Problem`; its objective is convex, so the minimum is global.
@@ -58,8 +59,8 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
     Raises:
         ValueError: tol is not positive, or max_iter no integer of at least 0.
 
-    Cost: two products with the masses for every Newton step, and as many for every Hessian product; both are counted in
-    the solution. Steps on the separable model cost a few operations per group.
+    Cost: two products with the masses for every Newton step and for every Hessian product. Steps on the separable model
+    cost a few operations per group.
 
     Example:
         >>> import torch, dagpath

@@ -121,6 +121,13 @@ def initialize_(model: nn.Module, scheme: str = "default", gain: float = 1.0, se
 
     Raises:
         ValueError: as for :func:`second_moments`.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.study import initialize_, mlp
+        >>> net = initialize_(mlp(64, 32, 10), "kaiming", gain=0.5, seed=0)
+        >>> net[0].bias.abs().max().item(), round(net[0].weight.std().item(), 2)  # 0.5 · sqrt(2 / 64)
+        (0.0, 0.09)
     """
     rule = checked_scheme(scheme, gain)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

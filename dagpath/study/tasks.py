@@ -22,6 +22,17 @@ class Task:
         build: makes a network.
         data: loads inputs and targets.
         loss: of outputs and targets.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.study import Task, mlp
+        >>> def data():
+        ...     x = torch.linspace(-1, 1, 64)[:, None]
+        ...     return x, x.abs()
+        >>> task = Task(lambda: mlp(1, 16, 1), data, torch.nn.functional.mse_loss)
+        >>> inputs, targets = task.data()
+        >>> task.build()(inputs).shape == targets.shape
+        True
     """
 
     build: Callable[[], nn.Module]

@@ -127,6 +127,8 @@ def train(
 
     Needs scikit-learn, joblib and Pillow: ``pip install dagpath[study]``.
 
+    Cost: a training for each run that the file lacks, each in one process with one thread.
+
     Example:
         >>> import pathlib, tempfile
         >>> from dagpath import study
@@ -182,9 +184,24 @@ def load(path: str | os.PathLike[str]) -> TrainingStudy:
 
     Tasks and methods of one's own follow those of ``TASKS`` and ``METHODS``, by name.
 
+    Args:
+        path: the file.
+
+    Returns:
+        A :class:`TrainingStudy`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line of it is no run.
+
+    Example:
+        >>> import tempfile
+        >>> from dagpath import study
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/runs.jsonl"
+        ...     trained = study.train(path, ["autoencoder"], ["baseline"], [0.1], 1, epochs=1, n_jobs=1, progress=False)
+        ...     study.load(path).runs == trained.runs
+        True
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file of runs at {Path(path)}")
