@@ -17,7 +17,7 @@ from dagpath.trace import TracedModel
 
 
 class Criterion(Protocol):
-    """Anything with a :meth:`problem`: the model's masses, summed per pair of groups, and a convex function of them.
+    """Anything with a method ``problem``: the model's masses, summed per pair of groups, and a convex function of them.
 
     A criterion of one's own is a few lines. The values of parameters are in ``traced.values``: in the model they may be
     spread over processes, or absent where they come from files. Here one that minimizes the sum of all absolute

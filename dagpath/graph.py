@@ -84,8 +84,8 @@ class NeuronGraph:
         maker_of: LongTensor [num_neurons]; which of ``sites`` made the neuron.
         cause_of: LongTensor [num_neurons]; which of ``causes`` fixed the neuron, -1 where it is free.
         sites: the calls that made neurons.
-        causes: the calls that fixed neurons, each a :class:`Cause`.
-        without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
+        causes: the calls that fixed neurons, each a :class:`dagpath.graph.Cause`.
+        without_rule: the calls of operations that dagpath knows no rule for, each a :class:`dagpath.graph.Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
         places: nodes that make neurons -> which neuron stands in each entry of their output (-1: none that they made),
             broadcastable to its shape.

@@ -97,7 +97,7 @@ class Rescaling:
         """The factor of every element, ``λ[dst] / λ[src]``.
 
         Returns:
-            {parameter name: float64 tensor on the CPU, broadcastable to the parameter}.
+            parameter name -> float64 tensor on the CPU, broadcastable to the parameter.
         """
         scales = self.scales()
         return {name: scales[ends.dst] / scales[ends.src] for name, ends in self.traced.graph.ends.items()}

@@ -21,6 +21,7 @@ version = release = dagpath.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -35,12 +36,13 @@ exclude_patterns = ["_build", "*.inc", "sg_execution_times.rst", "gallery/sg_exe
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lightning", "transformers", "accelerate"]
 autodoc_typehints = "signature"
+autosummary_generate = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style")]
 
 nitpicky = True
-nitpick_ignore_regex: list[tuple[str, str]] = []
+nitpick_ignore_regex = [("py:class", r"(lightning|transformers)\..*")]  # which are not installed here
 
 intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
 

@@ -14,7 +14,7 @@ SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
     "newton": solve_newton,
     "coordinate": solve_coordinate,
 }
-"""Name of a solver -> the function ``(problem, tol, max_iter)``; the names are what :func:`solve` takes."""
+"""Name of a solver -> the function ``(problem, tol, max_iter)``; the names are what :func:`dagpath.solver.solve` takes."""
 
 
 def solve(

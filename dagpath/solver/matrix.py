@@ -31,7 +31,7 @@ class Block:
     """A dense part of the group matrix: ``masses[i, j]`` joins destination group ``dst[i]`` and source ``src[j]``.
 
     Attributes:
-        masses: [rows, columns], finite and at least 0; kept in its own type and on its own device.
+        masses (torch.Tensor): [rows, columns], finite and at least 0; kept in its own type and on its own device.
         dst: int64 [rows], groups, each once; 0 is the fixed one.
         src: int64 [columns], alike.
 
@@ -261,7 +261,7 @@ class GroupMatrix:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The masses: those of the single entries, then of each block."""
+        """The masses, those of the single entries first, then those of each block."""
         return (self.masses, *(block.table() for block in self.blocks))
 
     @property

@@ -393,7 +393,7 @@ class Point:
 
     @cached_property
     def difference(self) -> Array:
-        """m: per free group, the mass that enters minus the mass that leaves."""
+        """Per free group the mass that enters minus the mass that leaves, m in the formulas; float64 [num_groups]."""
         return np.subtract(self.rows, self.columns)[1:]
 
     @cached_property
@@ -437,7 +437,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found; :func:`solve` returns it.
+    """What a solver found; :func:`dagpath.solver.solve` returns it.
 
     Attributes:
         z: float64 [num_groups], on the CPU.

@@ -82,7 +82,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class InitializationStudy:
-    """What :func:`initialization` found; ``print`` shows it, and :mod:`dagpath.study.figures` draws it.
+    """What :func:`dagpath.study.initialization` found; ``print`` shows it, and :mod:`dagpath.study.figures` draws it.
 
     Attributes:
         rows: one :class:`Comparison` for each architecture, scheme and gain.

@@ -180,7 +180,7 @@ def train(
 
 
 def load(path: str | os.PathLike[str]) -> TrainingStudy:
-    """All runs of a file that :func:`train` wrote, in the order of tasks, learning rates, seeds and methods.
+    """All runs of a file that :func:`dagpath.study.train` wrote, in the order of tasks, learning rates, seeds and methods.
 
     Tasks and methods of one's own follow those of ``TASKS`` and ``METHODS``, by name.
 
