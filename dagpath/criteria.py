@@ -60,7 +60,7 @@ class Criterion(Protocol):
 class PathConditioning:
     """Align the path Gram matrix with a multiple of a diagonal reference R, by default the identity.
 
-    In the log-det Bregman divergence, minimized over the multiple too, only the diagonal of G matters:
+    In the log-det Bregman divergence, minimized over the multiple too, only the diagonal of G matters::
 
         F(z) = p log Σ_e g_e exp(−2 (B z)_e) + 2 · 1ᵀ B z,        g_e = G_ee / r_e
 
@@ -77,7 +77,7 @@ class PathConditioning:
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> traced = dagpath.trace(net, torch.zeros(1, 4))
-        >>> reference = dict.fromkeys(traced.graph.shapes, 1.0) | {"0.bias": 0.1}  # G of biases ten times smaller
+        >>> reference = dict.fromkeys(traced.graph.shapes, 1.0) | {"0.bias": 0.1}  # where G is to be a tenth
         >>> rescaling = dagpath.balance(traced, dagpath.PathConditioning(reference))
         >>> rescaling.objective[1] < rescaling.objective[0]
         True

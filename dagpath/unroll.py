@@ -88,7 +88,8 @@ class UnrolledGraph:
     paths: what enters it ends them, what leaves it starts new ones. Weights are those at the time of unrolling.
 
     Attributes:
-        num_nodes, num_edges: how many there are.
+        num_nodes: how many nodes there are.
+        num_edges: how many edges.
         num_parameters: number of elements of all parameters.
         shapes: parameter name -> shape, in the order of ``model.named_parameters()``.
         starts: int64 tensor; the nodes where paths start.

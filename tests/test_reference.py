@@ -39,7 +39,7 @@ def entries() -> dict[str, dict[str, str]]:
         for line in page.read_text(encoding="utf-8").splitlines():
             if match := re.match(r"\.\. currentmodule:: (\S+)", line):
                 module = match[1]
-            elif match := re.match(r"\.\. auto(?:function|class|exception|data):: ([\w.]+)", line):
+            elif match := re.match(r"\.\. (?:auto|py:)(?:function|class|exception|data):: ([\w.]+)", line):
                 name = match[1] if match[1].startswith("dagpath.") else f"{module}.{match[1]}"
                 assert name not in result, f"{name} has two entries"
                 options = result[name] = {}

@@ -33,8 +33,7 @@ class Rebalancing:
         rebalance: the handle of the training that runs or ran last, or None. Its ``steps`` and ``rescaling`` say what
             was done.
 
-    Raises:
-        All that :func:`dagpath.trace` and :class:`dagpath.optim.Rebalance` raise, when training starts.
+    What :func:`dagpath.trace` and :class:`dagpath.optim.Rebalance` raise is raised when training starts.
 
     Cost: a trace at the start of training; then what :class:`dagpath.optim.Rebalance` costs.
 

@@ -83,7 +83,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             TypeError: a complex vector.
             OverflowError: path masses leave the range of the type of the passes.
 
-        Cost: one forward pass and two backward passes for the first column, fewer for each further one.
+        Cost: one forward and one backward pass, and for each column a backward pass through both.
         """
         if not isinstance(x, Tensor):
             return super().dot(x)

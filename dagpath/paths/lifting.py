@@ -227,7 +227,7 @@ class PathLifting:
             float64 tensor [batch, paths].
 
         Raises:
-            ValueError, TypeError, UnsupportedOpError: as :meth:`activations`.
+            ValueError: as :meth:`activations`, which raises TypeError and UnsupportedOpError too.
         """
         return torch.stack([self._input(values) for values in self._runs(x, kwargs)])
 
@@ -242,7 +242,7 @@ class PathLifting:
             What ``model(x)`` returns; containers that PyTorch cannot look into come as lists.
 
         Raises:
-            ValueError, TypeError, UnsupportedOpError: as :meth:`activations`.
+            ValueError: as :meth:`activations`, which raises TypeError and UnsupportedOpError too.
         """
         results = [self._realized(values) for values in self._runs(x, kwargs)]
         leaves = [

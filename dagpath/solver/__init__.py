@@ -14,7 +14,7 @@ SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
     "newton": solve_newton,
     "coordinate": solve_coordinate,
 }
-"""Name of a solver -> the function ``(problem, tol, max_iter)``; the names are what :func:`dagpath.solver.solve` takes."""
+"""Name of a solver, as :func:`dagpath.solver.solve` takes it -> the function ``(problem, tol, max_iter)``."""
 
 
 def solve(
@@ -30,7 +30,7 @@ def solve(
         max_iter: most iterations; None for the solver's default.
 
     Returns:
-        A :class:`Solution`, also where the solver stopped short of the tolerance: ``converged`` tells.
+        A :class:`Solution`, also where the solver stopped short of the tolerance, as ``converged`` tells.
 
     Raises:
         ValueError: the solver is unknown, or cannot solve this problem; tol is not positive, or max_iter no integer of

@@ -59,8 +59,8 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
     Raises:
         ValueError: tol is not positive, or max_iter no integer of at least 0.
 
-    Cost: two products with the masses for every Newton step and for every Hessian product. Steps on the separable model
-    cost a few operations per group.
+    Cost: two products with the masses for every point that is tried and for every Hessian product. Steps on the
+    separable model cost a few operations per group.
 
     Example:
         >>> import torch, dagpath

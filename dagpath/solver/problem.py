@@ -112,15 +112,15 @@ class SumOuter:
     """
 
     def value(self, total: float) -> float:
-        """S."""
+        """The total S itself."""
         return total
 
     def slope(self, total: float) -> float:
-        """1."""
+        """One everywhere."""
         return 1.0
 
     def curvature(self, total: float) -> float:
-        """0."""
+        """Zero everywhere."""
         return 0.0
 
 
@@ -357,7 +357,7 @@ class Point:
         z: where, float64 [num_groups].
         matrix: the masses of the problem, or a model of them.
         value: F(z).
-        total: S.
+        total: the total mass S.
         rows: [num_groups + 1], per group the scaled mass of the elements that enter it; the fixed group is the first.
         columns: the same of those that leave it.
         row_sums: scaled mass at each position of the row side of the matrix.

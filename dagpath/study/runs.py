@@ -26,7 +26,8 @@ class Difference:
     """Two methods with the same task, learning rate and seeds.
 
     Attributes:
-        task, lr: which.
+        task: which task.
+        lr: which learning rate.
         losses: median final training loss of each of the two.
         target: the loss that both are measured by: the median final loss of the second method, of two in the middle the
             higher, so that half of its runs get there.

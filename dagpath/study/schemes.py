@@ -43,8 +43,9 @@ SCHEMES = {
     "lecun": Scheme(lambda shape: 1 / _fan_in(shape), lambda w: nn.init.kaiming_normal_(w, nonlinearity="linear")),
     "orthogonal": Scheme(lambda shape: 1 / max(shape[0], _fan_in(shape)), nn.init.orthogonal_),
 }
-"""``"default"`` is that of PyTorch's layers; the others are those of :mod:`torch.nn.init` in the names of their
-authors, with normal distributions, for ReLU where that matters, and biases of zero."""
+"""Name of an initialization scheme -> how it draws weights. ``"default"`` is that of PyTorch's layers; the others are
+those of :mod:`torch.nn.init` in the names of their authors, with normal distributions, for ReLU where that matters, and
+biases of zero."""
 
 
 def checked_scheme(scheme: str, gain: float) -> Scheme:
