@@ -40,6 +40,7 @@ autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lightning", "transformers", "accelerate"]
 autodoc_typehints = "signature"
 autosummary_generate = False
+python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style")]

@@ -20,7 +20,7 @@ SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
 def solve(
     problem: Problem | RangeProblem, solver: str = "newton", tol: float = 1e-9, max_iter: int | None = None
 ) -> Solution:
-    """Solve a problem.
+    """Minimize ``F(z)`` of a problem over ``|z| ≤ bound``, or make the maxima of a problem of ranges equal.
 
     Args:
         problem: a :class:`Problem`, or a :class:`RangeProblem`, which has a method of its own.
