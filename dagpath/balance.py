@@ -171,6 +171,8 @@ def random_rescaling(
     Raises:
         ValueError: sigma is negative or not finite.
 
+    Cost: one draw per free group.
+
     Example:
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

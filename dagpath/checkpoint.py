@@ -186,14 +186,14 @@ def rescale_checkpoint(
         **balance_options: options of :func:`dagpath.balance`, such as ``power_of_two=True``.
 
     Returns:
-        The :class:`Rescaling`. Its model is the one given: ``apply_`` would multiply that, not the files.
+        The :class:`Rescaling` of the model that was given; its ``apply_`` would multiply that, not the files.
 
     Raises:
         ValueError: the files lack a parameter, or a buffer that eval mode uses and that has no values in the model
             either, or hold a tensor that the model does not have, one of another shape, a parameter that is not of
             floating-point numbers of 16 bits or more, or two copies of one that differ; or ``out`` is what is read.
         BalanceError: a weight is not finite, or a product leaves the range of its type.
-        FileNotFoundError, FileExistsError, OSError: as it happens; nothing is left behind.
+        OSError: a file cannot be read or written, or ``out`` exists and may not be replaced; nothing is left behind.
         CaptureError: as in :func:`dagpath.trace`.
 
     Cost: each tensor is read some four times and written once. One tensor is held at a time, in float64, and its masses

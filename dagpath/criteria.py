@@ -17,7 +17,7 @@ from dagpath.trace import TracedModel
 
 
 class Criterion(Protocol):
-    """Anything with a :meth:`problem`: the model's masses, summed per pair of groups, and a convex function of them.
+    """Anything with a method ``problem``: the model's masses, summed per pair of groups, and a convex function of them.
 
     A criterion of one's own is a few lines. The values of parameters are in ``traced.values``: in the model they may be
     spread over processes, or absent where they come from files. Here one that minimizes the sum of all absolute
@@ -44,23 +44,43 @@ class Criterion(Protocol):
     """
 
     def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem | RangeProblem:
-        """The model's numbers; ``bound`` is the largest ``|log λ|``, ``device`` where to put them."""
+        """The model's numbers.
+
+        Args:
+            traced: the model, at its current values.
+            bound: the largest ``|log λ|`` (natural logarithm), for the problem.
+            device: where to put the masses.
+
+        Returns:
+            What :func:`dagpath.solver.solve` takes.
+        """
 
 
 @dataclass(frozen=True)
 class PathConditioning:
     """Align the path Gram matrix with a multiple of a diagonal reference R, by default the identity.
 
-    In the log-det Bregman divergence, minimized over the multiple too, only the diagonal of G matters:
+    In the log-det Bregman divergence, minimized over the multiple too, only the diagonal of G matters::
 
         F(z) = p log Σ_e g_e exp(−2 (B z)_e) + 2 · 1ᵀ B z,        g_e = G_ee / r_e
 
-    The sums run over the live parameters, those with ``g_e > 0``; p is their number.
+    The sums run over the live parameters, those with ``g_e > 0``; p is their number. It is what ``"pathcond"`` means.
 
     Attributes:
         reference: None for the identity, or {parameter name: positive float or tensor of the parameter's shape}.
 
+    Cost: one forward and one backward pass in float64 at batch 1.
+
     Source: Lebeurrier, Vayer, Gribonval 2026.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> reference = dict.fromkeys(traced.graph.shapes, 1.0) | {"0.bias": 0.1}  # where G is to be a tenth
+        >>> rescaling = dagpath.balance(traced, dagpath.PathConditioning(reference))
+        >>> rescaling.objective[1] < rescaling.objective[0]
+        True
     """
 
     reference: Mapping[str, float | Tensor] | None = None
@@ -139,7 +159,12 @@ class EquiNorm:
     for p of 50 or more :class:`RangeEqualization`, which has no such limit, is the better choice.
 
     Attributes:
-        p: the exponent, at least 1. The default, 2, is weight balancing.
+        p: the exponent, at least 1. The default, 2, is weight balancing; it is what ``"equinorm"`` means.
+
+    Raises:
+        ValueError: p is below 1 or not finite.
+
+    Cost: one pass over the parameters, whose absolute values are held in float64.
 
     Source: Stock, Graham, Gribonval, Jégou 2019 (ENorm); Saul 2023 (weight balancing).
 
@@ -184,7 +209,9 @@ class RangeEqualization:
     The limit of :class:`EquiNorm` for p → ∞, used before quantization, where the range of a layer's weights sets its
     step. Biases are incoming. Groups that no chain of nonzero parameters joins with a fixed neuron on both sides keep
     λ = 1. The objective is the largest difference ``|log max_in − log max_out|`` of a group, and so is the optimality;
-    the part of it that the bound keeps from shrinking does not count in either.
+    the part of it that the bound keeps from shrinking does not count in either. It is what ``"range"`` means.
+
+    Cost: one pass over the parameters, whose absolute values are held in float64.
 
     Source: Nagel, van Baalen, Blankevoort, Welling 2019 (cross-layer equalization).
 

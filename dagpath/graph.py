@@ -28,6 +28,12 @@ class Site:
         operation: name of the ATen operation, for example ``conv2d``; others with their namespace, ``mylib::cut``.
         module: path of the module that made the call, for example ``layer1.0.conv1``.
         source: the line of source code, as ``file:line (code)``.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [(site.operation, site.module) for site in dagpath.trace(net, torch.zeros(1, 4)).graph.sites]
+        [('linear', '0'), ('linear', '2')]
     """
 
     operation: str
@@ -44,6 +50,14 @@ class Cause:
         reason: the reason in words.
         tied_to: if they are tied to something fixed, what: the modules of fixed neurons (their own causes say why),
             ``the model's input``, ``a constant``, ``what softmax in head returns``.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 2))
+        >>> for cause in dagpath.trace(net, torch.zeros(1, 4)).graph.causes:
+        ...     print(cause.site.module, cause.reason)
+        1 enters a function that is not positively homogeneous
+        2 is an output of the model
     """
 
     site: Site
@@ -70,8 +84,8 @@ class NeuronGraph:
         maker_of: LongTensor [num_neurons]; which of ``sites`` made the neuron.
         cause_of: LongTensor [num_neurons]; which of ``causes`` fixed the neuron, -1 where it is free.
         sites: the calls that made neurons.
-        causes: the calls that fixed neurons, each a :class:`Cause`.
-        without_rule: the calls of operations that dagpath knows no rule for, each a :class:`Site`.
+        causes: the calls that fixed neurons, each a :class:`dagpath.graph.Cause`.
+        without_rule: the calls of operations that dagpath knows no rule for, each a :class:`dagpath.graph.Site`.
         cut: nodes of the captured graph whose rule did not fit them: their neurons are fixed, and no path crosses them.
         places: nodes that make neurons -> which neuron stands in each entry of their output (-1: none that they made),
             broadcastable to its shape.
@@ -80,6 +94,20 @@ class NeuronGraph:
         kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
         movable: names of parameters with an element that enters or leaves a free group.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> graph = dagpath.trace(net, torch.zeros(1, 4)).graph
+        >>> graph
+        NeuronGraph(5 neurons, 3 free groups, 23 parameters)
+        >>> graph.group_of  # the hidden neurons are free, the outputs fixed
+        tensor([1, 2, 3, 0, 0])
+        >>> graph.ends["2.weight"].src, graph.ends["2.weight"].dst  # every row reads the groups 1, 2, 3
+        (tensor([[1, 2, 3]]), tensor([[0],
+                [0]]))
+        >>> [graph.sites[maker].module for maker in graph.maker_of]
+        ['0', '0', '0', '2', '2']
     """
 
     def __init__(self, flow: NeuronFlow, structure: Callable[[NeuronGraph], Structure]) -> None:
@@ -125,7 +153,7 @@ class NeuronGraph:
         )
 
     def digest(self) -> str:
-        """A hash of the parameters' names and shapes and the groups that they join: equal for equal architectures."""
+        """A hash of the parameters' names and shapes and the groups that they join, equal for equal architectures."""
         found = hashlib.sha256()
         for name, ends in self.ends.items():
             dst, src = (end.cpu().contiguous() for end in (ends.dst, ends.src))
@@ -149,6 +177,13 @@ class NeuronGraph:
             in its own order; column j is free group j + 1.
 
         Cost: 2 entries of 16 bytes per parameter element, built without loops over elements.
+
+        Example:
+            >>> import torch, dagpath
+            >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> graph = dagpath.trace(net, torch.zeros(1, 1)).graph
+            >>> graph.incidence().to_dense().tolist()  # two weights, two biases, two weights, one bias
+            [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
         """
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         row_parts, column_parts, value_parts, start = [nothing], [nothing], [nothing.double()], 0
@@ -200,13 +235,14 @@ class NeuronGraph:
             device: where to build it; None for the CPU.
 
         Returns:
-            float64 sparse CSR tensor [num_neurons, num_neurons], at the parameters' current values. Row: the neuron
-            that reads (destination); column: the neuron that is read (source).
+            float64 sparse CSR tensor [num_neurons, num_neurons], at the parameters' current values. A row is the
+            neuron that reads (destination), a column the neuron that is read (source).
 
         Raises:
             ValueError: another ``weight``.
 
-        Cost: that of :meth:`structure`, and 16 bytes per pair of neurons.
+        Cost: a pass over the captured graph, in which what lies between layers is run on ones, and 16 bytes per pair of
+        neurons.
 
         Example:
             >>> import torch, dagpath
@@ -239,10 +275,13 @@ class NeuronGraph:
             weight: ``"l2"``, ``"l1"``, ``"max"`` or ``"count"``.
             mass: a tensor [num_neurons] to be attached to the neurons (summed over layers) as the attribute ``mass``.
 
+        Returns:
+            A :class:`networkx.DiGraph` without cycles.
+
         Raises:
             ValueError: another ``level`` or ``weight``, or a ``mass`` of another shape.
 
-        Cost: that of :meth:`structure`; at level ``"neuron"`` about 1 kB per pair of neurons that are joined, so that a
+        Cost: as :meth:`adjacency`; at level ``"neuron"`` about 1 kB per pair of neurons that are joined, so that a
         ResNet-20 takes a second and a ResNet-50 does not fit.
 
         Example:

@@ -56,6 +56,8 @@ def register_state(optimizer_class: type[Optimizer], powers: Mapping[str, float]
         TypeError: it is no class of optimizers, or a power is no number.
         ValueError: a power is not finite.
 
+    Source: the chain rule.
+
     Example:
         >>> import torch, dagpath
         >>> class SignMomentum(torch.optim.Optimizer):

@@ -1,6 +1,7 @@
 """Pictures of a traced model. Needs matplotlib: ``pip install dagpath[plots]``.
 
-Every function draws into ``ax``, or into a new figure, and returns the :class:`matplotlib.axes.Axes`. The colours are
+Every function draws into ``ax``, or into a new figure, and returns the :class:`matplotlib.axes.Axes`, from which
+``ax.figure.savefig("picture.png")`` writes a file. The colours are
 those of Okabe and Ito, which the colour-blind can tell apart; what differs in colour also differs in shape or place.
 """
 
@@ -29,6 +30,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["gram_spectrum", "layer_graph", "mass_per_layer", "path_length_profile", "scale_factors"]
+
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 
 
@@ -46,7 +49,22 @@ def path_length_profile(traced: TracedModel, p: float | None = None, ax: Axes | 
         ax: where to draw.
         **options: passed on to :meth:`matplotlib.axes.Axes.bar`.
 
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: p is below 1 or not finite.
+
     Cost: that of :func:`dagpath.path_length_profile`.
+
+    Example:
+        >>> import torch, dagpath, dagpath.plots
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> ax = dagpath.plots.path_length_profile(traced)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('parametrized layers on the path', 'number of paths, log10')
+        >>> dagpath.plots.plt.close(ax.figure)
     """
     profile = length_profile(traced, p)
     ax = new_axes(ax)
@@ -68,7 +86,22 @@ def mass_per_layer(traced: TracedModel, p: float = 2, ax: Axes | None = None) ->
         p: as in :func:`dagpath.path_mass`.
         ax: where to draw.
 
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: p is below 1 or not finite.
+
     Cost: one forward and one backward pass in float64 at batch 1.
+
+    Example:
+        >>> import torch, dagpath, dagpath.plots
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> ax = dagpath.plots.mass_per_layer(traced)
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['0', '2']
+        >>> dagpath.plots.plt.close(ax.figure)
     """
     graph = traced.graph
     shares = torch.zeros(len(graph.sites), dtype=torch.float64).index_add_(
@@ -88,6 +121,19 @@ def scale_factors(rescaling: Rescaling, ax: Axes | None = None) -> Axes:
     Args:
         rescaling: from :func:`dagpath.balance` or :func:`dagpath.rescale_`.
         ax: where to draw. The axis is logarithmic, in powers of two.
+
+    Returns:
+        The axes.
+
+    Cost: quantiles of the factors.
+
+    Example:
+        >>> import torch, dagpath, dagpath.plots
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> ax = dagpath.plots.scale_factors(dagpath.rescale_(net, torch.zeros(1, 4)))
+        >>> ax.get_xlabel()
+        'log₂ of the factor λ'
+        >>> dagpath.plots.plt.close(ax.figure)
     """
     rows = [(name, (z / math.log(2)).cpu().numpy()) for name, z in rescaling.layers()]
     ax = new_axes(ax, height=max(2.5, 0.18 * len(rows)))
@@ -113,10 +159,22 @@ def gram_spectrum(traced: TracedModel, rescaling: Rescaling | None = None, ax: A
         rescaling: one of this model.
         ax: where to draw.
 
+    Returns:
+        The axes.
+
     Raises:
         ValueError: the model is too large, a parameter is not finite, or the rescaling is of another trace.
 
     Cost: one pair of backward passes for every 64 parameters, and the eigenvalues of dense matrices.
+
+    Example:
+        >>> import torch, dagpath, dagpath.plots
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> ax = dagpath.plots.gram_spectrum(traced, dagpath.balance(traced))
+        >>> [line.get_label().split(":")[0] for line in ax.get_lines()], len(ax.get_lines()[0].get_xdata())
+        (['before', 'after'], 50)
+        >>> dagpath.plots.plt.close(ax.figure)
     """
     require_traced(traced)
     if rescaling is not None and rescaling.traced.graph is not traced.graph:
@@ -157,6 +215,20 @@ def layer_graph(traced: TracedModel, ax: Axes | None = None) -> Axes:
     Args:
         traced: the traced model.
         ax: where to draw.
+
+    Returns:
+        The axes.
+
+    Cost: a pass over the captured graph, in which what lies between layers is run on ones.
+
+    Example:
+        >>> import torch, dagpath, dagpath.plots
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> ax = dagpath.plots.layer_graph(traced)
+        >>> sorted(text.get_text() for text in ax.texts if text.get_text())
+        ['0', '2', 'input', 'output']
+        >>> dagpath.plots.plt.close(ax.figure)
     """
     require_traced(traced)
     graph = traced.graph.to_networkx(level="layer")

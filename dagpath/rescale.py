@@ -69,6 +69,8 @@ def rescale_(
     Cost: for a ResNet-50 about as much as 9 forward and backward passes in float32 at batch 1, and six times the
     memory of the parameters beside the model (``benchmarks/results/rescale.json``).
 
+    Source: Lebeurrier, Vayer, Gribonval 2026, for the default criterion.
+
     Example:
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

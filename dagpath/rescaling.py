@@ -94,12 +94,16 @@ class Rescaling:
             )
 
     def multipliers(self) -> dict[str, Tensor]:
-        """The factor of every element: {parameter name: float64 tensor broadcastable to the parameter}."""
+        """The factor of every element, ``λ[dst] / λ[src]``.
+
+        Returns:
+            parameter name -> float64 tensor on the CPU, broadcastable to the parameter.
+        """
         scales = self.scales()
         return {name: scales[ends.dst] / scales[ends.src] for name, ends in self.traced.graph.ends.items()}
 
     def inverse(self) -> Rescaling:
-        """The rescaling that takes this one back."""
+        """The rescaling that takes this one back: ``log_scales`` have the other sign."""
         return Rescaling(
             self.traced, -self.log_scales, self.power_of_two, objective=self.objective[::-1], bound=self.bound
         )
@@ -123,8 +127,22 @@ class Rescaling:
 
         A file of that name is replaced once the new one is complete.
 
+        Args:
+            path: the file.
+
         Raises:
             ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+
+        Example:
+            >>> import tempfile, torch, dagpath
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+            >>> rescaling = dagpath.balance(traced)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     rescaling.save(f"{folder}/factors.safetensors")
+            ...     loaded = dagpath.Rescaling.load(f"{folder}/factors.safetensors", traced)
+            >>> torch.equal(loaded.log_scales, rescaling.log_scales)
+            True
         """
         from safetensors.torch import save_file  # an extra
 
@@ -140,6 +158,9 @@ class Rescaling:
         Args:
             path: the file.
             traced: the model that it is for; its neuron graph must be that of the model it was made for.
+
+        Returns:
+            The :class:`Rescaling` of that model, not applied.
 
         Raises:
             ValueError: the file holds something else, or a rescaling for another neuron graph.
@@ -285,6 +306,9 @@ class Rescaling:
         Args:
             layers: a second table, with the factors λ of each layer that has free neurons: the smallest, the median
                 and the largest, the standard deviation of log λ, and how many are at the bound.
+
+        Returns:
+            The text. Factors are λ, not logarithms.
         """
         graph = self.traced.graph
         parameters = list(self.traced.model.parameters())
@@ -327,9 +351,18 @@ class Rescaling:
         return text
 
     def layers(self) -> list[tuple[str, Tensor]]:
-        """log λ of the free neurons of each layer that has some: the name of its module, and a tensor.
+        """log λ (natural logarithm) of the free neurons of each layer that has some.
 
-        An operation that stands in no module has its own name; one of a module that is called again has a number.
+        Returns:
+            The name of its module, and a float64 tensor, layer by layer. An operation that stands in no module has its
+            own name; one of a module that is called again has a number.
+
+        Example:
+            >>> import torch, dagpath
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> rescaling = dagpath.balance(dagpath.trace(net, torch.zeros(1, 4)))
+            >>> [(name, len(log_scales)) for name, log_scales in rescaling.layers()]
+            [('0', 8)]
         """
         graph = self.traced.graph
         found: dict[str, Tensor] = {}
@@ -353,7 +386,7 @@ class Rescaling:
         return int((z.abs() >= self.bound * (1 - 1e-12)).sum())
 
     def scales(self) -> Tensor:
-        """λ of every group, 1 for the fixed group 0 in front."""
+        """λ of every group, float64 [num_groups + 1] on the CPU; 1 for the fixed group 0 in front."""
         exact = torch.round(self.log_scales / math.log(2))
         scales = torch.exp2(exact) if self.power_of_two else self.log_scales.exp()
         return torch.cat([scales.new_ones(1), scales]).cpu()

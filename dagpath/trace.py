@@ -18,7 +18,8 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.structure_flow import StructureFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import Unknown, is_compound, operation_of
+from dagpath.ops.base import Unknown, operation_of
+from dagpath.ops.compound import is_compound
 from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph
@@ -31,13 +32,23 @@ class TracedModel:
     """A model, its graph of operations and its graph of neurons. Made by :func:`trace`.
 
     Path quantities read the parameters' current values from the model: after training or rescaling, the same trace
-    serves.
+    serves. An architecture that changes needs a new one.
 
     Attributes:
         model: the module that was traced (below wrappers such as DistributedDataParallel).
-        fx: the captured eval graph, a ``torch.fx.GraphModule`` of ATen operations.
         graph: the :class:`NeuronGraph`.
         seconds: how long tracing took.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> traced
+        TracedModel(Sequential, NeuronGraph(10 neurons, 8 free groups, 58 parameters))
+        >>> before = dagpath.path_norm(traced)
+        >>> _ = net[2].weight.data.mul_(3.0), net[2].bias.data.mul_(3.0)
+        >>> round(dagpath.path_norm(traced) / before, 6)
+        3.0
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class TracedModel:
 
     @property
     def fx(self) -> fx.GraphModule:
+        """The captured eval graph, a :class:`torch.fx.GraphModule` of ATen operations; not to be changed."""
         return self.captured.eval.module
 
     def __repr__(self) -> str:
@@ -106,6 +118,9 @@ class TracedModel:
         Args:
             device: where the sparse tensors go; None for the CPU, where they are built.
             progress: show a progress bar.
+
+        Returns:
+            An :class:`UnrolledGraph`.
 
         Raises:
             UnsupportedOpError: a registered rule does not say which edges its operation makes.
@@ -151,6 +166,8 @@ class TracedModel:
 
         Raises:
             ValueError: another format.
+
+        Cost: no pass over the model; a few operations per neuron.
 
         Example:
             >>> import torch, dagpath
@@ -220,6 +237,9 @@ def trace(
             the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
             models do whose dimension 0 is a sequence): give it as many then as it is used with.
         kwargs: keyword arguments of ``model.forward``.
+
+    Returns:
+        A :class:`TracedModel`, which reads the parameters of the model as they are whenever it is asked.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` neither a tensor nor a tuple.

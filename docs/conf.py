@@ -8,6 +8,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "examples")]
 
+from docutils import nodes
+from sphinx.addnodes import desc_signature
+
 import dagpath
 
 import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
@@ -21,6 +24,7 @@ version = release = dagpath.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -36,12 +40,14 @@ exclude_patterns = ["_build", "*.inc", "sg_execution_times.rst", "gallery/sg_exe
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lightning", "transformers", "accelerate"]
 autodoc_typehints = "signature"
+autosummary_generate = False
+python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style")]
 
 nitpicky = True
-nitpick_ignore_regex: list[tuple[str, str]] = []
+nitpick_ignore_regex = [("py:class", r"(lightning|transformers)\..*")]  # which are not installed here
 
 intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
 
@@ -71,8 +77,22 @@ sphinx_gallery_conf = {
 }
 
 
+def add_anchors(app: object, page: nodes.document) -> None:
+    """Let pages of source lead back to ``dagpath.graph.Site`` as to ``dagpath.Site``.
+
+    They know one public module for each file, here that of ``dagpath.NeuronGraph``.
+    """
+    known = {name for signature in page.findall(desc_signature) for name in signature["ids"]}
+    for signature in page.findall(desc_signature):
+        name = f"dagpath.{signature.get('fullname')}"
+        if signature["ids"] and name not in known:
+            signature["ids"].append(name)
+            known.add(name)
+
+
 def setup(app: object) -> None:
     app.connect("builder-inited", lambda app: write_tables())  # type: ignore[attr-defined]
+    app.connect("doctree-read", add_anchors)  # type: ignore[attr-defined]
 
 
 html_theme = "furo"

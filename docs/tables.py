@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dagpath import study
-from dagpath.ops import Unknown, registered
+from dagpath.ops import registered
+from dagpath.ops.base import Unknown
 from dagpath.report import table
 
 HERE = Path(__file__).parent

@@ -48,7 +48,33 @@ class MassRule(Protocol):
 
 
 class MassFlow(fx.Interpreter):
-    """Runs a captured graph on masses.
+    """Runs a captured graph on masses. Path quantities make it; rules get it.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> @torch.library.custom_op("dagpath_example::average", mutates_args=())
+        ... def average(x: torch.Tensor) -> torch.Tensor:
+        ...     return x.mean(1, keepdim=True)
+        >>> _ = average.register_fake(lambda x: x.new_empty(x.shape[0], 1))
+        >>> class Average(Operation):  # a sum of edges of weight 1/k
+        ...     def neurons(self, flow, call):
+        ...         return flow.mix(flow.activation(call["x"]), [1], "a mean of channels")
+        ...     def mass(self, flow, call):
+        ...         x = call["x"]
+        ...         return flow.scaled(x, x.values.sum(1, keepdim=True), flow.number(1 / x.values.shape[1]))
+        >>> dagpath.register_op(average, Average())
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a = torch.nn.Linear(1, 4, bias=False)
+        ...     def forward(self, x):
+        ...         return average(self.a(x))
+        >>> net = Net()
+        >>> _ = net.a.weight.data.fill_(3.0)
+        >>> traced = dagpath.trace(net, torch.zeros(1, 1))
+        >>> dagpath.path_norm(traced), dagpath.path_norm(traced, p=2)  # four paths of value 3/4
+        (3.0, 1.5)
 
     Attributes:
         records: do passes record what a backward pass needs?
@@ -253,6 +279,9 @@ class MassFlow(fx.Interpreter):
             values: its values.
             exponent: the power of two beside them.
             layer: did the paths cross a parametrized linear layer?
+
+        Returns:
+            A :class:`Mass`.
         """
         if layer:
             self.layers.add(self.node)

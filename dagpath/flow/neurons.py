@@ -54,7 +54,33 @@ class NeuronFlow(fx.Interpreter):
     """Runs graphs of one model on neuron numbers; collects neurons, ties and the ends of every parameter.
 
     Several graphs of the same model (its two modes) may be run one after the other: they share their parameters, and a
-    parameter's edges have the same ends in each.
+    parameter's edges have the same ends in each. :func:`dagpath.trace` makes it; rules get it.
+
+    A neuron number is :data:`FIXED` (0) for what keeps its scale, :data:`ZERO` (−1) for an entry that is always zero,
+    and positive for a neuron that may be free. Reasons complete the sentences "tied by …" and "fixed: …" of
+    :meth:`dagpath.TracedModel.explain`.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import FIXED, ZERO, Operation
+        >>> @torch.library.custom_op("dagpath_example::summed", mutates_args=())
+        ... def summed(x: torch.Tensor) -> torch.Tensor:
+        ...     return x.sum(1, keepdim=True)
+        >>> _ = summed.register_fake(lambda x: x.new_empty(x.shape[0], 1))
+        >>> class Summed(Operation):
+        ...     def neurons(self, flow, call):
+        ...         return flow.mix(flow.activation(call["x"]), [1], "a sum of channels")
+        >>> dagpath.register_op(summed, Summed())
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b = torch.nn.Linear(2, 3), torch.nn.Linear(1, 1)
+        ...     def forward(self, x):
+        ...         return self.b(summed(self.a(x)))
+        >>> dagpath.trace(Net(), torch.zeros(1, 2)).graph.group_of  # three neurons of one scale; the output is FIXED
+        tensor([1, 1, 1, 0])
+        >>> FIXED, ZERO
+        (0, -1)
 
     Args:
         model: the model.
@@ -171,7 +197,7 @@ class NeuronFlow(fx.Interpreter):
     # -- what operations call --------------------------------------------------------------------------------------
 
     def constant(self, output: Any) -> Any:
-        """Fixed entries in the shape of ``output`` (the fake tensors of a node)."""
+        """Fixed entries in the shape of ``output`` (``call.output``, or any tensors)."""
         return mapped(output, Tensor, lambda fake: torch.tensor(FIXED).expand(fake.shape))
 
     def fresh(self, count: int, weight: Weight | None, standing: bool = True) -> Tensor:
@@ -185,6 +211,9 @@ class NeuronFlow(fx.Interpreter):
             weight: the parameter that feeds them; None where it is known later.
             standing: do they stand in the call's output, so that all paths through them pass there? Else parameters
                 alone lead into them.
+
+        Returns:
+            int64 tensor [count].
         """
         key = None
         if weight is not None and weight.name is not None:
@@ -206,7 +235,7 @@ class NeuronFlow(fx.Interpreter):
         return torch.arange(self.num_numbers - count + 1, self.num_numbers + 1)
 
     def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
-        """The numbers of a product of two tensors of neurons: one factor is fixed, the scale of the other goes on.
+        """The numbers of a product of two tensors of neurons, one factor of which is fixed; the other's scale goes on.
 
         If both could be free, that is decided once all ties are known; until then new numbers stand for the result,
         which belong to no neuron. ``kept`` tells the other passes which factor was not fixed.
@@ -304,6 +333,9 @@ class NeuronFlow(fx.Interpreter):
             dst, src: numbers that broadcast to its shape.
             reads: the activation that paths come from, where that keeps its scale whatever theirs is (the input of a
                 normalization).
+
+        Raises:
+            ValueError: ends that do not broadcast to the shape of the parameter.
         """
         dst, src = compact(dst), compact(src)
         if any(bool((end == _UNUSED).any()) for end in (dst, src)):
@@ -354,7 +386,7 @@ class NeuronFlow(fx.Interpreter):
         return self._elements.of(weight)
 
     def as_neurons(self, weight: Weight) -> Tensor:
-        """A parameter that stands where an activation is expected: one neuron per element, fed by the constant 1."""
+        """A parameter that stands where an activation is expected, as one neuron per element, fed by the constant 1."""
         elements = self.elements(weight)
         small = compact(elements)
         unique, inverse = torch.unique(small, return_inverse=True)

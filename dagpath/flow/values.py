@@ -29,13 +29,33 @@ NOTHING = -(1 << 30)
 class Weight:
     """A parameter on its way to the operation that uses it: which element stands in each entry.
 
-    What is computed from parameters alone (a sum or a product of them) is a parameter too, a virtual one: see
-    :meth:`~dagpath.flow.neurons.NeuronFlow.computed`.
+    What is computed from parameters alone (a sum or a product of them) is a parameter too, a virtual one.
 
     Attributes:
         shape: shape of this tensor.
         name: the parameter, while its elements stand in their own order; None after they were moved.
         elements: int64 tensor of ``shape``, numbers of the elements over all parameters; None while ``name`` is set.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> @torch.library.custom_op("dagpath_example::shifted", mutates_args=())
+        ... def shifted(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        ...     return x + shift
+        >>> _ = shifted.register_fake(lambda x, shift: torch.empty_like(x))
+        >>> class Shifted(Operation):
+        ...     def neurons(self, flow, call):
+        ...         print(call["shift"])
+        ...         return flow.constant(call.output)
+        >>> dagpath.register_op(shifted, Shifted())
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.shift = torch.nn.Parameter(torch.zeros(2))
+        ...     def forward(self, x):
+        ...         return shifted(x, self.shift)
+        >>> _ = dagpath.trace(Net(), torch.zeros(1, 2))
+        Weight(shape=torch.Size([2]), name='shift', elements=None)
     """
 
     shape: torch.Size
@@ -63,7 +83,18 @@ class Mass(Operand):
         values: float64 (or float32) tensor, non-negative.
         exponent: the power of two beside it, so that no mass leaves the floating-point range.
         zero: are all values zero? Then other masses need not be aligned with this one.
+        data: does it depend on the input of the network (or on what leaves an operation that cuts paths)?
+        params: does it depend on a parameter?
         node: the node of the graph that made it.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.ops import Mass, MassFlow
+        >>> a, b = Mass(torch.tensor([1.0, 2.0]), exponent=3), Mass(torch.tensor([8.0, 8.0]), exponent=0)
+        >>> a.values * 2.0**a.exponent
+        tensor([ 8., 16.])
+        >>> MassFlow.common([a, b])  # the exponent at which they are added
+        3
     """
 
     values: Tensor
@@ -149,9 +180,37 @@ def is_fetched(mass: Mass) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation: its target and its arguments, by position and by the names of its ATen schema.
+    """One call of an operation: its target and its arguments, by position and by the names of its schema.
 
-    The schema's ``self`` is called ``input`` here.
+    ``call["x"]`` is the argument x, also where it was not given and has a default. The schema's ``self`` is called
+    ``input`` here.
+
+    Attributes:
+        target: the operation.
+        args: its arguments by position; tensors are neuron numbers, masses or weights, as the pass has them.
+        kwargs: those by name.
+        node: the node of the captured graph.
+
+    Raises:
+        KeyError: (``call[name]``) the schema has no such argument.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> @torch.library.custom_op("dagpath_example::repeated", mutates_args=())
+        ... def repeated(x: torch.Tensor, times: int = 2) -> torch.Tensor:
+        ...     return x.repeat(1, times)
+        >>> _ = repeated.register_fake(lambda x, times=2: x.new_empty(x.shape[0], times * x.shape[1]))
+        >>> class Repeated(Operation):
+        ...     def neurons(self, flow, call):
+        ...         print(tuple(call["x"].shape), call["times"], tuple(call.output.shape), call.get("dim", "no dim"))
+        ...         return call["x"].repeat(1, call["times"])
+        >>> dagpath.register_op(repeated, Repeated())
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return repeated(x)
+        >>> _ = dagpath.trace(Net(), torch.zeros(1, 3))
+        (1, 3) 2 (1, 6) no dim
     """
 
     target: Callable[..., Any]
@@ -161,6 +220,7 @@ class Call:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
+        """The arguments by the names of the schema, defaults among them."""
         bound: dict[str, Any] = {}
         for position, (name, argument) in enumerate(_signature(self.target)):
             if position < len(self.args) and not argument.kwarg_only:
@@ -172,9 +232,11 @@ class Call:
         return bound
 
     def __getitem__(self, name: str) -> Any:
+        """The argument of that name."""
         return self.arguments[name]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The argument of that name, or the default where the schema has none."""
         return self.arguments.get(name, default)
 
     def on(self, values: Mapping[fx.Node, Any]) -> Call:
@@ -184,7 +246,7 @@ class Call:
 
     @property
     def output(self) -> Any:
-        """What the operation returns, as fake tensors: shapes and types without values."""
+        """What the operation returns, as fake tensors, which have shapes and types without values."""
         return self.node.meta.get("val")
 
     def keeps_range(self, result: Tensor) -> bool:
@@ -199,7 +261,7 @@ class Call:
         return _range(result) == _WIDE or _WIDE not in ranges
 
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
-        """The arguments of the given type, those inside lists too, in their order."""
+        """The arguments of the given type or types, those inside lists too, in their order."""
         return leaves((self.args, self.kwargs), kind)
 
     def apart(self) -> Call:
@@ -213,7 +275,14 @@ class Call:
         return Call(self.target, args, kwargs, self.node)
 
     def run(self, convert: Callable[[Any], Any]) -> Any:
-        """Execute the operation itself on converted arguments."""
+        """Execute the operation itself on converted arguments.
+
+        Args:
+            convert: gets each argument, those inside lists one by one, and returns what stands in its place.
+
+        Returns:
+            What the operation returns.
+        """
         args, kwargs = mapped((self.args, self.kwargs), object, convert)
         return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
 

@@ -34,6 +34,7 @@ class RebalanceCallback(Rebalancing, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """The Trainer calls it: balance from here on."""
         optimizer: Optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer):  # its steps call no hooks: those of the optimizer in it do
             optimizer = optimizer.optimizer
@@ -42,4 +43,5 @@ class RebalanceCallback(Rebalancing, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """The Trainer calls it: balance no more."""
         self.stop()

@@ -30,14 +30,18 @@ class RebalanceCallback(Rebalancing, Callback):
     _loaded_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning calls it: balance from here on."""
         self.start(pl_module, trainer.optimizers, self._loaded_steps)
         self._loaded_steps = 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning calls it: balance no more."""
         self.stop()
 
     def state_dict(self) -> dict[str, Any]:
+        """The number of steps, which Lightning puts into checkpoints."""
         return {"steps": self._loaded_steps} if self.rebalance is None else self.rebalance.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the number of steps over from a checkpoint."""
         self._loaded_steps = state_dict["steps"]

@@ -33,10 +33,22 @@ class Rebalancing:
         rebalance: the handle of the training that runs or ran last, or None. Its ``steps`` and ``rescaling`` say what
             was done.
 
-    Raises:
-        All that :func:`dagpath.trace` and :class:`dagpath.optim.Rebalance` raise, when training starts.
+    What :func:`dagpath.trace` and :class:`dagpath.optim.Rebalance` raise is raised when training starts.
 
     Cost: a trace at the start of training; then what :class:`dagpath.optim.Rebalance` costs.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.integrations.rebalancing import Rebalancing
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> rebalancing = Rebalancing(torch.zeros(1, 4), every=2)
+        >>> rebalancing.start(net, optimizer, steps=0)  # which a callback does when training starts
+        >>> for _ in range(4):
+        ...     optimizer.step()
+        >>> rebalancing.stop()
+        >>> rebalancing.rebalance.steps, rebalancing.rebalance.rescaling.converged
+        (4, True)
     """
 
     def __init__(
@@ -58,7 +70,13 @@ class Rebalancing:
         self.rebalance: Rebalance | None = None
 
     def start(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], steps: int) -> None:
-        """Trace the model and balance it after the optimizers' steps, of which some were taken before."""
+        """Trace the model and balance it after the optimizers' steps.
+
+        Args:
+            model: the model, or what it is part of.
+            optimizers: one or several; the steps of the last one count.
+            steps: how many of them were taken before.
+        """
         self.stop()  # a training that was interrupted has left its hooks in the optimizer
         part = unwrap(model).get_submodule(self.submodule)
         device = next(part.parameters()).device

@@ -120,6 +120,8 @@ def path_length_profile(traced: TracedModel, p: float | None = None, progress: b
     Cost: shares, two forward passes in float64 for about every second length; counts, for every length and every 30
     binary digits of the number of paths one.
 
+    Source: Gonon et al., ICLR 2024, for the paths.
+
     Example:
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))

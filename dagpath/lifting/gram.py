@@ -128,6 +128,7 @@ def gram_diagonal(traced: TracedModel, log: bool = False, dtype: torch.dtype = t
     Raises:
         OverflowError: the masses through a parameter leave the range of the type beside those of all paths, as in
             perceptrons of a thousand layers whose biases carry more than what comes from below.
+        ValueError: another dtype.
 
     Cost: one forward and one backward pass at batch 1. Source: Lebeurrier, Vayer, Gribonval 2026.
 

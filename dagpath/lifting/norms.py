@@ -42,7 +42,7 @@ def path_norm(
         tuple of them where the model has several outputs.
 
     Raises:
-        ValueError: p is below 1 or not finite.
+        ValueError: p is below 1 or not finite, or another dtype.
 
     Cost: one forward pass at batch 1. Source: Gonon et al., ICLR 2024, definition of the path-lifting.
 

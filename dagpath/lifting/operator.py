@@ -40,6 +40,21 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     Attributes:
         shape: (num_parameters, num_parameters).
         dtype: float64.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 1))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.fill_(2.0), net[2].weight.fill_(3.0)
+        >>> G = dagpath.gram(dagpath.trace(net, torch.zeros(1, 1)))
+        >>> G.to_dense().tolist()  # the path of value 2 · 3, and the bias
+        [[9.0, 6.0, 0.0], [6.0, 4.0, 0.0], [0.0, 0.0, 1.0]]
+        >>> G @ torch.tensor([1.0, 1.0, 1.0])
+        tensor([15., 10.,  1.], dtype=torch.float64)
+        >>> G.trace(), G.eigvalsh(k=1).round(6).tolist()
+        (14.0, [13.0])
+        >>> round(G.condition_number(), 6)  # 13 over 1: the third is zero, along the rescaling
+        13.0
     """
 
     def __init__(self, traced: TracedModel, dtype: torch.dtype) -> None:
@@ -55,7 +70,21 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return self.dot(other)
 
     def dot(self, x: Any) -> Any:
-        """``G @ x``."""
+        """``G @ x``.
+
+        Args:
+            x: a NumPy array or a tensor, [num_parameters] or [num_parameters, columns]; real.
+
+        Returns:
+            The same kind, shape and device, in float64.
+
+        Raises:
+            ValueError: another shape.
+            TypeError: a complex vector.
+            OverflowError: path masses leave the range of the type of the passes.
+
+        Cost: one forward and one backward pass, and for each column a backward pass through both.
+        """
         if not isinstance(x, Tensor):
             return super().dot(x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
@@ -133,10 +162,13 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
     # -- what is known of the matrix -----------------------------------------------------------------------------------
 
     def diagonal(self) -> Tensor:
-        """The diagonal of G, float64 [num_parameters].
+        """The diagonal of G, as :func:`gram_diagonal`, but exact where a path meets a parameter twice.
 
-        One forward and one backward pass; where a parameter is used more than once, one product for every 64 of its
-        elements more, since one path may meet it twice.
+        Returns:
+            float64 tensor [num_parameters].
+
+        Cost: one forward and one backward pass; where a parameter is used more than once, one product for every 64 of
+        its elements more.
         """
         values = gram_diagonal(self._traced)
         shared = self._used_repeatedly()
@@ -175,14 +207,19 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return {name for key, name in graph.parameters.items() if uses[placeholders[key]] > 1}
 
     def trace(self) -> float:
-        """The sum of the diagonal: the sum of all eigenvalues."""
+        """The sum of the diagonal, which is that of all eigenvalues. It costs as much as :meth:`diagonal`."""
         return float(self.diagonal().sum())
 
     def to_dense(self, progress: bool = True) -> Tensor:
         """G as a float64 tensor [num_parameters, num_parameters], on the device of the parameters.
 
+        Args:
+            progress: show a progress bar if it takes more than two seconds.
+
         Raises:
             ValueError: there are more than 20,000 parameters.
+
+        Cost: a product for every 64 columns.
         """
         if self.shape[0] > _MOST_DENSE:
             raise ValueError(
@@ -192,7 +229,14 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         return self._products(torch.eye(self.shape[0], dtype=torch.float64, device=self._device), progress)
 
     def to_sparse(self, device: torch.device | str | None = None) -> Tensor:
-        """G as a float64 sparse CSR tensor on ``device``; for small models, as :meth:`to_dense`."""
+        """G as a float64 sparse CSR tensor on ``device``; for small models, as :meth:`to_dense`, which makes it.
+
+        Args:
+            device: where it goes; None for the device of the parameters.
+
+        Raises:
+            ValueError: there are more than 20,000 parameters.
+        """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             return self.to_dense().to(device).to_sparse_csr()
@@ -205,6 +249,9 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
                 dense matrix.
             which: which ones, as in ``eigsh``: ``"LM"`` the largest.
             **options: passed on to ``eigsh``.
+
+        Returns:
+            float64 NumPy array [k], or [num_parameters].
 
         Raises:
             ValueError: k is no integer, below 1 or not below the number of parameters, the dense matrix would be too
@@ -224,7 +271,12 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         """The largest eigenvalue over the smallest one that is not zero; for small models, as :meth:`to_dense`.
 
         G is singular along every rescaling and in every dead parameter. Eigenvalues below ``p · eps`` of the largest
-        count as zero. NaN if all are zero.
+        count as zero, p the number of parameters. NaN if all are zero.
+
+        Raises:
+            ValueError: as :meth:`eigvalsh` without k.
+
+        Cost: that of :meth:`to_dense`, and all eigenvalues of a dense matrix.
         """
         live = live_eigenvalues(self.eigvalsh())
         return float(live[-1] / live[0]) if len(live) else math.nan

@@ -85,6 +85,8 @@ def path_mass(traced: TracedModel, p: float = 2) -> Tensor:
 
     Cost: one forward and one backward pass in float64 at batch 1.
 
+    Source: Gonon et al., ICLR 2024, for the paths.
+
     Example:
         >>> import torch, dagpath
         >>> layers = torch.nn.Linear(1, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False)

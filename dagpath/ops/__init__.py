@@ -6,9 +6,17 @@ What a rule of one's own needs stands here too: the base class, and the types of
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight
-from dagpath.ops import attention, compound, elementwise, linear, movement, normalization, pooling, resample
-from dagpath.ops.base import Operation, Unknown, operation_of, register, registered
-from dagpath.ops.compound import is_compound
+from dagpath.ops import (  # noqa: F401 (which registers their operations)
+    attention,
+    compound,
+    elementwise,
+    linear,
+    movement,
+    normalization,
+    pooling,
+    resample,
+)
+from dagpath.ops.base import Operation, registered
 from dagpath.ops.user import register_op
 
 __all__ = [
@@ -19,19 +27,7 @@ __all__ = [
     "MassFlow",
     "NeuronFlow",
     "Operation",
-    "Unknown",
     "Weight",
-    "attention",
-    "compound",
-    "elementwise",
-    "is_compound",
-    "linear",
-    "movement",
-    "normalization",
-    "operation_of",
-    "pooling",
-    "register",
     "register_op",
     "registered",
-    "resample",
 ]

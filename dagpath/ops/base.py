@@ -22,25 +22,89 @@ from dagpath.flow.values import FIXED, Call, Operand, Weight, compact
 
 
 class Operation:
-    """How one kind of ATen operation treats neurons and masses. Instances are stateless and shared."""
+    """How one kind of operation treats neurons and masses; :func:`dagpath.register_op` takes an instance.
+
+    Instances are stateless and shared. A method may raise: what that call touches is fixed then, and no path crosses
+    it.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> @torch.library.custom_op("dagpath_example::gain", mutates_args=())
+        ... def gain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ...     return x * weight
+        >>> _ = gain.register_fake(lambda x, weight: torch.empty_like(x))
+        >>> class Gain(Operation):  # x is [batch, channels], the weight [channels]
+        ...     def neurons(self, flow, call):
+        ...         sources = flow.per_channel(flow.activation(call["x"]), 1, "a gain")
+        ...         neurons = flow.fresh(len(sources), call["weight"])
+        ...         flow.use(call["weight"], dst=neurons, src=sources)
+        ...         return neurons.expand(call.output.shape)
+        ...     def mass(self, flow, call):
+        ...         x, weight = call["x"], call["weight"]
+        ...         return flow.result([x, weight], x.values * weight.values, x.exponent + weight.exponent)
+        >>> dagpath.register_op(gain, Gain())
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+        ...         self.gain = torch.nn.Parameter(torch.randn(3))
+        ...     def forward(self, x):
+        ...         return self.b(gain(self.a(x), self.gain).relu())
+        >>> traced = dagpath.trace(Net(), torch.zeros(1, 2))
+        >>> traced.graph.num_groups  # three before the gain, three after it
+        6
+        >>> before = dagpath.path_norm(traced)
+        >>> _ = dagpath.random_rescaling(traced).apply_()
+        >>> abs(dagpath.path_norm(traced) / before - 1) < 1e-5
+        True
+    """
 
     moves_weights = False
     """Does a parameter stay one (each entry of the output an element, perhaps times a constant)?"""
 
     def keeps_weights(self, call: Call) -> bool:
-        """Of parameters alone, is the output a weight whose masses follow from theirs? Else it is a constant."""
+        """Of parameters alone, is the output a weight whose masses follow from theirs? Else it is a constant.
+
+        Args:
+            call: the call, with a :class:`Mass` for each tensor.
+        """
         return self.moves_weights
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        """The neuron numbers of the output: int64 tensors of its shapes (or a :class:`Weight`)."""
+        """The neuron numbers of the output.
+
+        Args:
+            flow: makes neurons, and takes what the operation says of them.
+            call: the call, with int64 neuron numbers for activations and a :class:`Weight` for each parameter.
+
+        Returns:
+            int64 tensors of the shapes of ``call.output`` (or a :class:`Weight`).
+        """
         raise NotImplementedError
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        """The masses of the output, from the masses of the inputs."""
+        """The masses of the output, from the masses of the inputs.
+
+        Args:
+            flow: makes results, and brings masses to one exponent.
+            call: the call, with a :class:`Mass` for each tensor.
+
+        Returns:
+            A :class:`Mass` for each tensor of ``call.output``.
+        """
         raise NotImplementedError
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        """The nodes of the output (:class:`~dagpath.flow.edge_values.Nodes`, or weights), after making their edges."""
+        """The nodes of the output, after making their edges; only :meth:`dagpath.TracedModel.unroll` asks for them.
+
+        Args:
+            flow: makes nodes and edges.
+            call: the call, with the nodes of its inputs.
+
+        Raises:
+            NotImplementedError: the rule does not say.
+        """
         raise NotImplementedError(f"the rule {type(self).__name__} has no method 'edges'")
 
 
@@ -107,5 +171,14 @@ def operation_name(target: Any) -> str:
 
 
 def registered() -> dict[str, Operation]:
-    """Every operation that has a rule, by name."""
+    """Every operation that has a rule, with the rule, in the order of the names.
+
+    The name of an ATen operation stands for all its overloads and its in-place form, ``name.overload`` for that one;
+    others have their namespace, ``mylib::cut``.
+
+    Example:
+        >>> from dagpath.ops import registered
+        >>> "conv2d" in registered(), "erfinv" in registered()
+        (True, False)
+    """
     return dict(sorted(_REGISTRY.items()))

@@ -91,8 +91,8 @@ def register_op(op: Any, rule: str | Operation) -> None:
     """Tell dagpath how an operation treats neurons and path masses.
 
     For an ATen operation that has no rule yet, or one of your own made with :mod:`torch.library`. A rule that is
-    already there is replaced. Models that were traced before have to be traced again. :doc:`own_operations` has a
-    whole example.
+    already there is replaced. Models that were traced before have to be traced again. :doc:`/howto/own_operation` has
+    a whole example.
 
     Args:
         op: what :func:`torch.library.custom_op` returned, or ``torch.ops.namespace.name`` (all its overloads), or one

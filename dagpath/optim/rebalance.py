@@ -39,7 +39,10 @@ class Rebalance:
         **balance_options: its other options, such as ``power_of_two=True``, with which outputs stay bitwise the same.
 
     Attributes:
-        traced, optimizers, every, options: what was given.
+        traced: what was given.
+        optimizers: what was given, as a tuple.
+        every: what was given.
+        options: the options of balancing.
         steps: steps taken so far.
         rescaling: the last :class:`dagpath.Rescaling` that was applied, or None.
 

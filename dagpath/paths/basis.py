@@ -37,6 +37,16 @@ class BasisPaths:
         leaving: int64 [groups + 1], ``t(γ)``, alike.
         log_values: float64 [num_paths], natural logarithm of the magnitude of each path's value when it was chosen.
         signs: float64 [num_paths], the sign of the value.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.paths.basis import basis_paths
+        >>> layers = torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False)
+        >>> basis = basis_paths(dagpath.trace(torch.nn.Sequential(*layers), torch.zeros(1, 2)))
+        >>> basis
+        BasisPaths(4 paths of 6 parameters)
+        >>> basis.to_scipy().toarray().sum(0).tolist()  # each path has two elements
+        [2, 2, 2, 2]
     """
 
     dst: Tensor
@@ -52,12 +62,12 @@ class BasisPaths:
 
     @property
     def num_paths(self) -> int:
-        """Number of basis paths: elements on paths less free groups on paths."""
+        """Number of basis paths, which is that of elements on paths less that of free groups on paths."""
         return len(self.log_values)
 
     @property
     def group_class(self) -> Tensor:
-        """int64 [groups + 1]: which basis path ``q_γ`` is; -1 where there is none."""
+        """Which basis path ``q_γ`` is, int64 [groups + 1]; -1 where there is none."""
         return torch.where(self.entering >= 0, self.class_of[self.entering.clamp(min=0)], -1)
 
     def path_flows(self, flows: Tensor) -> Tensor:
@@ -97,7 +107,10 @@ class BasisPaths:
         return ratios[self.class_of] / torch.where(self.class_of >= 0, ratios[self.group_class][self.dst], 1.0)
 
     def to_scipy(self) -> csr_array:
-        """How often each element is on each basis path: int64 [num_parameters, num_paths].
+        """How often each element is on each basis path.
+
+        Returns:
+            int64 SciPy CSR array [num_parameters, num_paths].
 
         Cost: as many entries as the paths have elements together; for small networks.
         """
@@ -244,6 +257,9 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
 
     Args:
         traced: the traced model.
+
+    Returns:
+        The :class:`BasisPaths`.
 
     Cost: one forward and one backward pass, and a few over the parameters, with 60 bytes per element; seconds for a
     ResNet-50. Source: Meng et al., ICLR 2019, for chains of layers of one width; here for the scale groups of any

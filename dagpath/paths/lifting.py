@@ -32,6 +32,17 @@ class Path:
         nodes: readable names of its nodes, from start to end.
         weights: on each edge the parameter elements that its weight depends on, such as ``0.weight[1, 0]``; empty
             where it is a constant.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 1))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.fill_(2.0), net[2].weight.fill_(-3.0)
+        >>> path = dagpath.PathLifting(dagpath.trace(net, torch.zeros(1, 1))).paths[-1]
+        >>> print(path)
+        input[0] → 0 linear[0] → 1 relu[0] → 2 linear[0]
+        >>> path.value, path.weights
+        (-6.0, ('0.weight[0, 0]', '', '2.weight[0, 0]'))
     """
 
     value: float
@@ -125,7 +136,7 @@ class PathLifting:
 
     @cached_property
     def paths(self) -> list[Path]:
-        """All paths, with readable names."""
+        """All paths, with readable names, as a list of :class:`Path`."""
         graph, destinations = self.graph, self.graph.destinations_of_edges
         used = self.edges[self.edges >= 0]
         edge_names = {edge: graph.edge_name(edge) for edge in set(used.tolist())}
@@ -163,15 +174,20 @@ class PathLifting:
 
         Returns:
             float64 sparse CSR tensor [paths, parameters]; columns follow ``model.parameters()``, each flattened.
+
+        Cost: once, memory for paths times their length; then a copy.
         """
         return csr_tensor(self._jacobian, device)
 
     def kernel(self, dense: bool = True, device: torch.device | str | None = None) -> Tensor:
-        """The path kernel ``K = ∂Φ ∂Φᵀ``: float64 [paths, paths].
+        """The path kernel ``K = ∂Φ ∂Φᵀ``, whose nonzero eigenvalues are those of the path Gram matrix.
 
         Args:
             dense: a strided tensor, else a sparse CSR one.
             device: where the tensor goes; None for the CPU.
+
+        Returns:
+            float64 tensor [paths, paths].
         """
         kernel = csr_tensor(sparse.csr_array(self._jacobian @ self._jacobian.T), device)
         return kernel.to_dense() if dense else kernel
@@ -179,15 +195,18 @@ class PathLifting:
     # -- on an input -----------------------------------------------------------------------------------------------
 
     def basis(self) -> BasisPaths:
-        """The basis paths of the network: see :func:`dagpath.paths.basis.basis_paths`."""
+        """The basis paths of the network, as :func:`dagpath.paths.basis.basis_paths` gives them."""
         return basis_paths(self.traced)
 
     def activations(self, x: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The path activations a_p(θ, x): float64 [batch, paths].
+        """The path activations a_p(θ, x), the product of the gates on each path.
 
         Args:
             x: a tensor, or the tuple of positional arguments of ``model.forward``, with any number of examples.
             kwargs: its keyword arguments.
+
+        Returns:
+            float64 tensor [batch, paths].
 
         Raises:
             ValueError: an input has another shape than the traced one, or another kind of type (integers for real
@@ -198,21 +217,32 @@ class PathLifting:
         return torch.stack([self._activation(values) for values in self._runs(x, kwargs)])
 
     def inputs(self, x: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The values x_start(p) where paths start, 1 for paths from a bias: float64 [batch, paths].
+        """The values x_start(p) where paths start, 1 for paths from a bias.
+
+        Args:
+            x: as in :meth:`activations`.
+            kwargs: as there.
+
+        Returns:
+            float64 tensor [batch, paths].
 
         Raises:
-            ValueError, TypeError, UnsupportedOpError: as :meth:`activations`.
+            ValueError: as :meth:`activations`, which raises TypeError and UnsupportedOpError too.
         """
         return torch.stack([self._input(values) for values in self._runs(x, kwargs)])
 
     def realize(self, x: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
         """The network's output as a sum over paths, in float64 and in the model's own structure (eval mode).
 
+        Args:
+            x: as in :meth:`activations`.
+            kwargs: as there.
+
         Returns:
             What ``model(x)`` returns; containers that PyTorch cannot look into come as lists.
 
         Raises:
-            ValueError, TypeError, UnsupportedOpError: as :meth:`activations`.
+            ValueError: as :meth:`activations`, which raises TypeError and UnsupportedOpError too.
         """
         results = [self._realized(values) for values in self._runs(x, kwargs)]
         leaves = [

@@ -28,7 +28,17 @@ lighter."""
 
 @dataclass(frozen=True)
 class Element:
-    """An element of a parameter."""
+    """An element of a parameter.
+
+    Attributes:
+        parameter: its name, as in ``model.named_parameters()``.
+        index: where in the parameter.
+
+    Example:
+        >>> from dagpath.paths.top import Element
+        >>> print(Element("0.weight", (1, 0)))
+        0.weight[1, 0]
+    """
 
     parameter: str
     index: tuple[int, ...]
@@ -39,7 +49,7 @@ class Element:
 
 @dataclass(frozen=True)
 class ChannelPath:
-    """A path through channels: all copies of a path at different positions of the feature maps.
+    """A path through channels, for all copies of it at different positions of the feature maps; from :func:`top_paths`.
 
     Attributes:
         neurons: names of the neurons that it crosses, as ``module.channel``, from its source (the name of an input,
@@ -49,6 +59,17 @@ class ChannelPath:
         value: ``|Φ|``, the product of the magnitudes of the elements and of the constants between them.
         log_value: its natural logarithm.
         share: ``Φ² / Σ Φ²``, its share of the squared path-norm, for one position.
+
+    Example:
+        >>> import torch, dagpath
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]])), net[2].weight.fill_(-4.0)
+        >>> path = dagpath.top_paths(dagpath.trace(net, torch.zeros(1, 2)), 1)[0]
+        >>> path.neurons, path.end, round(path.value, 6)
+        (('input', '0.1', '2.0'), 'output', 12.0)
+        >>> [str(element) for element in path.elements]
+        ['0.weight[1, 1]', '2.weight[0, 1]']
     """
 
     neurons: tuple[str, ...]

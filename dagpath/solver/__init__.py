@@ -14,12 +14,13 @@ SOLVERS: dict[str, Callable[[Problem, float, int | None], Solution]] = {
     "newton": solve_newton,
     "coordinate": solve_coordinate,
 }
+"""Name of a solver, as :func:`dagpath.solver.solve` takes it -> the function ``(problem, tol, max_iter)``."""
 
 
 def solve(
     problem: Problem | RangeProblem, solver: str = "newton", tol: float = 1e-9, max_iter: int | None = None
 ) -> Solution:
-    """Solve a problem.
+    """Minimize ``F(z)`` of a problem over ``|z| ≤ bound``, or make the maxima of a problem of ranges equal.
 
     Args:
         problem: a :class:`Problem`, or a :class:`RangeProblem`, which has a method of its own.
@@ -28,10 +29,24 @@ def solve(
         tol: stop when the optimality is at most this.
         max_iter: most iterations; None for the solver's default.
 
+    Returns:
+        A :class:`Solution`, also where the solver stopped short of the tolerance, as ``converged`` tells.
+
     Raises:
         ValueError: the solver is unknown, or cannot solve this problem; tol is not positive, or max_iter no integer of
             at least 0.
         TypeError: it is no problem.
+
+    Cost: that of :func:`solve_newton`, :func:`solve_coordinate` or :meth:`RangeProblem.solve`.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import SOLVERS, MassAggregator, Problem, solve
+        >>> masses = MassAggregator(num_groups=1)
+        >>> masses.add(torch.tensor([1.0, 16.0]), dst=torch.tensor([1, 0]), src=torch.tensor([0, 1]))
+        >>> problem = Problem.path_conditioning(masses)
+        >>> [round(float(solve(problem, name).z.exp()), 6) for name in SOLVERS]  # exp(−2z) + 16 exp(2z) is the smallest
+        [0.5, 0.5]
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(map(repr, SOLVERS))}")

@@ -20,6 +20,9 @@ class MassAggregator:
         device: where the masses are put.
         largest: keep the largest of those that join the same two groups, instead of their sum.
 
+    Raises:
+        ValueError: num_groups is negative.
+
     Attributes:
         num_live: how many elements had a positive mass.
         balance: [num_groups + 1]; per group, the number of live elements that enter it minus those that leave it.
@@ -48,10 +51,13 @@ class MassAggregator:
         self.balance = torch.zeros(self._size, dtype=torch.float64, device=self._device)
 
     def add(self, masses: Tensor, dst: Tensor, src: Tensor) -> None:
-        """Add elements of any shape; ``dst`` and ``src`` are their groups, broadcastable to that shape.
+        """Add elements of any shape. Masses that need no summing are kept as they are, not copied.
 
-        Groups are numbered from 1; 0 stands for what is fixed. Masses that need no summing are kept as they are, not
-        copied.
+        Args:
+            masses: of the elements, finite and at least 0.
+            dst: the groups that they enter, int64, broadcastable to the shape of the masses; numbered from 1, 0 for
+                what is fixed.
+            src: the groups that they leave, alike.
 
         Raises:
             ValueError: a mass is negative, infinite or NaN, a group is out of range, or shapes do not broadcast.
@@ -84,6 +90,12 @@ class MassAggregator:
         """Add the elements of a matrix, whose masses are ``left[i] · right[j]``: as :meth:`add` does with that matrix.
 
         Where all of a row enter one group, and all of a column leave one, the matrix is not made.
+
+        Args:
+            left: [rows], finite and at least 0.
+            right: [columns], alike.
+            dst: as in :meth:`add`, broadcastable to [rows, columns].
+            src: alike.
 
         Raises:
             ValueError: as :meth:`add`.
@@ -131,7 +143,7 @@ class MassAggregator:
             self._blocks.append(Block(matrix.contiguous(), dst, src))
 
     def matrix(self) -> GroupMatrix:
-        """What was collected."""
+        """What was collected, as a :class:`GroupMatrix` [num_groups + 1, num_groups + 1]."""
         nothing = torch.zeros(0, dtype=torch.long, device=self._device)
         edges = self._edges or [(nothing, nothing, nothing.double())]
         dst, src, masses = (torch.cat(parts) for parts in zip(*edges, strict=True))

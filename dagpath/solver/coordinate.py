@@ -35,11 +35,25 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
         tol: stop when ``‖∇F‖∞ ≤ tol · scale`` after a sweep.
         max_iter: most sweeps; None for 10,000.
 
+    Returns:
+        A :class:`Solution`, also where it stopped short of the tolerance; its iterations are sweeps.
+
     Raises:
         ValueError: it is another problem, tol is not positive, or max_iter no integer of at least 0.
 
+    Cost: each sweep reads every mass a few times, on the CPU; a loop over the groups.
+
     Source: Lebeurrier, Vayer, Gribonval 2026, Algorithm 1; Stock, Graham, Gribonval, Jégou 2019, Algorithm 1, for equal
     norms.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import MassAggregator, Problem, solve_coordinate, solve_newton
+        >>> masses = MassAggregator(num_groups=2)
+        >>> masses.add(torch.tensor([1.0, 4.0, 9.0]), dst=torch.tensor([1, 2, 0]), src=torch.tensor([0, 1, 2]))
+        >>> problem = Problem.path_conditioning(masses)
+        >>> torch.allclose(solve_coordinate(problem).z, solve_newton(problem).z)
+        True
     """
     check_limits(tol, max_iter)
     if not isinstance(problem.outer, LogOuter):

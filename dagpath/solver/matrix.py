@@ -28,7 +28,21 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Block:
-    """A dense part of the group matrix: ``masses[i, j]`` joins destination group ``dst[i]`` and source ``src[j]``."""
+    """A dense part of the group matrix: ``masses[i, j]`` joins destination group ``dst[i]`` and source ``src[j]``.
+
+    Attributes:
+        masses (torch.Tensor): [rows, columns], finite and at least 0; kept in its own type and on its own device.
+        dst: int64 [rows], groups, each once; 0 is the fixed one.
+        src: int64 [columns], alike.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import Block, GroupMatrix
+        >>> nothing = torch.zeros(0, dtype=torch.int64)
+        >>> block = Block(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), dst=torch.tensor([2, 3]), src=torch.tensor([0, 1]))
+        >>> GroupMatrix.of(4, [block], nothing, nothing, torch.zeros(0)).to_scipy().toarray().tolist()
+        [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 0.0, 0.0]]
+    """
 
     masses: Tensor | Product
     dst: Tensor
@@ -178,6 +192,14 @@ class GroupMatrix:
         blocks: the dense parts; no group occurs twice among a block's rows, nor among its columns.
         masses: the single entries; every pair of groups occurs once.
         layout: the groups of all of them.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import GroupMatrix
+        >>> # a mass of 1 enters group 1 from what is fixed, 5 leads from there to group 2, 7 stays within group 2
+        >>> dst, src = torch.tensor([1, 2, 2]), torch.tensor([0, 1, 2])
+        >>> GroupMatrix.of(3, [], dst, src, torch.tensor([1.0, 5.0, 7.0])).to_scipy().toarray().tolist()
+        [[7.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 5.0, 0.0]]
     """
 
     def __init__(self, layout: Layout, blocks: Sequence[Part], masses: Tensor) -> None:
@@ -193,6 +215,9 @@ class GroupMatrix:
             size: number of groups, the fixed group 0 among them.
             blocks: dense parts; pairs of groups that several of them name are summed.
             dst, src, masses: of the single entries, each [n].
+
+        Returns:
+            The matrix.
 
         Raises:
             ValueError: a mass is negative or not finite, a group is out of range or repeated, or shapes do not fit.
@@ -236,14 +261,22 @@ class GroupMatrix:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The masses: those of the single entries, then of each block."""
+        """The masses, those of the single entries first, then those of each block."""
         return (self.masses, *(block.table() for block in self.blocks))
 
     @property
     def device(self) -> torch.device:
+        """Where the masses are."""
         return self.masses.device
 
     def products(self, r: Array, c: Array) -> tuple[Array, Array]:
+        """Per position of the row side its masses times c, per position of the column side its masses times r.
+
+        Args:
+            r, c: float64 [num_groups + 1].
+
+        Cost: reads each mass once or twice.
+        """
         (x_entries, *xs), (y_entries, *ys) = self._at(r, c)
         into, out_of = [self._entries * y_entries], [x_entries * self._entries]
         for block, x, y in zip(self.blocks, xs, ys, strict=True):

@@ -49,6 +49,20 @@ class RangeProblem:
         bound: largest ``|z|``.
         live: number of live elements, those of positive mass, for the report.
         measure: what the optimality is, in words, for the report.
+
+    Raises:
+        TypeError: matrix is something else.
+        ValueError: bound is not positive.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import MassAggregator, RangeProblem, solve
+        >>> largest = MassAggregator(num_groups=1, largest=True)
+        >>> largest.add(torch.tensor([1.0, 2.0]), dst=torch.tensor(1), src=torch.tensor(0))
+        >>> largest.add(torch.tensor([8.0, 3.0]), dst=torch.tensor(0), src=torch.tensor(1))
+        >>> solution = solve(RangeProblem(largest.matrix()))
+        >>> round(float(solution.z.exp()), 6)  # 2 λ = 8 / λ
+        2.0
     """
 
     matrix: GroupMatrix
@@ -63,10 +77,14 @@ class RangeProblem:
 
     @property
     def num_groups(self) -> int:
+        """The number of variables, one for each free group."""
         return self.matrix.layout.size - 1
 
     def value(self, z: Array | Tensor) -> float:
-        """The largest ``|log max_in − log max_out|`` of a group at z, [num_groups], which the bound lets shrink.
+        """The largest ``|log max_in − log max_out|`` of a group at z which the bound lets shrink.
+
+        Args:
+            z: [num_groups], a NumPy array or a tensor on the CPU.
 
         Raises:
             ValueError: z has another shape, or is NaN somewhere.
@@ -87,8 +105,13 @@ class RangeProblem:
             max_iter: most changes of choices; None for 1,000. Layered graphs take about as many as they
                 have layers, whatever their width.
 
+        Returns:
+            A :class:`Solution`, whose objective is the largest imbalance, as :meth:`value` gives it.
+
         Raises:
             ValueError: tol is not positive, or max_iter no integer of at least 0.
+
+        Cost: for every change of choices a pass over the masses and a sparse linear system over the groups, on the CPU.
         """
         check_limits(tol, max_iter)
         start = time.perf_counter()

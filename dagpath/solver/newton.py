@@ -40,10 +40,11 @@ _POLISH = 10
 def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = None) -> Solution:
     """Minimize by projected Newton steps.
 
-    First steps minimize the separable model (:class:`SeparableMatrix`), which costs little, as long as that pays; where
-    every block's masses are a product of what arrives and what leaves, as for linear layers, one is all. Then come
-    Newton steps on the problem itself, whose linear systems are solved by conjugate gradients with the model's Hessian
-    as preconditioner, only as exactly as the step deserves.
+    First steps minimize the separable model, in which every block of masses is replaced by the rank-one matrix of the
+    same row and column sums: that costs little, and goes on as long as it pays. Where every block's masses are a
+    product of what arrives and what leaves, as for linear layers, one is all. Then come Newton steps on the problem
+    itself, whose linear systems are solved by conjugate gradients with the model's Hessian as preconditioner, only as
+    exactly as the step deserves.
 
     Args:
         problem: any :class:`Problem`; its objective is convex, so the minimum is global.
@@ -52,8 +53,24 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
             ``converged`` speaks of it alone: in directions that no mass holds the distance has no meaning.
         max_iter: most steps; None for 200.
 
+    Returns:
+        A :class:`Solution`, also where it stopped short of the tolerance.
+
     Raises:
         ValueError: tol is not positive, or max_iter no integer of at least 0.
+
+    Cost: two products with the masses for every point that is tried and for every Hessian product. Steps on the
+    separable model cost a few operations per group.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.solver import Problem, solve_newton
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> traced = dagpath.trace(net, torch.zeros(1, 4))
+        >>> masses = torch.cat([values.reshape(-1) for values in dagpath.gram_diagonal(traced).values()])
+        >>> solution = solve_newton(Problem.from_incidence(traced.graph.incidence(), masses))
+        >>> torch.allclose(solution.z, dagpath.balance(traced).log_scales)
+        True
     """
     check_limits(tol, max_iter)
     began = time.perf_counter()

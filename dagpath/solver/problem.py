@@ -39,10 +39,22 @@ class Outer(Protocol):
     """An increasing function ψ of the total mass S > 0, such that ψ of a sum of exponentials is convex.
 
     Anything with these three methods is one; any convex increasing ψ is right, and so is the logarithm.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import GroupMatrix, Problem, solve
+        >>> class Square:
+        ...     def value(self, total): return total * total
+        ...     def slope(self, total): return 2 * total
+        ...     def curvature(self, total): return 2.0
+        >>> matrix = GroupMatrix.of(2, [], torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([1.0, 16.0]))
+        >>> solution = solve(Problem(matrix, Square(), kappa=1.0, linear=torch.zeros(1), scale=1.0))
+        >>> round(float(solution.z.exp()), 6)  # where λ + 16 / λ is the smallest, its square is
+        4.0
     """
 
     def value(self, total: float) -> float:
-        """ψ(S); an OverflowError counts as infinity."""
+        """ψ(S) of a total mass above 0; an OverflowError counts as infinity."""
 
     def slope(self, total: float) -> float:
         """ψ'(S), positive."""
@@ -59,6 +71,15 @@ class LogOuter:
 
     Attributes:
         p: factor, positive; for path conditioning, the number of live elements.
+
+    Raises:
+        ValueError: p is not positive and finite.
+
+    Example:
+        >>> from dagpath.solver import LogOuter
+        >>> outer = LogOuter(3.0)
+        >>> outer.value(1.0), outer.slope(2.0), outer.curvature(2.0)
+        (0.0, 1.5, -0.75)
     """
 
     p: float
@@ -68,26 +89,38 @@ class LogOuter:
             raise ValueError(f"p must be positive and finite, got {self.p}")
 
     def value(self, total: float) -> float:
+        """``p log S``."""
         return self.p * math.log(total)
 
     def slope(self, total: float) -> float:
+        """``p / S``."""
         return self.p / total
 
     def curvature(self, total: float) -> float:
+        """``−p / S²``."""
         return -self.p / total / total
 
 
 @dataclass(frozen=True)
 class SumOuter:
-    """``ψ(S) = S``: the sum of all scaled masses itself."""
+    """``ψ(S) = S``, the sum of all scaled masses itself.
+
+    Example:
+        >>> from dagpath.solver import SumOuter
+        >>> SumOuter().value(5.0), SumOuter().slope(5.0), SumOuter().curvature(5.0)
+        (5.0, 1.0, 0.0)
+    """
 
     def value(self, total: float) -> float:
+        """The total S itself."""
         return total
 
     def slope(self, total: float) -> float:
+        """One everywhere."""
         return 1.0
 
     def curvature(self, total: float) -> float:
+        """Zero everywhere."""
         return 0.0
 
 
@@ -165,6 +198,7 @@ class Problem:
 
     @property
     def num_groups(self) -> int:
+        """The number of variables, one for each free group."""
         return len(self.linear)
 
     def mass_term(self, total: float) -> float:
@@ -179,6 +213,16 @@ class Problem:
         """``F(z) = p log Σ_e a_e exp(−2 (B z)_e) + 2 · 1ᵀ B z`` over the live elements, those with ``a_e > 0``.
 
         p is their number; the offset is added once for each of them, as the logarithm of a common factor of the masses.
+
+        Args:
+            masses: the Gram entries ``g_e`` of all elements, over a reference where there is one.
+            bound: largest ``|z|``.
+            offset: the logarithm (natural) of what the masses were divided by.
+
+        Raises:
+            ValueError: the bound is not positive, or one of the two is not finite.
+
+        Source: Lebeurrier, Vayer, Gribonval 2026.
         """
         p = masses.num_live
         return Problem(
@@ -216,6 +260,9 @@ class Problem:
             bound: largest ``|z|``.
             scale: what the gradient is measured against; None for the number of positive masses.
 
+        Returns:
+            The :class:`Problem`.
+
         Raises:
             ValueError: shapes that do not fit, entries other than one +1 and one −1 in a row, masses that are negative
                 or not finite.
@@ -241,10 +288,13 @@ class Problem:
         return Problem(aggregator.matrix(), outer, kappa, linear, scale, bound, live=p)
 
     def to_scipy(self) -> tuple[Any, Array]:
-        """B and a of the summed masses: ``scipy.sparse.csr_array`` [n, num_groups] and float64 [n].
+        """B and a of the summed masses, one row for each pair of groups with a mass.
 
-        One row for each pair of groups with a mass; :meth:`from_incidence` takes both back, with the outer function, κ,
-        the linear term, the bound and the scale of this problem; the offset, a constant, is left out.
+        :meth:`from_incidence` takes both back, with the outer function, κ, the linear term, the bound and the scale of
+        this problem; the offset, a constant, is left out.
+
+        Returns:
+            B, a ``scipy.sparse.csr_array`` [n, num_groups], and a, float64 [n].
         """
         matrix = self.matrix.to_scipy()
         matrix.eliminate_zeros()
@@ -259,7 +309,13 @@ class Problem:
         return incidence, masses.data
 
     def at(self, z: Array | Tensor) -> Point:
-        """The objective and its gradient at z, [num_groups].
+        """The objective and its gradient at z.
+
+        Args:
+            z: [num_groups], a NumPy array or a tensor on the CPU.
+
+        Returns:
+            A :class:`Point`.
 
         Raises:
             ValueError: z has another shape, or ``exp(κ z)`` leaves the range of float64 (``|κ z| > 350``).
@@ -294,14 +350,14 @@ def _ends(incidence: Any, masses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Point:
-    """Value and gradient of a problem at one z; :meth:`Problem.at` makes it.
+    """Value and gradient of a problem at one z. Made by :meth:`Problem.at`; all arrays are NumPy's, in float64.
 
     Attributes:
         problem: which problem.
         z: where, float64 [num_groups].
         matrix: the masses of the problem, or a model of them.
         value: F(z).
-        total: S.
+        total: the total mass S.
         rows: [num_groups + 1], per group the scaled mass of the elements that enter it; the fixed group is the first.
         columns: the same of those that leave it.
         row_sums: scaled mass at each position of the row side of the matrix.
@@ -311,6 +367,15 @@ class Point:
     ``ψ' κ m + c`` and the Hessian ``κ² (ψ' (D − W − Wᵀ) + ψ'' m mᵀ)``: a graph Laplacian and a rank-one term.
 
     Cost: two products with A.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from dagpath.solver import GroupMatrix, Problem, SumOuter
+        >>> matrix = GroupMatrix.of(2, [], torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([1.0, 16.0]))
+        >>> problem = Problem(matrix, SumOuter(), kappa=1.0, linear=torch.zeros(1), scale=2.0)
+        >>> start = problem.at(np.zeros(1))
+        >>> start.value, start.gradient.tolist(), start.optimality  # λ + 16 / λ at λ = 1
+        (17.0, [-15.0], 7.5)
     """
 
     def __init__(self, problem: Problem, matrix: Masses, z: Array) -> None:
@@ -328,19 +393,19 @@ class Point:
 
     @cached_property
     def difference(self) -> Array:
-        """m: per free group, the mass that enters minus the mass that leaves."""
+        """Per free group the mass that enters minus the mass that leaves, m in the formulas; float64 [num_groups]."""
         return np.subtract(self.rows, self.columns)[1:]
 
     @cached_property
     def gradient(self) -> Array:
-        """∇F, [num_groups]."""
+        """∇F, float64 [num_groups]."""
         if not self.total > 0:
             return self.problem.costs
         return self.problem.outer.slope(self.total) * self.problem.kappa * self.difference + self.problem.costs
 
     @cached_property
     def projected_gradient(self) -> Array:
-        """The gradient, zero where the bound stops the descent."""
+        """∇F, but zero where the bound stops the descent; float64 [num_groups]."""
         bound = self.problem.bound
         if not len(self.z) or np.abs(self.z).max() < bound:
             return self.gradient
@@ -372,7 +437,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found.
+    """What a solver found; :func:`dagpath.solver.solve` returns it.
 
     Attributes:
         z: float64 [num_groups], on the CPU.
@@ -382,6 +447,14 @@ class Solution:
         products: Hessian products.
         converged: is ``optimality`` at most the tolerance?
         seconds: time taken.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.solver import GroupMatrix, LogOuter, Problem, solve
+        >>> matrix = GroupMatrix.of(2, [], torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([1.0, 16.0]))
+        >>> solution = solve(Problem(matrix, LogOuter(1.0), kappa=1.0, linear=torch.zeros(1), scale=1.0))
+        >>> solution.converged, [round(value, 4) for value in solution.objective]  # log 17 and log 8
+        (True, [2.8332, 2.0794])
     """
 
     z: Tensor

@@ -29,12 +29,23 @@ def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array | Tensor) -
         z: [num_groups], a NumPy array or a tensor on the CPU; the minimum, or anything near it.
 
     Returns:
-        z, and the objective there.
+        z, float64 [num_groups], and the objective there.
 
     Raises:
         ValueError: z has another shape, or is NaN somewhere.
 
     Cost: two passes over the masses for each round of improvement, of which there are few.
+
+    Example:
+        >>> import math, torch
+        >>> from dagpath.solver import MassAggregator, Problem, round_to_powers_of_two, solve
+        >>> masses = MassAggregator(num_groups=1)
+        >>> masses.add(torch.tensor([1.0, 30.0]), dst=torch.tensor([1, 0]), src=torch.tensor([0, 1]))
+        >>> problem = Problem.path_conditioning(masses)
+        >>> solution = solve(problem)
+        >>> z, objective = round_to_powers_of_two(problem, solution.z)
+        >>> round(float(solution.z.exp()), 4), (z / math.log(2)).tolist(), objective > solution.objective[1]
+        (0.4273, [-1.0], True)
     """
     most, z = math.floor(problem.bound / _UNIT), checked_z(z, problem.num_groups, math.inf)
     starts = np.rint(z / _UNIT).clip(-most, most) * _UNIT, np.zeros_like(z)

@@ -8,7 +8,20 @@ from torch import nn
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
-    """Linear layers of the given widths, the input's first, with ReLU between them."""
+    """Linear layers of the given widths, the input's first, with ReLU between them.
+
+    Args:
+        *widths: of the input, the hidden layers and the output.
+        bias: do the layers have biases?
+
+    Returns:
+        The network, as PyTorch initializes it.
+
+    Example:
+        >>> from dagpath.study import mlp
+        >>> [type(layer).__name__ for layer in mlp(64, 32, 10)]
+        ['Linear', 'ReLU', 'Linear']
+    """
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs, bias), nn.ReLU()]
@@ -23,6 +36,15 @@ def cnn(*channels: int, classes: int = 10, pool_after: int = 2, bias: bool = Tru
         classes: outputs.
         pool_after: a maximum over 2×2 follows every so many convolutions, but not the last.
         bias: do the layers have biases?
+
+    Returns:
+        The network, as PyTorch initializes it.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.study import cnn
+        >>> cnn(3, 16, 32, classes=10)(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(channels), start=1):

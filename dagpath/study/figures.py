@@ -20,6 +20,8 @@ from dagpath.study.runs import TrainingStudy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["epochs_to_target", "heat_map", "loss_curves", "prediction_against_samples"]
+
 _STYLES = [
     (GREY, "-", "o"),
     (BLUE, "-", "s"),
@@ -39,8 +41,22 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
         task, lr: which of them.
         ax: where to draw; the loss is on a logarithmic axis.
 
+    Returns:
+        The axes.
+
     Raises:
         ValueError: there is no such run, or more than seven methods.
+
+    Example:
+        >>> from dagpath.plots import plt
+        >>> from dagpath.study import TrainingStudy, figures
+        >>> facts = {"task": "digits", "lr": 0.1, "epochs": 2, "batch_size": 64, "error": None, "seconds": 1.0}
+        >>> losses = {"baseline": [2.3, 1.0, 0.5], "path conditioning": [2.0, 0.5, 0.25]}
+        >>> runs = [{**facts, "method": method, "seed": 0, "losses": curve} for method, curve in losses.items()]
+        >>> ax = figures.loss_curves(TrainingStudy(runs), "digits", 0.1)
+        >>> ax.get_title(), [line.get_label() for line in ax.get_lines()]
+        ('digits, learning rate 0.1', ['baseline', 'path conditioning'])
+        >>> plt.close(ax.figure)
     """
     drawn = _styles([method for method in study.methods if study.has(task, method, lr)])
     if not drawn:
@@ -84,8 +100,22 @@ def epochs_to_target(study: TrainingStudy, task: str, reference: str = "baseline
         reference: the method whose median final loss is the target, for each learning rate by itself.
         ax: where to draw.
 
+    Returns:
+        The axes.
+
     Raises:
         ValueError: there is no run of the reference on the task, or more than seven methods.
+
+    Example:
+        >>> from dagpath.plots import plt
+        >>> from dagpath.study import TrainingStudy, figures
+        >>> facts = {"task": "digits", "lr": 0.1, "epochs": 2, "batch_size": 64, "error": None, "seconds": 1.0}
+        >>> losses = {"baseline": [2.3, 1.0, 0.5], "path conditioning": [2.0, 0.5, 0.25]}
+        >>> runs = [{**facts, "method": method, "seed": 0, "losses": curve} for method, curve in losses.items()]
+        >>> ax = figures.epochs_to_target(TrainingStudy(runs), "digits")
+        >>> ax.get_ylabel(), ax.get_lines()[1].get_ydata().tolist()  # path conditioning is there after one epoch
+        ('epochs to the final loss of baseline', [1.0])
+        >>> plt.close(ax.figure)
     """
     rates = sorted(lr for name, lr in study.settings if name == task and study.has(task, reference, lr))
     if not rates:
@@ -120,11 +150,26 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
     Args:
         study: from :func:`dagpath.study.initialization`.
         scheme: which of its schemes.
-        figure: ``"spread"``, ``"drop"``, ``"condition before"`` or ``"condition after"``.
+        figure: ``"spread"``, ``"drop"``, ``"condition before"`` or ``"condition after"``, as in
+            :class:`dagpath.study.Effect`.
         ax: where to draw.
+
+    Returns:
+        The axes.
 
     Raises:
         ValueError: the study has no such scheme, or there is no such figure.
+
+    Example:
+        >>> import torch
+        >>> from dagpath import study
+        >>> from dagpath.plots import plt
+        >>> builds = {"narrowing": (lambda: study.mlp(16, 8, 4), torch.zeros(1, 16))}
+        >>> found = study.initialization(builds, gains=[0.5, 1.0], seeds=2, progress=False)
+        >>> ax = study.figures.heat_map(found, "default")
+        >>> ax.get_xlabel(), [label.get_text() for label in ax.get_xticklabels()]
+        ('gain', ['0.5', '1'])
+        >>> plt.close(ax.figure)
     """
     rows = {(row.architecture, row.gain): row.record() for row in study.rows if row.scheme == scheme}
     if not rows:
@@ -150,7 +195,26 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
 
 
 def prediction_against_samples(study: InitializationStudy, ax: Axes | None = None) -> Axes:
-    """The mean log λ of each layer: its prediction against its mean over the samples, with their standard deviation."""
+    """The mean log λ of each layer: its prediction against its mean over the samples, with their standard deviation.
+
+    Args:
+        study: from :func:`dagpath.study.initialization`.
+        ax: where to draw.
+
+    Returns:
+        The axes; logarithms are natural.
+
+    Example:
+        >>> import torch
+        >>> from dagpath import study
+        >>> from dagpath.plots import plt
+        >>> builds = {"narrowing": (lambda: study.mlp(16, 8, 4), torch.zeros(1, 16))}
+        >>> found = study.initialization(builds, gains=[1.0], seeds=2, progress=False)
+        >>> ax = study.figures.prediction_against_samples(found)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('predicted mean log λ of a layer', 'sampled')
+        >>> plt.close(ax.figure)
+    """
     ax = new_axes(ax, height=5.0)
     schemes = list(dict.fromkeys(row.scheme for row in study.rows))
     ends: list[float] = [0.0]

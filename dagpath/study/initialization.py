@@ -34,7 +34,23 @@ live Gram diagonal over the smallest."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """One architecture, scheme and gain: what was predicted, and what was found in networks that were drawn."""
+    """One architecture, scheme and gain: what was predicted, and what was found in networks that were drawn.
+
+    Attributes:
+        architecture: its name.
+        scheme: how weights are drawn.
+        gain: factor of the weights.
+        predicted: the :class:`Effect` that :func:`predict` gives.
+        sampled: the effect on each network that was drawn.
+
+    Example:
+        >>> import torch
+        >>> from dagpath import study
+        >>> builds = {"narrowing": (lambda: study.mlp(16, 8, 4), torch.zeros(1, 16))}
+        >>> row = study.initialization(builds, gains=[1.0], seeds=2, progress=False).rows[0]
+        >>> row.architecture, len(row.sampled), list(row.sampled_layers)
+        ('narrowing', 2, ['0'])
+    """
 
     architecture: str
     scheme: str
@@ -44,7 +60,7 @@ class Comparison:
 
     @property
     def sampled_layers(self) -> dict[str, list[float]]:
-        """Name of a layer -> its mean log λ in each sample."""
+        """Name of a layer -> its mean log λ (natural logarithm) in each sample."""
         return {name: [effect.layers[name] for effect in self.sampled] for name in self.predicted.layers}
 
     @property
@@ -54,7 +70,7 @@ class Comparison:
         return max((abs(means[name] - value) for name, value in self.predicted.layers.items()), default=0.0)
 
     def record(self) -> dict[str, float | str]:
-        """All of it as one row: of each figure the prediction, and the mean and standard deviation of the samples."""
+        """All of it as one row, with the prediction of each figure, and mean and standard deviation of the samples."""
         row: dict[str, float | str] = {"architecture": self.architecture, "scheme": self.scheme, "gain": self.gain}
         for name, figure in FIGURES.items():
             values = [figure(effect) for effect in self.sampled]
@@ -66,10 +82,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class InitializationStudy:
-    """What :func:`initialization` found; ``print`` shows it, and :mod:`dagpath.study.figures` draws it.
+    """What :func:`dagpath.study.initialization` found; ``print`` shows it, and :mod:`dagpath.study.figures` draws it.
 
     Attributes:
         rows: one :class:`Comparison` for each architecture, scheme and gain.
+
+    Example:
+        >>> import torch
+        >>> from dagpath import study
+        >>> builds = {"narrowing": (lambda: study.mlp(16, 8, 4), torch.zeros(1, 16))}
+        >>> found = study.initialization(builds, gains=[0.5, 1.0], seeds=2, progress=False)
+        >>> [(row.architecture, row.gain) for row in found.rows]
+        [('narrowing', 0.5), ('narrowing', 1.0)]
+        >>> study.InitializationStudy.from_dict(found.to_dict()).rows[0].error == found.rows[0].error
+        True
     """
 
     rows: list[Comparison]
@@ -90,7 +116,11 @@ class InitializationStudy:
         return table((*headings, "error of log λ"), cells)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the records of all rows as a table with a heading."""
+        """Write the records of all rows as a table with a heading.
+
+        Args:
+            path: the file, which is replaced if it exists.
+        """
         records = [row.record() for row in self.rows]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(records[0]) if records else [])
@@ -114,7 +144,11 @@ class InitializationStudy:
 
     @staticmethod
     def from_dict(rows: Iterable[Mapping[str, Any]]) -> InitializationStudy:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`, but for the factors of single neurons.
+
+        Args:
+            rows: what :meth:`to_dict` returned, perhaps by way of JSON.
+        """
 
         def effect(values: Mapping[str, Any]) -> Effect:
             return Effect(**{**values, "condition": tuple(values["condition"])})
@@ -146,6 +180,9 @@ def initialization(
             not draw is drawn by the model itself, from the seed as well; the prediction has that of the first.
         schemes, bound: as for :func:`predict`. Factors at the bound can only vary to one side of the prediction.
         progress: show a progress bar.
+
+    Returns:
+        An :class:`InitializationStudy`; ``print`` shows it.
 
     Raises:
         ValueError: nothing to compare, an unknown scheme, or a gain that is not positive and finite.

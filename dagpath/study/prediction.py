@@ -32,6 +32,16 @@ class Effect:
         condition: largest over smallest live entry of the Gram diagonal, before and after. The criterion weighs the
             mean of the entries against their geometric mean, so this ratio of two may grow while it falls.
         rescaling: the factors themselves, not applied; None where only figures were kept.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath import study
+        >>> net = study.mlp(2, 2, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.fill_(1.0), net[2].weight.fill_(4.0)
+        >>> effect = study.Effect.on(dagpath.trace(net, torch.zeros(1, 2)))
+        >>> [round(ratio, 6) for ratio in effect.condition]  # G was 16 for the first weights and 2 for the last
+        [8.0, 1.0]
     """
 
     layers: dict[str, float]
@@ -42,7 +52,13 @@ class Effect:
 
     @staticmethod
     def of(traced: TracedModel, log_gram: Mapping[str, Tensor], bound: float = DEFAULT_BOUND) -> Effect:
-        """The effect on a traced model of the given logarithms of diag(G), parameter by parameter."""
+        """The effect on a traced model of the given diagonal of the path Gram matrix.
+
+        Args:
+            traced: the traced model.
+            log_gram: natural logarithms of diag(G), as ``gram_diagonal(traced, log=True)`` gives them.
+            bound: largest ``|log λ|``.
+        """
         rescaling = balance(traced, _GivenGram(log_gram), bound=bound)
         z = rescaling.log_scales
         before, after = _live(traced, log_gram, torch.zeros_like(z)), _live(traced, log_gram, z)
@@ -57,7 +73,14 @@ class Effect:
 
     @staticmethod
     def on(traced: TracedModel, bound: float = DEFAULT_BOUND) -> Effect:
-        """The effect on a traced model as it is."""
+        """The effect on a traced model as it is.
+
+        Args:
+            traced: the traced model.
+            bound: largest ``|log λ|``.
+
+        Cost: that of :func:`dagpath.gram_diagonal` and of a solve.
+        """
         return Effect.of(traced, gram_diagonal(traced, log=True), bound)
 
     def __str__(self) -> str:
@@ -134,6 +157,9 @@ def predict(
 
     Cost: a trace, one forward and one backward pass in float64 at batch 1, and a solve.
 
+    Source: the closed form for perceptrons is :func:`mlp_log_scales`; the criterion is that of Lebeurrier, Vayer,
+    Gribonval 2026.
+
     Example:
         >>> import torch
         >>> from dagpath import study
@@ -163,7 +189,7 @@ def mlp_log_scales(widths: Sequence[int], scheme: str = "default", gain: float =
         scheme, gain: as for :func:`predict`; without biases the gain changes nothing.
 
     Returns:
-        log λ of each hidden layer.
+        log λ (natural logarithm) of each hidden layer.
 
     Raises:
         ValueError: fewer than two widths, one that is not positive, or as for :func:`predict`.

@@ -26,7 +26,8 @@ class Difference:
     """Two methods with the same task, learning rate and seeds.
 
     Attributes:
-        task, lr: which.
+        task: which task.
+        lr: which learning rate.
         losses: median final training loss of each of the two.
         target: the loss that both are measured by: the median final loss of the second method, of two in the middle the
             higher, so that half of its runs get there.
@@ -36,6 +37,15 @@ class Difference:
         lower: in how many seeds its final loss is lower, and in how many higher.
         p_value: two-sided, of Wilcoxon's signed-rank test on the final losses, paired by seed; NaN where no pair
             differs.
+
+    Example:
+        >>> from dagpath.study import TrainingStudy
+        >>> facts = {"task": "digits", "lr": 0.1, "epochs": 2, "batch_size": 64, "error": None, "seconds": 1.0}
+        >>> losses = {"baseline": [2.3, 1.0, 0.5], "path conditioning": [2.0, 0.5, 0.25]}
+        >>> runs = [{**facts, "method": method, "seed": 0, "losses": curve} for method, curve in losses.items()]
+        >>> difference = TrainingStudy(runs).compare()[0]
+        >>> difference.losses, difference.target, difference.epochs, difference.lower
+        ((0.25, 0.5), 0.5, (1.0, 2.0), (1, 0))
     """
 
     task: str
@@ -55,6 +65,20 @@ class TrainingStudy:
     Attributes:
         runs: one dictionary for each run, as in the file: task, method, lr, seed, epochs, batch_size, losses (one more
             than epochs, None once it diverged), error, seconds, versions.
+
+    Example:
+        >>> from dagpath.study import TrainingStudy
+        >>> facts = {"task": "digits", "lr": 0.1, "epochs": 2, "batch_size": 64, "error": None, "seconds": 1.0}
+        >>> losses = {"baseline": [2.3, 1.0, 0.5], "path conditioning": [2.0, 0.5, 0.25]}
+        >>> runs = [{**facts, "method": method, "seed": 0, "losses": curve} for method, curve in losses.items()]
+        >>> found = TrainingStudy(runs)
+        >>> found.settings, found.methods
+        ([('digits', 0.1)], ['baseline', 'path conditioning'])
+        >>> target = found.target("digits", 0.1)
+        >>> target, found.epochs_to(target, "digits", "path conditioning", 0.1)
+        (0.5, {0: 1.0})
+        >>> found.select(methods=["baseline"]).methods
+        ['baseline']
     """
 
     runs: Sequence[Mapping[str, Any]]
@@ -66,10 +90,14 @@ class TrainingStudy:
 
     @property
     def methods(self) -> list[str]:
+        """Methods, in order."""
         return list(dict.fromkeys(run["method"] for run in self.runs))
 
     def curves(self, task: str, method: str, lr: float) -> dict[int, np.ndarray]:
         """Seed -> the loss before the first epoch and after each, float64, infinite once it was not finite.
+
+        Args:
+            task, method, lr: which runs.
 
         Raises:
             ValueError: there is no such run, or a seed has several, which differ in epochs or batch size.
@@ -91,13 +119,20 @@ class TrainingStudy:
         }
 
     def final_losses(self, task: str, method: str, lr: float) -> dict[int, float]:
-        """Seed -> the loss after the last epoch."""
+        """Seed -> the loss after the last epoch. Raises what :meth:`curves` does."""
         return {seed: float(curve[-1]) for seed, curve in self.curves(task, method, lr).items()}
 
     def epochs_to(self, target: float, task: str, method: str, lr: float) -> dict[int, float]:
         """Seed -> after how many epochs the loss is at most the target for the first time.
 
         Infinite for never, NaN for all seeds if the target is not finite: that of a reference that diverged.
+
+        Args:
+            target: a loss.
+            task, method, lr: which runs.
+
+        Raises:
+            ValueError: as :meth:`curves`.
         """
         curves = self.curves(task, method, lr)
         if not math.isfinite(target):
@@ -113,6 +148,13 @@ class TrainingStudy:
 
     def compare(self, method: str = "path conditioning", reference: str = "baseline") -> list[Difference]:
         """Each setting in which both methods were run with the same seeds, over the seeds that both have.
+
+        Args:
+            method: the one that is asked about.
+            reference: the one that it is held against.
+
+        Returns:
+            A :class:`Difference` for each.
 
         Raises:
             ValueError: there is no run of one of the two methods.
@@ -189,7 +231,11 @@ class TrainingStudy:
         return table(("median final loss", "lr", *self.methods), rows)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one line for each run: its facts, its final loss and its seconds."""
+        """Write one line for each run, with its facts, its final loss and its seconds.
+
+        Args:
+            path: the file, which is replaced if it exists.
+        """
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*FACTS, "final loss", "seconds"])
@@ -203,7 +249,11 @@ class TrainingStudy:
         epochs: int | None = None,
         batch_size: int | None = None,
     ) -> TrainingStudy:
-        """Only the runs of some methods, of some tasks, of so many epochs, or with that batch size."""
+        """Only the runs of some methods, of some tasks, of so many epochs, or with that batch size.
+
+        Args:
+            methods, tasks, epochs, batch_size: what to keep; None for all.
+        """
         one = {"epochs": epochs, "batch_size": batch_size}
         kept: dict[str, set[Any]] = {name: {value} for name, value in one.items() if value is not None}
         kept |= {name: set(some) for name, some in (("method", methods), ("task", tasks)) if some is not None}

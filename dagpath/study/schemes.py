@@ -43,8 +43,9 @@ SCHEMES = {
     "lecun": Scheme(lambda shape: 1 / _fan_in(shape), lambda w: nn.init.kaiming_normal_(w, nonlinearity="linear")),
     "orthogonal": Scheme(lambda shape: 1 / max(shape[0], _fan_in(shape)), nn.init.orthogonal_),
 }
-"""``"default"`` is that of PyTorch's layers; the others are those of :mod:`torch.nn.init` in the names of their
-authors, with normal distributions, for ReLU where that matters, and biases of zero."""
+"""Name of an initialization scheme -> how it draws weights. ``"default"`` is that of PyTorch's layers; the others are
+those of :mod:`torch.nn.init` in the names of their authors, with normal distributions, for ReLU where that matters, and
+biases of zero."""
 
 
 def checked_scheme(scheme: str, gain: float) -> Scheme:
@@ -121,6 +122,13 @@ def initialize_(model: nn.Module, scheme: str = "default", gain: float = 1.0, se
 
     Raises:
         ValueError: as for :func:`second_moments`.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.study import initialize_, mlp
+        >>> net = initialize_(mlp(64, 32, 10), "kaiming", gain=0.5, seed=0)
+        >>> net[0].bias.abs().max().item(), round(net[0].weight.std().item(), 2)  # 0.5 · sqrt(2 / 64)
+        (0.0, 0.09)
     """
     rule = checked_scheme(scheme, gain)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

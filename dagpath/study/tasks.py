@@ -22,6 +22,17 @@ class Task:
         build: makes a network.
         data: loads inputs and targets.
         loss: of outputs and targets.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.study import Task, mlp
+        >>> def data():
+        ...     x = torch.linspace(-1, 1, 64)[:, None]
+        ...     return x, x.abs()
+        >>> task = Task(lambda: mlp(1, 16, 1), data, torch.nn.functional.mse_loss)
+        >>> inputs, targets = task.data()
+        >>> task.build()(inputs).shape == targets.shape
+        True
     """
 
     build: Callable[[], nn.Module]
@@ -74,5 +85,5 @@ TASKS = {
     "CNN on digits": Task(lambda: cnn(1, 64, 32, 16, 64, 32), _digit_images, F.cross_entropy),
     "CNN on patches": Task(lambda: cnn(3, 32, 16, 32, classes=2, pool_after=1), _patches, F.cross_entropy),
 }
-"""The 1,797 digits of scikit-learn (8 × 8), as classes and as an autoencoder's input, and its two sample images in
-patches of 16 × 16, to be told apart."""
+"""Name of a task -> the :class:`dagpath.study.Task`. They learn the 1,797 digits of scikit-learn (8 × 8), as classes
+and as an autoencoder's input, and its two sample images in patches of 16 × 16, to be told apart."""

@@ -25,7 +25,8 @@ from dagpath.study.tasks import TASKS, Task
 from dagpath.trace import trace
 
 Method = Callable[[nn.Module, Tensor, float], tuple[nn.Module, Optimizer]]
-"""From a fresh network, an example input and a learning rate to what is trained, and its optimizer."""
+"""A way to train, as a function from a fresh network, an example input and a learning rate to what is trained, and its
+optimizer."""
 
 
 def _baseline(model: nn.Module, x: Tensor, lr: float) -> tuple[nn.Module, Optimizer]:
@@ -77,9 +78,9 @@ METHODS: dict[str, Method] = {
     "batch norm": _batch_norm,
     "G-SGD": _gsgd,
 }
-"""SGD on the network as it is initialized; after path conditioning to the optimum, and after ten coordinate sweeps
-toward it; with a cycle of ENorm after every step; with a batch norm before every ReLU; and G-SGD with a skeleton of
-ones."""
+"""Name of a method -> what it does to a network before and during training. They are SGD on the network as it is
+initialized; after path conditioning to the optimum, and after ten coordinate sweeps toward it; with a cycle of ENorm
+after every step; with a batch norm before every ReLU; and G-SGD with a skeleton of ones."""
 
 _BEGINNING = b'{"task": '
 """Of every line."""
@@ -126,6 +127,8 @@ def train(
         FileNotFoundError: the folder of the path does not exist.
 
     Needs scikit-learn, joblib and Pillow: ``pip install dagpath[study]``.
+
+    Cost: a training for each run that the file lacks, each in one process with one thread.
 
     Example:
         >>> import pathlib, tempfile
@@ -178,13 +181,29 @@ def train(
 
 
 def load(path: str | os.PathLike[str]) -> TrainingStudy:
-    """All runs of a file that :func:`train` wrote, in the order of tasks, learning rates, seeds and methods.
+    """All runs of a file that :func:`dagpath.study.train` wrote.
 
-    Tasks and methods of one's own follow those of ``TASKS`` and ``METHODS``, by name.
+    They are in the order of tasks, learning rates, seeds and methods. Tasks and methods of one's own follow those of
+    ``TASKS`` and ``METHODS``, by name.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A :class:`TrainingStudy`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line of it is no run.
+
+    Example:
+        >>> import tempfile
+        >>> from dagpath import study
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/runs.jsonl"
+        ...     trained = study.train(path, ["autoencoder"], ["baseline"], [0.1], 1, epochs=1, n_jobs=1, progress=False)
+        ...     study.load(path).runs == trained.runs
+        True
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file of runs at {Path(path)}")
