@@ -13,7 +13,7 @@ from dagpath.plots import BLUE, ORANGE
 
 torch.manual_seed(0)
 digits = load_digits()
-images, targets = torch.tensor(digits.images).float()[:, None] / 16, torch.tensor(digits.target)
+images, targets = torch.tensor(digits.images)[:, None] / 16, torch.tensor(digits.target)
 
 
 def layer(inputs: int, outputs: int, size: int, groups: int = 1) -> tuple[nn.Module, ...]:
@@ -22,9 +22,9 @@ def layer(inputs: int, outputs: int, size: int, groups: int = 1) -> tuple[nn.Mod
 
 
 layers = [*layer(1, 16, 3), *layer(16, 16, 3, 16), *layer(16, 32, 1), *layer(32, 32, 3, 32), *layer(32, 32, 1)]
-trained = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-optimizer = torch.optim.Adam(trained.parameters(), lr=0.01)
-for batch in torch.randperm(1500).repeat(2).split(50):
+trained = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).double()
+optimizer = torch.optim.Adam(trained.parameters(), lr=0.03)
+for batch in torch.randperm(1500).repeat(2).split(30):
     optimizer.zero_grad()
     nn.functional.cross_entropy(trained(images[batch]), targets[batch]).backward()
     optimizer.step()
