@@ -31,19 +31,20 @@ for batch in torch.randperm(1500).repeat(2).split(30):
 
 trained.eval()
 convolutions = [fuse_conv_bn_eval(trained[index], trained[index + 1]) for index in range(0, 15, 3)]
-folded = nn.Sequential(*(part for each in convolutions for part in (each, nn.ReLU())), *trained[15:]).requires_grad_(False)
+folded = nn.Sequential(*(part for each in convolutions for part in (each, nn.ReLU())), *trained[15:])
+folded.requires_grad_(False)
 equalized = copy.deepcopy(folded)
 dagpath.rescale_(equalized, images[:1], "range")
 
 figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-for row, (model, label, color, marker) in enumerate(
-    [(folded, "before", BLUE, "o"), (equalized, "after", ORANGE, "^")]
+for model, label, color, marker, shift in (
+    (folded, "before", BLUE, "o", -0.15),
+    (equalized, "after", ORANGE, "^", 0.15),
 ):
-    for position, index in enumerate((0, 2, 4, 6, 8)):
-        ranges = model[index].weight.abs().amax((1, 2, 3))
-        ranges = ranges / ranges.max()
-        places = torch.full_like(ranges, position + 0.3 * row - 0.15)
-        axes.scatter(places, ranges, s=16, color=color, marker=marker, label=label if position == 0 else None, alpha=0.6)
+    ranges = [model[index].weight.abs().amax((1, 2, 3)) for index in range(0, 10, 2)]
+    heights = torch.cat([each / each.max() for each in ranges])
+    places = torch.cat([torch.full_like(each, position + shift) for position, each in enumerate(ranges)])
+    axes.scatter(places, heights, s=16, color=color, marker=marker, label=label, alpha=0.6)
 axes.set_xticks(range(5), ["3 × 3", "depthwise", "1 × 1", "depthwise", "1 × 1"])
 axes.set_ylim(bottom=0)
 axes.set_ylabel("largest weight of a channel,\nover that of the tensor")
