@@ -1,10 +1,7 @@
 """Balancing inside the training loops of other packages, against the same loop written by hand."""
 
-import re
 import sys
-import textwrap
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from dagpath.optim import Rebalance
 
 from networks import mlp
 
-DOCS = (Path(__file__).parents[1] / "docs/howto/during_training.rst").read_text()
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 Y = X.prod(1, keepdim=True) * torch.tensor([1.0, -1.0])
 BATCH, EPOCH, EVERY, STEPS = 8, 3, 2, 6
@@ -227,20 +223,3 @@ def test_where_the_package_is_missing_the_error_names_the_extra(module, package,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{name} needs .*: pip install dagpath\[{module}\]"):
         import_module(name)
-
-
-@pytest.mark.parametrize(
-    ("heading", "needs"),
-    [("PyTorch Lightning", ["lightning"]), ("Hugging Face's Trainer", ["transformers", "accelerate"])],
-)
-def test_the_documented_code_runs(heading, needs, tmp_path, monkeypatch):
-    for package in needs:
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    section = DOCS.partition(f"\n{heading}\n~")[2]
-    block = re.search(r"code-block:: python\n\n(.*?)\n\n\S", section, re.DOTALL)
-    assert block is not None
-    scope: dict = {}
-    exec(textwrap.dedent(block.group(1)), scope)
-    assert scope["callback"].rebalance.steps == 60
-    assert scope["callback"].rebalance.rescaling.converged

@@ -41,3 +41,13 @@ def test_what_the_documentation_says_of_single_runs_is_in_the_result_file():
     assert "with all five on the MLP, with two on the CNN" in text
     rates = [figures[f"{network}, GSGD, heaviest"]["learning rate"] for network in ("MLP", "CNN")]
     assert 'of ``"heaviest"`` are {:.1e}\n(MLP) and {:.1e} (CNN)'.format(*rates) in text
+
+
+def test_the_reasons_that_the_documentation_explains_are_those_that_the_rules_give():
+    page = (ROOT / "docs/howto/fixed_neurons.rst").read_text()
+    rules = "".join(path.read_text() for path in (ROOT / "dagpath").rglob("*.py"))
+    reasons = re.findall(r"^   \* - (.+)$", page, re.MULTILINE)[1:]
+    assert len(reasons) > 5
+    for reason in reasons:
+        for part in reason.split("; "):
+            assert f'"{part}"' in rules or part.startswith("tied by"), part
