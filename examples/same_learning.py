@@ -67,9 +67,14 @@ _, axes = plt.subplots(2, 2, figsize=(5.2, 4.4), layout="constrained", sharex=Tr
 for ax, (name, (original, copied)) in zip(axes.flat, curves.items(), strict=True):
     ax.plot(original, color=plots.BLUE, linewidth=3, alpha=0.6, label="original")
     ax.plot(copied, color=plots.ORANGE, linestyle="--", marker="^", markevery=25, label="rescaled copy")
-    ax.set_title(name)
+    ax.set(title=name, yscale="log")
 axes[0, 0].legend()
 axes[0, 0].set(ylabel="loss")
 axes[1, 0].set(ylabel="loss", xlabel="step")
 axes[1, 1].set(xlabel="step")
 plt.show()
+
+# %%
+# **With SGD and with Adam it does not; with G-SGD and with Path-SGD it does, up to rounding.** The last two take their steps
+# in the values of paths, which no rescaling changes. That is why it matters where among all its rescalings a network is
+# when SGD starts, and what :func:`dagpath.rescale_` chooses.
