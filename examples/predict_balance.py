@@ -47,3 +47,8 @@ ax.axhline(0, color=plots.GREY, linewidth=0.8, zorder=0)
 ax.set(xlabel="hidden layer", ylabel="predicted mean of log λ", xticks=range(1, 5))
 ax.legend()
 plt.show()
+
+# %%
+# **Nothing where the width is constant, much where it changes.** Path conditioning wants the same squared path mass through
+# every weight. A layer with few weights has more of it on each, and the factors before and after the layer shift it:
+# log λ climbs over a layer whose share is too large, and falls over one whose share is too small.
