@@ -2,14 +2,17 @@
 What does gradient flow conserve, and how fast does gradient descent lose it?
 =============================================================================
 
-The squares of the weights into a hidden neuron, less the squares of those out of it, stay what they are under gradient
-flow: the loss does not change under a rescaling. Gradient descent takes steps of finite size, and moves them. How does
-the drift depend on the learning rate? :func:`dagpath.conserved_quantities` has one number for each free scale group.
+The squares of the weights into a hidden neuron, less the squares of those out of it, stay what they are under
+gradient flow: the loss does not change under a rescaling. Gradient descent takes steps of finite size, and moves
+them. How does the drift depend on the learning rate? :func:`dagpath.conserved_quantities` has one number for each
+free scale group.
 """
 
 # %%
-# A network learns digits of scikit-learn by full-batch gradient descent, always for the same *time*, which is the number
-# of steps times the learning rate.
+# A network learns digits of scikit-learn by full-batch gradient descent, always for the same *time*, which is the
+# number of steps times the learning rate.
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -47,7 +50,7 @@ rates = (0.2, 0.05, 0.0125)
 curves = [drift(rate, time=19.2) for rate in rates]
 for rate, (times, changes) in zip(rates, curves, strict=True):
     print(f"learning rate {rate:<6g} relative change after time {times[-1]:.3g}: {changes[-1]:.2e}")
-for (_, coarse), (_, fine) in zip(curves, curves[1:], strict=False):
+for (_, coarse), (_, fine) in pairwise(curves):
     print(f"a quarter of the learning rate: the drift is {coarse[-1] / fine[-1]:.2f} times smaller")
 
 # %%

@@ -2,8 +2,9 @@
 Which layers carry the paths of a ResNet-18, and which are its heaviest paths?
 ==============================================================================
 
-A block of a residual network can be walked through or skipped. :func:`dagpath.path_mass` says which share of the squared
-path-norm :math:`\\sum_p \\Phi_p^2` goes through each neuron, and :func:`dagpath.top_paths` finds the heaviest paths.
+A block of a residual network can be walked through or skipped. :func:`dagpath.path_mass` says which share of the
+squared path-norm :math:`\\sum_p \\Phi_p^2` goes through each neuron, and :func:`dagpath.top_paths` finds the
+heaviest paths.
 """
 
 # %%
@@ -27,8 +28,8 @@ model.eval()
 traced = dagpath.trace(model, torch.zeros(1, 3, 224, 224))
 
 # %%
-# A neuron is a channel; ``traced.graph`` knows which layer made each. The convolutions of a block, one after the other,
-# carry the same paths but for those that start at a bias.
+# A neuron is a channel; ``traced.graph`` knows which layer made each. The convolutions of a block, one after the
+# other, carry the same paths but for those that start at a bias.
 shares = dagpath.path_mass(traced)
 graph = traced.graph
 layers = torch.zeros(len(graph.sites), dtype=shares.dtype).index_add_(0, graph.maker_of, shares)
@@ -61,6 +62,6 @@ ax.figure.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
-# **All blocks, each most of the paths, and no path by itself.** At a sum the two ways add their squared masses: the share
-# of a block says how what its convolutions add compares with what its skip carries on. A block whose share is near zero
-# is one that the mass goes around. :func:`dagpath.plots.mass_per_layer` draws the shares of all layers.
+# **All blocks, each most of the paths, and no path by itself.** At a sum the two ways add their squared masses: the
+# share of a block says how what its convolutions add compares with what its skip carries on. A block whose share is
+# near zero is one that the mass goes around. :func:`dagpath.plots.mass_per_layer` draws the shares of all layers.

@@ -3,13 +3,13 @@ Does equalizing ranges help 8-bit weights?
 ==========================================
 
 Rounded to 8 bits with one step for the whole layer, the weights of a channel with a small range lose most of their
-digits. ``criterion="range"`` (cross-layer equalization) gives the channels of neighbouring layers equal ranges, without
-any change to the function. It is meant for depthwise convolutions, whose channels have few weights each.
+digits. ``criterion="range"`` (cross-layer equalization) gives the channels of neighbouring layers equal ranges,
+without any change to the function. It is meant for depthwise convolutions, whose channels have few weights each.
 """
 
 # %%
-# A small network of depthwise and pointwise convolutions learns the digits of scikit-learn, two thirds of them. Then its
-# batch norms are folded into the convolutions, as is done before quantization.
+# A small network of depthwise and pointwise convolutions learns the digits of scikit-learn, two thirds of them. Then
+# its batch norms are folded into the convolutions, as is done before quantization.
 import copy
 
 import torch
@@ -55,8 +55,8 @@ folded = nn.Sequential(*layers)
 
 
 # %%
-# Weights are rounded to multiples of 1/127 of the largest one of their layer; biases stay as they are. The error is that
-# of the outputs on the test images, relative to the outputs.
+# Weights are rounded to multiples of 1/127 of the largest one of their layer; biases stay as they are. The error is
+# that of the outputs on the test images, relative to the outputs.
 @torch.no_grad()
 def rounded(network):
     network = copy.deepcopy(network)
@@ -75,8 +75,9 @@ def quality(network):
 
 
 # %%
-# Trained networks with much more unequal ranges are common among larger ones. Here a random rescaling of growing spread
-# σ of log λ stands in for them: the function, and with it the accuracy without rounding, is the same each time.
+# Trained networks with much more unequal ranges are common among larger ones. Here a random rescaling of growing
+# spread σ of log λ stands in for them: the function, and with it the accuracy without rounding, is the same each
+# time.
 options = {"as it is": None, "range": {}, "range, powers of two": {"power_of_two": True}}
 sigmas, draws = (0.0, 0.3, 0.6, 0.9), 3
 errors = {name: [] for name in options}
@@ -105,7 +106,7 @@ ax.legend()
 plt.show()
 
 # %%
-# **It depends on how unequal the ranges are.** Where they are nearly equal already, there is little to gain. Where they are
-# not, the error grows until accuracy falls, and equalized ranges bring it back, always to the same error: from every
-# rescaled copy the same equalized network is reached. Powers of two make ranges equal up to a small factor, and leave the
-# outputs before rounding bitwise as they were. :doc:`/howto/quantization` goes on from here.
+# **It depends on how unequal the ranges are.** Where they are nearly equal already, there is little to gain. Where
+# they are not, the error grows until accuracy falls, and equalized ranges bring it back, always to the same error:
+# from every rescaled copy the same equalized network is reached. Powers of two make ranges equal up to a small
+# factor, and leave the outputs before rounding bitwise as they were. :doc:`/howto/quantization` goes on from here.

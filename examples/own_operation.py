@@ -2,9 +2,9 @@
 How do I teach dagpath an operation of my own?
 ==============================================
 
-A model may call an operation that dagpath has no rule for, such as one made with :func:`torch.library.custom_op`. The
-neurons that it touches are then fixed, and no path goes through it. A rule says how neurons and path masses go through
-it; :doc:`/howto/own_operation` explains its two methods line by line.
+A model may call an operation that dagpath has no rule for, such as one made with :func:`torch.library.custom_op`.
+The neurons that it touches are then fixed, and no path goes through it. A rule says how neurons and path masses go
+through it; :doc:`/howto/own_operation` explains its two methods line by line.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class PeakRule(Operation):
 dagpath.register_op(peak, PeakRule())
 
 # %%
-# A rule that is wrong would change the function of a model. So it is checked: factors that are powers of two pass every
-# floating-point operation unchanged, and path-norms do not depend on the scale of neurons.
+# A rule that is wrong would change the function of a model. So it is checked: factors that are powers of two pass
+# every floating-point operation unchanged, and path-norms do not depend on the scale of neurons.
 
 
 def main() -> dagpath.TracedModel:
@@ -83,9 +83,9 @@ if __name__ == "__main__":
     traced = main()
 
 # %%
-# **With one class of two methods, and one call.** The layer of the operation is now one like all others: its neurons are
-# free, and balancing finds factors for the channels before it and after it. (The random rescaling from above is undone
-# with them, which is why they are large.)
+# **With one class of two methods, and one call.** The layer of the operation is now one like all others: its neurons
+# are free, and balancing finds factors for the channels before it and after it. (The random rescaling from above is
+# undone with them, which is why they are large.)
 if __name__ == "__main__":
     from matplotlib import pyplot as plt
 
@@ -93,4 +93,5 @@ if __name__ == "__main__":
 
     ax = plt.subplots(figsize=(5.2, 2.4), layout="constrained")[1]
     plots.scale_factors(dagpath.balance(traced), ax)
+    ax.set_yticks([0, 1], ["Conv1d", "Peak"], fontsize=10)
     plt.show()

@@ -2,13 +2,15 @@
 How long are the paths of a VGG, a ResNet and a DenseNet?
 =========================================================
 
-In a plain network every path from a pixel to an output crosses all layers. Skips and concatenations open shorter ones.
-:func:`dagpath.path_length_profile` counts the paths of each length, the length being the number of convolutions and
-linear layers on the path, and says which share of :math:`\\sum_p \\Phi_p^2`, the squared values of all paths, they have.
+In a plain network every path from a pixel to an output crosses all layers. Skips and concatenations open shorter
+ones. :func:`dagpath.path_length_profile` counts the paths of each length, the length being the number of
+convolutions and linear layers on the path, and says which share of :math:`\\sum_p \\Phi_p^2`, the squared values of
+all paths, they have.
 """
 
 # %%
-# Three models of torchvision, with random weights and for images of 32×32 pixels. Load a model of yours in their place.
+# Three models of torchvision, with random weights and for images of 32×32 pixels. Load a model of yours in their
+# place.
 import math
 
 import torch
@@ -29,8 +31,8 @@ networks = {
 }
 
 # %%
-# Counts are exact integers, here with dozens of digits. Paths also start at biases, in the middle of the network: those
-# count, but where a bias is zero they have no mass. That is why a VGG has short paths at all.
+# Counts are exact integers, here with dozens of digits. Paths also start at biases, in the middle of the network:
+# those count, but where a bias is zero they have no mass. That is why a VGG has short paths at all.
 profiles = {}
 for name, model in networks.items():
     traced = dagpath.trace(model.eval(), torch.zeros(1, 3, 32, 32))
@@ -55,6 +57,6 @@ top.legend()
 plt.show()
 
 # %%
-# **By number, almost all paths are as long as can be; by mass, those of a ResNet and a DenseNet are much shorter.** Each
-# layer multiplies the number of paths by hundreds, whereas each skip shares the mass between a longer and a shorter way.
-# What short paths a VGG has start at its biases.
+# **By number, almost all paths are as long as can be; by mass, those of a ResNet and a DenseNet are much shorter.**
+# Each layer multiplies the number of paths by hundreds, whereas each skip shares the mass between a longer and a
+# shorter way. What short paths a VGG has start at its biases.

@@ -2,14 +2,14 @@
 What will balancing do to my architecture?
 ==========================================
 
-:func:`dagpath.study.predict` says from an architecture and its initialization alone by which factors path conditioning
-will rescale each layer: it balances the *expected* path Gram matrix in place of a sample. Which shapes of a network
-leave it something to do?
+:func:`dagpath.study.predict` says from an architecture and its initialization alone by which factors path
+conditioning will rescale each layer: it balances the *expected* path Gram matrix in place of a sample. Which shapes
+of a network leave it something to do?
 """
 
 # %%
-# Multilayer perceptrons of one depth, whose layers have different widths, at PyTorch's initialization. ``spread`` is the
-# standard deviation of log λ: zero means that balancing leaves the network as it is.
+# Multilayer perceptrons of one depth, whose layers have different widths, at PyTorch's initialization. ``spread`` is
+# the standard deviation of log λ: zero means that balancing leaves the network as it is.
 import torch
 from matplotlib import pyplot as plt
 
@@ -25,11 +25,12 @@ shapes = {
 image = torch.zeros(1, 64)
 effects = {name: study.predict(lambda widths=widths: study.mlp(*widths), image) for name, widths in shapes.items()}
 for name, effect in effects.items():
-    print(f"{name:10} {'-'.join(map(str, shapes[name])):22} spread {effect.spread:.3f}, F falls by {effect.drop:.3f} per weight")
+    widths = "-".join(map(str, shapes[name]))
+    print(f"{name:10} {widths:22} spread {effect.spread:.3f}, criterion falls by {effect.drop:.3f} per weight")
 
 # %%
-# How far is a network from what was expected of it? Each is drawn once and balanced; what chance adds neuron by neuron is
-# averaged out, layer by layer.
+# How far is a network from what was expected of it? Each is drawn once and balanced; what chance adds neuron by
+# neuron is averaged out, layer by layer.
 for name, widths in shapes.items():
     torch.manual_seed(0)
     rescaling = dagpath.balance(dagpath.trace(study.mlp(*widths), image))
@@ -49,6 +50,6 @@ ax.legend()
 plt.show()
 
 # %%
-# **Nothing where the width is constant, much where it changes.** Path conditioning wants the same squared path mass through
-# every weight. A layer with few weights has more of it on each, and the factors before and after the layer shift it:
-# log λ climbs over a layer whose share is too large, and falls over one whose share is too small.
+# **Nothing where the width is constant, much where it changes.** Path conditioning wants the same squared path mass
+# through every weight. A layer with few weights has more of it on each, and the factors before and after the layer
+# shift it: log λ climbs over a layer whose share is too large, and falls over one whose share is too small.

@@ -2,9 +2,9 @@
 How far does pruning move a network?
 ====================================
 
-Pruning sets weights to zero. The distance of the parameters says little about what that does to the function: a rescaling
-changes it at will. :func:`dagpath.path_metric` measures the distance of the values of all paths, which no rescaling
-changes, and in the 1-norm it bounds the change of every output.
+Pruning sets weights to zero. The distance of the parameters says little about what that does to the function: a
+rescaling changes it at will. :func:`dagpath.path_metric` measures the distance of the values of all paths, which no
+rescaling changes, and in the 1-norm it bounds the change of every output.
 """
 
 # %%
@@ -43,9 +43,9 @@ def pruned(network, share):
 
 
 # %%
-# How far has it moved, relative to where it was? Pruning changes no sign and makes no weight larger, so that the path metric
-# is known exactly in the 1-norm. Both networks together can be rescaled, which changes neither function: what is the
-# distance of the parameters then?
+# How far has it moved, relative to where it was? Pruning changes no sign and makes no weight larger, so that the path
+# metric is known exactly in the 1-norm. Both networks together can be rescaled, which changes neither function: what
+# is the distance of the parameters then?
 @torch.no_grad()
 def parameter_distance(one, other):
     pairs = list(zip(one.parameters(), other.parameters(), strict=True))
@@ -76,8 +76,9 @@ with torch.no_grad():
         print(f"{share:6.0%}   {columns}   {accuracy:8.1%}")
 
 # %%
-# Pixels are between 0 and 1. So the path metric in the 1-norm bounds the sum of the changes of all outputs, for any image
-# (Gonon et al., ICML 2025). No distance of parameters alone could. How sharp is the bound on the images at hand?
+# Pixels are between 0 and 1. So the path metric in the 1-norm bounds the sum of the changes of all outputs, for any
+# image (Gonon et al., ICML 2025). No distance of parameters alone could. How sharp is the bound on the images at
+# hand?
 print(f"the path metric is {min(bounds):.0f} to {max(bounds):.0f} times the largest change on these images")
 
 # %%
@@ -90,7 +91,7 @@ ax.legend()
 plt.show()
 
 # %%
-# **Farther than its parameters say.** A path is lost with any one of its weights, so that paths go faster than weights. The
-# relative distance of the parameters depends on how both networks are scaled; that of the paths does not. The outputs keep to
-# neither curve, as paths of both signs cancel. What the path metric says holds for all images, which is why it is far
-# above the change on any of these.
+# **Farther than its parameters say.** A path is lost with any one of its weights, so that paths go faster than
+# weights. The relative distance of the parameters depends on how both networks are scaled; that of the paths does
+# not. The outputs keep to neither curve, as paths of both signs cancel. What the path metric says holds for all
+# images, which is why it is far above the change on any of these.

@@ -2,15 +2,13 @@
 How soon does training leave the balance, and does Rebalance keep it?
 =====================================================================
 
-A network that was balanced before training is not balanced after it. :class:`dagpath.optim.Rebalance` balances it again
-after every k-th step of the optimizer, whose state it carries along. How far does training move in between?
+A network that was balanced before training is not balanced after it. :class:`dagpath.optim.Rebalance` balances it
+again after every k-th step of the optimizer, whose state it carries along. How far does training move in between?
 """
 
 # %%
-# The digits of scikit-learn, and a network whose layers grow narrower. The distance from balance is the criterion of path
-# conditioning less its minimum over all rescalings, per parameter: zero where the network is balanced.
-import copy
-
+# The digits of scikit-learn, and a network whose layers grow narrower. The distance from balance is the criterion of
+# path conditioning less its minimum over all rescalings, per parameter: zero where the network is balanced.
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -59,9 +57,9 @@ runs = {
     "and every 50 steps": train(balanced=True, every=50),
 }
 for name, (distances, losses) in runs.items():
-    late = losses[-50:]
+    late = sum(losses[-50:]) / 50
     print(f"{name:21} distance at the start {distances[0]:.4f}, at the end {distances[-1]:.4f}")
-    print(f"{'':21} largest after the start {max(distances[1:]):.4f}, mean loss of the last 50 steps {sum(late) / len(late):.3f}")
+    print(f"    largest after the start {max(distances[1:]):.4f}, mean loss of the last 50 steps {late:.3f}")
 
 # %%
 _, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
@@ -73,6 +71,6 @@ ax.legend()
 plt.show()
 
 # %%
-# **As soon as the loss falls, and yes.** While the network learns fast, a few dozen steps take it a good part of the way from
-# balance; later it hardly moves, so that there is little left to do. How much the loss gains is another question: one
-# run says nothing about it, and :doc:`/benchmarks/training_study` compares many.
+# **As soon as the loss falls, and yes.** While the network learns fast, a few dozen steps take it a good part of the
+# way from balance; later it hardly moves, so that there is little left to do. How much the loss gains is another
+# question: one run says nothing about it, and :doc:`/benchmarks/training_study` compares many.

@@ -8,8 +8,8 @@ copies of one function may learn differently. Which optimizers tell them apart?
 
 # %%
 # The digits of scikit-learn, and a network with a rescaled copy: each hidden neuron has a random factor. The network
-# starts as G-SGD asks for, with one weight of 1 into and out of each hidden neuron, its *skeleton*. A little noise on top
-# leaves no two paths equally heavy, for G-SGD chooses its skeleton at the heaviest ones.
+# starts as G-SGD asks for, with one weight of 1 into and out of each hidden neuron, its *skeleton*. A little noise on
+# top leaves no two paths equally heavy, for G-SGD chooses its skeleton at the heaviest ones.
 import copy
 
 import torch
@@ -60,7 +60,8 @@ optimizers = {
 }
 curves = {name: (losses(model, make), losses(rescaled, make)) for name, make in optimizers.items()}
 for name, (original, copied) in curves.items():
-    print(f"{name:8} loss {original[-1]:.4f} and {copied[-1]:.4f}, largest difference {(original - copied).abs().max():.0e}")
+    difference = float((original - copied).abs().max())
+    print(f"{name:8} loss at the end {original[-1]:.4f} and {copied[-1]:.4f}, largest difference {difference:.0e}")
 
 # %%
 _, axes = plt.subplots(2, 2, figsize=(5.2, 4.4), layout="constrained", sharex=True, sharey=True)
@@ -75,6 +76,6 @@ axes[1, 1].set(xlabel="step")
 plt.show()
 
 # %%
-# **With SGD and with Adam it does not; with G-SGD and with Path-SGD it does, up to rounding.** The last two take their steps
-# in the values of paths, which no rescaling changes. That is why it matters where among all its rescalings a network is
-# when SGD starts, and what :func:`dagpath.rescale_` chooses.
+# **With SGD and with Adam it does not; with G-SGD and with Path-SGD it does, up to rounding.** The last two take
+# their steps in the values of paths, which no rescaling changes. That is why it matters where among all its
+# rescalings a network is when SGD starts, and what :func:`dagpath.rescale_` chooses.

@@ -2,8 +2,8 @@
 How far from the optimum does coordinate descent stop?
 ======================================================
 
-The published algorithm of path conditioning minimizes over one neuron after the other, a number of sweeps over all of
-them. dagpath's default is Newton's method. Both minimize the same convex criterion F, and both are one option of
+The published algorithm of path conditioning minimizes over one neuron after the other, a number of sweeps over all
+of them. dagpath's default is Newton's method. Both minimize the same convex criterion F, and both are one option of
 :func:`dagpath.balance`: how large is the gap F − F* that each leaves?
 """
 
@@ -26,7 +26,8 @@ networks = {
 
 # %%
 # The gap per live parameter after so many sweeps or Newton steps; F* is where Newton's method stops at the smallest
-# tolerance that float64 allows. The rescaling of every step is valid, so a warning that it is not optimal is expected.
+# tolerance that float64 allows. The rescaling of every step is valid, so a warning that it is not optimal is
+# expected.
 def gaps(traced, solver, counts):
     best = dagpath.balance(traced, tol=1e-13)
     found = []
@@ -54,8 +55,8 @@ for name, (model, x) in networks.items():
     print(f"{name}, newton     is done after {results[name, 'newton'][-1][0]}")
 
 # %%
-# A gap that is zero but for rounding is drawn at the lower edge. What a step and a sweep cost
-# is another question, which :doc:`/benchmarks/index` answers.
+# A gap that is zero but for rounding is drawn at the lower edge. What a step and a sweep cost is another question,
+# which :doc:`/benchmarks/index` answers.
 floor = 1e-15
 _, ax = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
 styles = {"MLP": (plots.BLUE, "o"), "CNN": (plots.ORANGE, "^")}
@@ -69,6 +70,6 @@ ax.legend()
 plt.show()
 
 # %%
-# **After ten sweeps it is much farther from the optimum than Newton's method after its first step.** A sweep moves one
-# neuron at a time, so that what one layer does travels to the others sweep by sweep. How many sweeps are enough depends on
-# the network; the optimality that :meth:`dagpath.Rescaling.summary` prints says whether they were.
+# **After ten sweeps it is much farther from the optimum than Newton's method after its first step.** A sweep moves
+# one neuron at a time, so that what one layer does travels to the others sweep by sweep. How many sweeps are enough
+# depends on the network; the optimality that :meth:`dagpath.Rescaling.summary` prints says whether they were.
