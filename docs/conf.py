@@ -8,11 +8,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "examples")]
 
+from sphinx_gallery.sorting import ExplicitOrder
+
 import dagpath
 
 import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
 from inventories import write_inventories
-from sphinx_gallery.sorting import ExplicitOrder
 from tables import write_tables
 
 project = "dagpath"

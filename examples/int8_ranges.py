@@ -106,7 +106,8 @@ ax.legend()
 plt.show()
 
 # %%
-# **It depends on how unequal the ranges are.** Where they are nearly equal already, there is little to gain. Where
-# they are not, the error grows until accuracy falls, and equalized ranges bring it back, always to the same error:
-# from every rescaled copy the same equalized network is reached. Powers of two make ranges equal up to a small
-# factor, and leave the outputs before rounding bitwise as they were. :doc:`/howto/quantization` goes on from here.
+# **It depends on how unequal the ranges are.** Where they are nearly equal already, there is little to gain, and
+# rounding the factors to powers of two may lose it again. Where they are not, the error grows until accuracy falls,
+# and equalized ranges bring it back, always to the same error: from every rescaled copy the same equalized network is
+# reached. Powers of two make ranges equal up to a small factor, and leave the outputs before rounding bitwise as they
+# were. :doc:`/howto/quantization` goes on from here.

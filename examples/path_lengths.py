@@ -58,5 +58,5 @@ plt.show()
 
 # %%
 # **By number, almost all paths are as long as can be; by mass, those of a ResNet and a DenseNet are much shorter.**
-# Each layer multiplies the number of paths by hundreds, whereas each skip shares the mass between a longer and a
-# shorter way. What short paths a VGG has start at its biases.
+# Each layer multiplies the number of paths by a large factor, whereas each skip shares the mass between a longer and
+# a shorter way. What short paths a VGG has start at its biases.

@@ -8,8 +8,9 @@ of a network leave it something to do?
 """
 
 # %%
-# Multilayer perceptrons of one depth, whose layers have different widths, at PyTorch's initialization. ``spread`` is
-# the standard deviation of log λ: zero means that balancing leaves the network as it is.
+# Multilayer perceptrons of one depth, without biases, whose layers have different widths, at PyTorch's
+# initialization. ``spread`` is the standard deviation of log λ: zero means that balancing leaves the network as it
+# is.
 import torch
 from matplotlib import pyplot as plt
 
@@ -23,7 +24,9 @@ shapes = {
     "bottleneck": (64, 128, 16, 16, 128, 64),
 }
 image = torch.zeros(1, 64)
-effects = {name: study.predict(lambda widths=widths: study.mlp(*widths), image) for name, widths in shapes.items()}
+effects = {
+    name: study.predict(lambda widths=widths: study.mlp(*widths, bias=False), image) for name, widths in shapes.items()
+}
 for name, effect in effects.items():
     widths = "-".join(map(str, shapes[name]))
     print(f"{name:10} {widths:22} spread {effect.spread:.3f}, criterion falls by {effect.drop:.3f} per weight")
@@ -33,7 +36,7 @@ for name, effect in effects.items():
 # neuron is averaged out, layer by layer.
 for name, widths in shapes.items():
     torch.manual_seed(0)
-    rescaling = dagpath.balance(dagpath.trace(study.mlp(*widths), image))
+    rescaling = dagpath.balance(dagpath.trace(study.mlp(*widths, bias=False), image))
     drawn = {layer: float(part.mean()) for layer, part in rescaling.layers()}
     error = max(abs(drawn[layer] - value) for layer, value in effects[name].layers.items())
     largest = max(abs(value) for value in effects[name].layers.values())
@@ -50,6 +53,8 @@ ax.legend()
 plt.show()
 
 # %%
-# **Nothing where the width is constant, much where it changes.** Path conditioning wants the same squared path mass
-# through every weight. A layer with few weights has more of it on each, and the factors before and after the layer
-# shift it: log λ climbs over a layer whose share is too large, and falls over one whose share is too small.
+# **Nothing where the width is constant, much where it changes.** Path conditioning makes the entries of diag(G), one
+# for each weight, as equal as it can. log λ climbs over a layer whose entries are above the average, and falls over
+# one whose entries are below it; at this initialization those are the layers of few and of many outputs.
+# :func:`dagpath.study.mlp_log_scales` has the formula, and :func:`dagpath.study.predict` takes any model, also one
+# with biases, convolutions and skips.

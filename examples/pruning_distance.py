@@ -77,8 +77,8 @@ with torch.no_grad():
 
 # %%
 # Pixels are between 0 and 1. So the path metric in the 1-norm bounds the sum of the changes of all outputs, for any
-# image (Gonon et al., ICML 2025). No distance of parameters alone could. How sharp is the bound on the images at
-# hand?
+# image (Gonon et al., ICML 2025). The distance of the parameters by itself bounds nothing. How sharp is the bound on
+# the images at hand?
 print(f"the path metric is {min(bounds):.0f} to {max(bounds):.0f} times the largest change on these images")
 
 # %%
@@ -91,7 +91,7 @@ ax.legend()
 plt.show()
 
 # %%
-# **Farther than its parameters say.** A path is lost with any one of its weights, so that paths go faster than
-# weights. The relative distance of the parameters depends on how both networks are scaled; that of the paths does
-# not. The outputs keep to neither curve, as paths of both signs cancel. What the path metric says holds for all
-# images, which is why it is far above the change on any of these.
+# **Farther than its parameters say.** A path is lost with any one of its weights, so that the mass of the paths goes
+# faster than that of the weights. The relative distance of the parameters depends on how both networks are scaled;
+# that of the paths does not. The outputs keep to neither curve, as paths of both signs cancel. What the path metric
+# says holds for all images, which is why it is far above the change on any of these.

@@ -71,6 +71,6 @@ ax.legend()
 plt.show()
 
 # %%
-# **As soon as the loss falls, and yes.** While the network learns fast, a few dozen steps take it a good part of the
-# way from balance; later it hardly moves, so that there is little left to do. How much the loss gains is another
-# question: one run says nothing about it, and :doc:`/benchmarks/training_study` compares many.
+# **Within a few dozen steps, and yes.** While the network learns fast, they take it a good part of the way from
+# balance; later it hardly moves, so that there is little left to do. What the loss gains is another question: one run
+# says nothing about it, and :doc:`/benchmarks/training_study` compares many.
