@@ -72,7 +72,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "within_subsection_order": ExplicitOrder(GALLERY),
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"[\\/]resnet\.py$",
+    "ignore_pattern": r"^resnet\.py$",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "min_reported_time": 1e9,  # how long an example took on the machine that built this page says little

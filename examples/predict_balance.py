@@ -49,7 +49,7 @@ for (name, effect), color, marker in zip(effects.items(), colors, "Do^s", strict
     ax.plot(range(1, 5), list(effect.layers.values()), color=color, marker=marker, label=name)
 ax.axhline(0, color=plots.GREY, linewidth=0.8, zorder=0)
 ax.set(xlabel="hidden layer", ylabel="predicted mean of log λ", xticks=range(1, 5))
-ax.legend()
+ax.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 plt.show()
 
 # %%

@@ -36,9 +36,10 @@ def train(balanced, every, steps=300):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if every:
         optim.Rebalance(traced, optimizer, every)
+    generator = torch.Generator().manual_seed(0)
     distances, losses = [imbalance(traced)], []
     for step in range(1, steps + 1):
-        batch = torch.randint(len(images), (128,))
+        batch = torch.randint(len(images), (128,), generator=generator)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
@@ -71,6 +72,6 @@ ax.legend()
 plt.show()
 
 # %%
-# **Within a few dozen steps, and yes.** While the network learns fast, they take it a good part of the way from
-# balance; later it hardly moves, so that there is little left to do. What the loss gains is another question: one run
-# says nothing about it, and :doc:`/benchmarks/training_study` compares many.
+# **Within a few dozen steps, and yes.** While the network learns fast, these steps take it a good part of the way
+# from balance; later it hardly moves, so that there is little left to do. What the loss gains is another question:
+# one run says nothing about it, and :doc:`/benchmarks/training_study` compares many.

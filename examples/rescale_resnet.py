@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import dagpath
 
 # %%
-# The image, and networks with random weights whose batch norms know the statistics of real activations. In place of
-# them load yours.
+# The image, and networks with random weights whose batch norms know the statistics of real activations. The networks
+# are in ``resnet.py`` beside this script; load yours in place of them.
 
 
 def photograph(size: int = 224) -> Tensor:
@@ -50,7 +50,7 @@ def settle_batch_norm(model: nn.Module, image: Tensor) -> None:
 
 
 # %%
-# A copy is rescaled by powers of two, after which outputs are bitwise equal.
+# What the tables say. A copy is rescaled by powers of two, after which its outputs have to be bitwise equal.
 
 
 def report(name: str, found: dagpath.Rescaling, exact: dagpath.Rescaling, bitwise: bool, largest: float) -> Table:

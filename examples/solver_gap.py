@@ -25,16 +25,15 @@ networks = {
 
 
 # %%
-# The gap per live parameter after so many sweeps or Newton steps; F* is where Newton's method stops at the smallest
-# tolerance that float64 allows. The rescaling of every step is valid, so a warning that it is not optimal is
-# expected.
+# The gap per live parameter after so many sweeps or Newton steps; F* is where Newton's method stops at a tolerance
+# near rounding. The rescaling of every step is valid, so a warning that it is not optimal is expected.
 def gaps(traced, solver, counts):
-    best = dagpath.balance(traced, tol=1e-13)
+    best = dagpath.balance(traced, tol=1e-12)
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for count in counts:
-            rescaling = dagpath.balance(traced, solver=solver, tol=1e-13, max_iter=count)
+            rescaling = dagpath.balance(traced, solver=solver, tol=1e-12, max_iter=count)
             error = (rescaling.log_scales - best.log_scales).abs().max()
             found.append(((rescaling.objective[1] - best.objective[1]) / best.live, float(error)))
             if rescaling.converged:
