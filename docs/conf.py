@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "e
 
 from docutils import nodes
 from sphinx.addnodes import desc_signature
+from sphinx_gallery.sorting import ExplicitOrder
 
 import dagpath
 
@@ -56,11 +57,28 @@ copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
 copybutton_exclude = ".linenos, .gp, .go"
 
+GALLERY = [
+    "rescale_resnet.py",
+    "int8_ranges.py",
+    "rebalancing.py",
+    "predict_balance.py",
+    "gram_spectrum.py",
+    "solver_gap.py",
+    "path_lengths.py",
+    "heavy_layers.py",
+    "pruning_distance.py",
+    "same_learning.py",
+    "conserved_quantities.py",
+    "own_operation.py",
+]
+"""Its pages in their order: rescaling first, then what balancing does, then paths, then what no rescaling changes."""
+
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "within_subsection_order": ExplicitOrder(GALLERY),
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"[\\/]resnet\.py$",
+    "ignore_pattern": r"^resnet\.py$",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "min_reported_time": 1e9,  # how long an example took on the machine that built this page says little
@@ -72,6 +90,8 @@ sphinx_gallery_conf = {
     "doc_module": ("dagpath",),
     "backreferences_dir": None,
     "image_scrapers": ("matplotlib",),
+    "image_srcset": ["2x"],
+    "capture_repr": (),
     "default_thumb_file": None,
     "nested_sections": False,
 }

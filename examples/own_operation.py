@@ -1,6 +1,10 @@
-"""An operation of one's own, and the rule that tells dagpath how neurons and path masses go through it.
+"""
+How do I teach dagpath an operation of my own?
+==============================================
 
-python examples/own_operation.py
+A model may call an operation that dagpath has no rule for, such as one made with :func:`torch.library.custom_op`.
+The neurons that it touches are then fixed, and no path goes through it. A rule says how neurons and path masses go
+through it; :doc:`/howto/own_operation` explains its two methods line by line.
 """
 
 from __future__ import annotations
@@ -54,8 +58,12 @@ class PeakRule(Operation):
 
 dagpath.register_op(peak, PeakRule())
 
+# %%
+# A rule that is wrong would change the function of a model. So it is checked: factors that are powers of two pass
+# every floating-point operation unchanged, and path-norms do not depend on the scale of neurons.
 
-def main() -> None:
+
+def main() -> dagpath.TracedModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), Peak(8), nn.ReLU(), nn.Linear(8, 3)).eval()
     x = torch.randn(5, 2, 20)
@@ -68,7 +76,22 @@ def main() -> None:
         print("\nafter a random rescaling")
         print("outputs are bitwise equal:", torch.equal(model(x), outputs))
         print(f"path-norm: {norm:.6f} before, {dagpath.path_norm(traced):.6f} after")
+    return traced
 
 
 if __name__ == "__main__":
-    main()
+    traced = main()
+
+# %%
+# **With one class of two methods, and one call.** The layer of the operation is now one like all others: its neurons
+# are free, and balancing finds factors for the channels before it and after it. (The random rescaling from above is
+# undone with them, which is why they are large.)
+if __name__ == "__main__":
+    from matplotlib import pyplot as plt
+
+    from dagpath import plots
+
+    ax = plt.subplots(figsize=(5.2, 2.4), layout="constrained")[1]
+    plots.scale_factors(dagpath.balance(traced), ax)
+    ax.set_yticks([0, 1], ["Conv1d", "Peak"], fontsize=10)
+    plt.show()
