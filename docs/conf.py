@@ -8,13 +8,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks"), str(HERE.parent / "examples")]
 
+import torch
 from docutils import nodes
 from sphinx.addnodes import desc_signature
 from sphinx_gallery.sorting import ExplicitOrder
 
 import dagpath
 
-import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
+import vision
 from inventories import write_inventories
 from tables import write_tables
 
@@ -110,7 +111,16 @@ def add_anchors(app: object, page: nodes.document) -> None:
             known.add(name)
 
 
+def write_report(folder: Path) -> None:
+    """The report page that a page shows."""
+    torch.manual_seed(0)
+    page = dagpath.html_report(dagpath.trace(vision.models.resnet18().eval(), torch.zeros(1, 3, 224, 224)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
 def setup(app: object) -> None:
+    write_report(HERE / "_build" / "extra")
     app.connect("builder-inited", lambda app: write_tables())  # type: ignore[attr-defined]
     app.connect("doctree-read", add_anchors)  # type: ignore[attr-defined]
 
@@ -118,6 +128,7 @@ def setup(app: object) -> None:
 html_theme = "furo"
 html_title = "dagpath"
 html_static_path = ["static"]
+html_extra_path = ["_build/extra"]
 html_css_files = ["site.css"]
 
 plot_basedir = str(HERE / "pictures")
