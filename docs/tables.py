@@ -44,7 +44,13 @@ def write_tables() -> None:
         "study_ten_sweeps": literal(runs.comparison_table(reference="ten sweeps")),
         "rescale_stages": rescale_stages(),
         "rescale_others": rescale_others(),
-        "solver_networks": solver_networks(),
+        "solver_costs": solver_networks(
+            {"groups": ",", "masses": ",", "iterations": ",", "products": ",", "10 sweeps / newton": ".0f"}
+        ),
+        "solver_optima": solver_networks(
+            {"optimality": ".0e", "F, newton": ",.0f", "F, 10 sweeps": ",.0f", "F, 2,000 sweeps": ",.0f"}
+        ),
+        "solver_products": solver_networks({"product / torch.sum": ".1f", "memory / masses": ".1f"}),
         "solver_resnet50": solver_resnet50(),
         "solver_growth": solver_growth(),
         "lifting_passes": lifting_passes(),
@@ -134,12 +140,11 @@ def rescale_others() -> str:
     return grid(("", "Newton solves"), [(text, f"{found[name]:.0f}") for text, name in rows])
 
 
-def solver_networks() -> str:
-    columns = {"network": "", "groups": ",", "masses": ",", "iterations": ",", "products": ",", "optimality": ".0e"}
-    columns |= {"10 sweeps / newton": ".0f", "F, newton": ",.0f", "F, 10 sweeps": ",.0f", "F, 2,000 sweeps": ",.0f"}
-    columns |= {"product / torch.sum": ".1f"}
+def solver_networks(columns: dict[str, str]) -> str:
     rows = figures("solver")["networks"]
-    return grid(list(columns), [[format(row[name], spec) for name, spec in columns.items()] for row in rows])
+    return grid(
+        ["network", *columns], [[row["network"], *(format(row[c], columns[c]) for c in columns)] for row in rows]
+    )
 
 
 def solver_resnet50() -> str:
