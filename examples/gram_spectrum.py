@@ -2,10 +2,9 @@
 What does path conditioning do to the spectrum of the path Gram matrix?
 =======================================================================
 
-Path conditioning finds the rescaling after which the *diagonal* of the path Gram matrix :math:`G =
-\\partial\\Phi^\\top \\partial\\Phi` is as even as it can be, in the sense of a log-det divergence. Is the whole
-spectrum better conditioned then? G has the nonzero eigenvalues of the path kernel, the part of the neural tangent
-kernel that knows of no data.
+Path conditioning finds the rescaling after which the *diagonal* of the path Gram matrix G = ∂Φᵀ∂Φ is as even as it
+can be, in the sense of a log-det divergence. Is the whole spectrum better conditioned then? G has the nonzero
+eigenvalues of the path kernel, the part of the neural tangent kernel that knows of no data.
 """
 
 # %%

@@ -3,8 +3,7 @@ Which layers carry the paths of a ResNet-18, and which are its heaviest paths?
 ==============================================================================
 
 A block of a residual network can be walked through or skipped. :func:`dagpath.path_mass` says which share of the
-squared path-norm :math:`\\sum_p \\Phi_p^2` goes through each neuron, and :func:`dagpath.top_paths` finds the
-heaviest paths.
+squared path-norm Σ Φ² goes through each neuron, and :func:`dagpath.top_paths` finds the heaviest paths.
 """
 
 # %%

@@ -4,8 +4,8 @@ How long are the paths of a VGG, a ResNet and a DenseNet?
 
 In a plain network every path from a pixel to an output crosses all layers. Skips and concatenations open shorter
 ones. :func:`dagpath.path_length_profile` counts the paths of each length, the length being the number of
-convolutions and linear layers on the path, and says which share of :math:`\\sum_p \\Phi_p^2`, the squared values of
-all paths, they have.
+convolutions and linear layers on the path, and says which share of Σ Φ², the squared values of all paths, they
+have.
 """
 
 # %%

@@ -51,15 +51,15 @@ def train(balanced, every, steps=300):
 
 
 # %%
-# Three runs, with the same batches.
+# Three runs, with the same batches. They are balanced:
 runs = {
-    "never balanced": train(balanced=False, every=0),
-    "balanced at the start": train(balanced=True, every=0),
-    "and every 50 steps": train(balanced=True, every=50),
+    "never": train(balanced=False, every=0),
+    "at the start only": train(balanced=True, every=0),
+    "every 50 steps": train(balanced=True, every=50),
 }
 for name, (distances, losses) in runs.items():
     late = sum(losses[-50:]) / 50
-    print(f"{name:21} distance at the start {distances[0]:.4f}, at the end {distances[-1]:.4f}")
+    print(f"{name:17} distance at the start {distances[0]:.4f}, at the end {distances[-1]:.4f}")
     print(f"    largest after the start {max(distances[1:]):.4f}, mean loss of the last 50 steps {late:.3f}")
 
 # %%
@@ -68,7 +68,7 @@ colors = (plots.GREY, plots.BLUE, plots.ORANGE)
 for (name, (distances, _)), color, marker in zip(runs.items(), colors, "Do^", strict=True):
     ax.plot(range(0, 301, 5), distances, color=color, marker=marker, markevery=5, label=name)
 ax.set(xlabel="step", ylabel="F above its minimum, per parameter")
-ax.legend()
+ax.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 plt.show()
 
 # %%

@@ -40,12 +40,12 @@ def photograph(size: int = 224) -> Tensor:
 
 @torch.no_grad()
 def settle_batch_norm(model: nn.Module, image: Tensor) -> None:
-    """Give the batch norms the statistics of one forward pass over the photograph and its mirror image."""
+    """Give the batch norms the statistics of one forward pass over the photograph."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0  # keep those of the last pass alone
     model.train()
-    model(torch.cat([image, image.flip(3)]))
+    model(image)
     model.eval()
 
 

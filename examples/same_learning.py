@@ -69,6 +69,8 @@ for ax, (name, (original, copied)) in zip(axes.flat, curves.items(), strict=True
     ax.plot(original, color=plots.BLUE, linewidth=3, alpha=0.6, label="original")
     ax.plot(copied, color=plots.ORANGE, linestyle="--", marker="^", markevery=25, label="rescaled copy")
     ax.set(title=name, yscale="log")
+    ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    ax.minorticks_off()
 axes[0, 0].legend()
 axes[0, 0].set(ylabel="loss")
 axes[1, 0].set(ylabel="loss", xlabel="step")
