@@ -43,7 +43,7 @@ def rescale_by_powers_of_two(model, example, least_groups):
 def test_rescaling_keeps_the_function_and_reaches_the_optimum(name):
     least_groups, shape = MODELS[name]
     model = build(name)
-    batch = torch.randn(4, *shape)
+    batch = torch.randn(2, *shape)
     example = batch[:1]
     saved = [parameter.detach().clone() for parameter in model.parameters()]
     evaluated, trained = in_both_modes(model, batch)
@@ -101,7 +101,7 @@ def test_a_power_of_two_rescaling_is_exact(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_rescaling_in_float64_is_exact_to_1e_10(name):
     model = build(name).double()
-    batch = torch.randn(4, *MODELS[name][1], dtype=torch.float64)
+    batch = torch.randn(2, *MODELS[name][1], dtype=torch.float64)
     before = in_both_modes(model, batch)
     dagpath.rescale_(model, batch[:1])
     for found, expected in zip(in_both_modes(model, batch), before, strict=True):

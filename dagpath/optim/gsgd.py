@@ -44,7 +44,8 @@ class GSGD(Optimizer):
       it: it may neither vanish nor change its sign, and its slope is that of a whole neuron. So its value changes in
       one step by a factor from ``1 / max_ratio`` to ``max_ratio``. Every ``refresh`` steps the skeleton is chosen anew,
       at the heaviest chains, so that a path that withers gives its place to a stronger one; momentum is carried over to
-      the new basis exactly.
+      the new basis exactly. Where chains are equally heavy but for rounding, rounding decides, and rescaled copies may
+      choose differently: weights that are all alike (constant initializations) need a little noise first.
     - A chain of value zero (a layer that is initialized with zeros): the elements before it wait, and the skeleton is
       chosen anew after 1, 2, 4, … steps until there is another chain.
     - A parameter that is frozen (``requires_grad`` false when the optimizer is made) keeps its values: its neurons keep
