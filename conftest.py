@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import settings
 from sybil import Example, Sybil
 from sybil.parsers import markdown, rest
@@ -88,3 +89,8 @@ def pages(parsers: Any, *patterns: str) -> Sybil:
 
 
 pytest_collect_file = (pages(rest, "docs/**/*.rst") + pages(markdown, "README.md", "CONTRIBUTING.md")).pytest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what pytest's own plugin finds in pages that are named on the command line."""
+    items[:] = [item for item in items if type(item.parent).__name__ != "DoctestTextfile"]

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from tqdm import TMonitor
 
 from dagpath.containers import opened
 from dagpath.distributed import has_all_values, own, stand_in, whole
@@ -362,13 +363,15 @@ def run(model: nn.Module, inputs: Any, training: bool, dry: bool = False) -> lis
         dry: without the values of parameters and buffers: the results have none either.
 
     Raises:
-        CaptureError: the model's forward raised; the message names the line.
+        CaptureError: the model's forward raised, or, without values, asked for one; the message names the line.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else contextlib.nullcontext()
     try:
         with mode(model, training), without_autocast(), torch.no_grad(), fakes:
             args, kwargs = stand_in(model, inputs, fakes) if isinstance(fakes, FakeTensorMode) else inputs
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise _capture_error(model, error) from error
     except Exception as error:
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -390,6 +393,7 @@ _NO_VALUES = (
 
 
 def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
+    alive = [thread for thread in threading.enumerate() if not isinstance(thread, TMonitor)]  # progress bars have one
     threads = (
         "\n  Other threads are alive: PyTorch's exporter fails where one of them runs a module meanwhile, be it of "
         "another model; trace while none does."
@@ -400,5 +404,5 @@ def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."
         f"{'' if has_all_values(model) else _NO_VALUES}"
-        f"{threads if threading.active_count() > 1 else ''}"
+        f"{threads if len(alive) > 1 else ''}"
     )

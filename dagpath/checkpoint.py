@@ -8,7 +8,7 @@ import shutil
 import stat
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def _names_in(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> dict[str
     found = {inside for all_inside in names.values() for inside in all_inside}
     buffers = {prefix + name: name for name, _ in model.named_buffers(remove_duplicate=False)}
     stored = {name: [inside] for inside, name in buffers.items() if inside in checkpoint.places and name in shapes}
-    hint = f"prefix={prefix!r} stands before the model's names; in the files are {_some(checkpoint.places)}"
+    hint = f"prefix={prefix!r} stands before the model's names; in the files are {some(checkpoint.places)}"
     for name, all_inside in names.items():
         if not all_inside:
             raise ValueError(f"{checkpoint.path} has no {prefix + name!r}, a parameter of the model ({hint})")
@@ -278,8 +278,10 @@ def _names_in(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> dict[str
     return names
 
 
-def _some(names: Mapping[str, object]) -> str:
-    first = list(names)[:3]
+def some(names: Iterable[object]) -> str:
+    """The first few names, for messages."""
+    names = list(names)
+    first = names[:3]
     return ", ".join(map(repr, first)) + (", ..." if len(names) > len(first) else "")
 
 
@@ -314,6 +316,10 @@ def _only(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} has no *.safetensors")
 
 
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
+"""How names of files of ``torch.save`` end."""
+
+
 def _places(path: Path) -> dict[str, Place]:
     """The tensors of a file."""
     from safetensors import SafetensorError, safe_open  # an extra
@@ -325,7 +331,9 @@ def _places(path: Path) -> dict[str, Place]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Place(path, torch.Size(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        convert = "read it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"
+        hint = f"; if torch.save wrote it, {convert}" if path.suffix in TORCH_FILES else ""
+        raise ValueError(f"{path} is no safetensors file: {error}{hint}") from error
 
 
 def _starts(file: Any) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from dagpath.checkpoint import Checkpoint, rescale_checkpoint
+from dagpath.checkpoint import TORCH_FILES, Checkpoint, rescale_checkpoint, some
 from dagpath.errors import DagpathError
 from dagpath.files import written_whole
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
@@ -27,7 +29,7 @@ from dagpath.page import html_report
 from dagpath.paths.top import top_paths
 from dagpath.report import table
 from dagpath.solver.problem import DEFAULT_BOUND
-from dagpath.trace import trace
+from dagpath.trace import require_finite, trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
@@ -97,14 +99,16 @@ def explain(
 
     [bold]Example[/bold]: dagpath explain torchvision.models:mobilenet_v3_small --input 1,3,224,224 --html report.html
     """
-    network = (
-        _built(model, torch.device("meta")) if html is None and weights is None else _loaded(model, weights, prefix)
-    )
+    if html is not None:
+        _check_output(html, model, weights)
+        network = _loaded(model, weights, prefix)
+    elif weights is not None:
+        raise typer.BadParameter("--weights is for --html: the text needs no values")
+    else:
+        network = _built(model, torch.device("meta"))
     with _errors.status("tracing"):
         traced = trace(network, tuple(map(_example, inputs)))
     if html is not None:
-        if weights is not None and html.resolve() == weights.resolve():
-            raise ValueError(f"{html} holds the weights: name another file for the page")
         with written_whole(html) as page:
             page.write_text(html_report(traced), encoding="utf-8")
     typer.echo(json.dumps(traced.explain("dict")) if as_json else traced.explain())
@@ -175,6 +179,8 @@ def compare(
     examples = tuple(map(_example, inputs))
     with _errors.status("tracing"):
         a, b = (trace(_loaded(model, weights, prefix), examples) for weights in (first, second))
+    for traced in (a, b):
+        require_finite(traced)
     distance = path_metric(a, b, 2, log=True)
     layers = [
         (name, _relative(value, b.values[name]))
@@ -242,6 +248,7 @@ def rescale(
     [bold]Example[/bold]: dagpath rescale torchvision.models:resnet50 --input 1,3,224,224 --weights in.safetensors
     --out out.safetensors
     """
+    _check_output(out, model, weights)
     network = _built(model, None if with_values else torch.device("meta"))
     rescaling = rescale_checkpoint(
         network,
@@ -283,14 +290,27 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+def _check_output(out: Path, model: str, weights: Path | None) -> None:
+    """Refuse to write over what is read."""
+    read = [Path(model.rpartition(":")[0])]
+    if weights is not None:
+        checkpoint = None if weights.suffix in TORCH_FILES else Checkpoint.open(weights)
+        read += [weights] if checkpoint is None else [*checkpoint.files, checkpoint.index or weights]
+    if any(path.is_file() and out.resolve() == path.resolve() for path in read):
+        raise ValueError(f"{out} is the file that is read: name another")
+
+
 def _built(spec: str, device: torch.device | None) -> nn.Module:
     """The model that ``MODULE:FACTORY`` makes."""
     made = _factory(spec)
-    if device is None:
-        model = made()
-    else:
-        with device:
+    try:
+        with device or contextlib.nullcontext():
             model = made()
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{spec} raised {type(error).__name__}: {error}\n  at {line.filename}:{line.lineno}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -298,23 +318,43 @@ def _built(spec: str, device: torch.device | None) -> nn.Module:
 
 def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     """The model with the values of files, or with its own."""
+    if weights is None and prefix:
+        raise typer.BadParameter("--prefix is for --weights")
     model = _built(spec, None)
     if weights is None:
         return model
-    if weights.suffix in (".pt", ".pth", ".bin"):
-        try:
-            tensors = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # one of many types
-            raise ValueError(f"{weights} is no file of tensors (what else it may hold is not run)") from error
-    else:
-        checkpoint = Checkpoint.open(weights)
-        tensors = {name: checkpoint.read(name) for name in checkpoint.places}
+    tensors = _tensors(weights)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    try:
-        model.load_state_dict(named)
-    except RuntimeError as error:
-        raise ValueError(f"{weights} does not fit {spec}: {error}") from error
+    expected = model.state_dict()
+    for name in expected:
+        if name not in named:
+            raise ValueError(f"{weights} has no {prefix + name!r} of {spec}; in it are {some(tensors)}")
+        if named[name].shape != expected[name].shape:
+            shapes = tuple(named[name].shape), tuple(expected[name].shape)
+            raise ValueError(f"{prefix + name!r} in {weights} has shape {shapes[0]}, that of {spec} has {shapes[1]}")
+    more = [name for name in named if name not in expected]
+    if more:
+        raise ValueError(f"{weights} has {prefix + more[0]!r}, which {spec} has not ({len(more)} such tensors)")
+    model.load_state_dict(named)
     return model
+
+
+def _tensors(weights: Path) -> Mapping[str, Tensor]:
+    """What a file, or several, hold by name."""
+    if weights.suffix not in TORCH_FILES:
+        checkpoint = Checkpoint.open(weights)
+        return {name: checkpoint.read(name) for name in checkpoint.places}
+    try:
+        found = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # one of many types
+        raise ValueError(f"{weights} is no file of tensors (what else it may hold is not run)") from error
+    others = [name for name, value in found.items() if not isinstance(value, Tensor)] if isinstance(found, dict) else []
+    if not isinstance(found, dict) or others:
+        inside = f"of which {some(others)} are no tensors" if others else f"a {type(found).__name__}"
+        raise ValueError(
+            f"{weights} holds more than named tensors, {inside}: save what model.state_dict() returned by itself"
+        )
+    return found
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -32,6 +32,14 @@ _POWERS: dict[type[Optimizer], dict[str, float]] = {
 }
 
 
+_IMPOSSIBLE = {
+    "LBFGS": "it keeps inner products over all parameters",
+    "Adafactor": "it keeps sums of squared gradients over rows and columns",
+}
+_REFUSED = {getattr(torch.optim, name): why for name, why in _IMPOSSIBLE.items() if hasattr(torch.optim, name)}
+"""{optimizer of torch.optim: why its state cannot be computed for the rescaled network}."""
+
+
 def register_state(optimizer_class: type[Optimizer], powers: Mapping[str, float]) -> None:
     """Say how the state of an optimizer moves when its parameters are multiplied by μ.
 
@@ -124,6 +132,11 @@ def _powers_of(optimizer: Optimizer) -> Mapping[str, float]:
     for base in type(optimizer).__mro__:
         if base in _POWERS:
             return _POWERS[base]
+        if base in _REFUSED:
+            raise ValueError(
+                f"the state of {_kind(optimizer)} cannot be carried along with a rescaling: {_REFUSED[base]}; "
+                "rescale before it is made; nothing was changed"
+            )
     buffers = sorted({str(buffer) for state in optimizer.state.values() for buffer in state})
     found = f", which keeps {', '.join(map(repr, buffers))}," if buffers else ""
     raise ValueError(

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import networkx as nx
@@ -55,8 +54,9 @@ class Row:
 def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
     """A model on one page: the graph of its layers, the path mass and the scale factors of each, what is fixed and why.
 
-    The page is one string of HTML that needs no other file and no network. It follows the browser's light or dark mode
-    and fits a telephone.
+    Masses are those of the parameters' current values, factors and criterion those of a rescaling. The page is one
+    string of HTML that needs no other file and no network. It follows the browser's light or dark mode and fits a
+    telephone.
 
     Args:
         traced: the traced model.
@@ -70,8 +70,8 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
         ValueError: a parameter is not finite or has no values (PyTorch's meta device), or the rescaling is of another
             trace.
 
-    Cost: that of :func:`path_mass`, :func:`path_norm`, :func:`path_count` and :func:`balance`: a few forward and
-    backward passes.
+    Cost: that of :func:`path_mass`, :func:`path_norm` and :func:`balance`: a few forward and backward passes in
+    float64.
 
     Example:
         >>> import torch, dagpath
@@ -108,19 +108,24 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
 
 
 def _numbers(facts: dict[str, Any], rescaling: Rescaling) -> list[tuple[str, str]]:
-    count = path_count(rescaling.traced)
+    log_count = path_count(rescaling.traced, log=True)
+    if log_count < math.log(1e12):
+        paths = f"{path_count(rescaling.traced):,}"
+    else:
+        power = log_count / math.log(10)
+        paths = f"{10 ** (power % 1):.2f} · 10^{int(power)}"
     numbers = [
         ("parameters", f"{facts['parameters']:,}"),
         ("neurons", f"{facts['neurons']:,}"),
         ("free", f"{facts['free']:,}"),
         ("free scale groups", f"{facts['groups']:,}"),
         ("fixed", f"{facts['fixed']:,}"),
-        ("paths", f"{count:,}" if count < 10**12 else f"{Decimal(count):.3e}"),
+        ("paths", paths),
         ("log of the path-norm, p = 2", f"{path_norm(rescaling.traced, 2, log=True):,.2f}"),
     ]
     if not math.isnan(rescaling.objective[0]):
         before, after = (f"{value:,.1f}" for value in rescaling.objective)
-        numbers += [("criterion now", before), ("criterion, balanced", after)]
+        numbers += [("criterion before", before), ("criterion after", after)]
     return numbers
 
 

@@ -132,7 +132,12 @@ def test_a_page_is_written_beside_the_explanation(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("html", "words"),
-    [("in.safetensors", "holds the weights"), ("none/page.html", "there is no folder"), (".", "is a directory")],
+    [
+        ("in.safetensors", "in.safetensors is the file that is read"),
+        ("nets.py", "nets.py is the file that is read"),
+        ("none/page.html", "there is no folder"),
+        (".", "is a directory"),
+    ],
 )
 def test_a_page_that_cannot_be_written_changes_nothing(html, words, folder, capsys, monkeypatch):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -219,3 +224,89 @@ def test_the_module_is_a_program(folder):
     command = [sys.executable, "-m", "dagpath", *RESCALE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "written: out.safetensors" in done.stdout
+
+
+def test_no_file_that_is_read_is_written_over(folder, capsys, monkeypatch):
+    tensors = list(load_file("in.safetensors").items())
+    (folder / "parts").mkdir()
+    for number, part in enumerate((tensors[:2], tensors[2:])):
+        save_file(dict(part), folder / f"parts/model-{number}.safetensors")
+    index = {
+        name: f"model-{number}.safetensors"
+        for number, part in enumerate((tensors[:2], tensors[2:]))
+        for name, _ in part
+    }
+    (folder / "parts/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    arguments = ("explain", "nets.py:build", "--input", "1,4", "--weights", "parts", "--html")
+    for html in ("parts/model-1.safetensors", "parts/model.safetensors.index.json", "./nets.py"):
+        code, _, errors = run(capsys, monkeypatch, *arguments, html)
+        assert code == 1
+        assert "is the file that is read" in errors
+    code, _, errors = run(
+        capsys,
+        monkeypatch,
+        *("rescale", "nets.py:build", "--input", "1,4", "--weights", "in.safetensors", "--out", "nets.py"),
+    )
+    assert code == 1
+    assert "is the file that is read" in errors
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("explain", "nets.py:build", "--input", "1,4", "--weights", "in.safetensors"), 2, "--weights is for --html"),
+        (("paths", "nets.py:build", "--input", "1,4", "--prefix", "net."), 2, "--prefix is for --weights"),
+        (("paths", "nets.py:number", "--input", "1,4"), 1, "returned int, not a torch.nn.Module"),
+        (("paths", "nets.py:fails", "--input", "1,4"), 1, r"nets.py:fails raised KeyError: 'missing'\n.*nets.py:\d+"),
+        (("explain", "nets.py:Asks", "--input", "1,4"), 1, "control flow and shapes that do not depend on the values"),
+        (
+            ("paths", "nets.py:build", "--input", "1,4", "--weights", "ids.safetensors"),
+            1,
+            r"'0.weight' in .* shape \(10, 8\)",
+        ),
+        (
+            ("paths", "nets.py:build", "--input", "1,4", "--weights", "half.safetensors"),
+            1,
+            "has no '2.weight' of nets.py",
+        ),
+        (
+            ("paths", "nets.py:build", "--input", "1,4", "--weights", "more.safetensors"),
+            1,
+            "has '3.bias', which nets.py",
+        ),
+        (
+            ("paths", "nets.py:build", "--input", "1,4", "--weights", "saved.pth"),
+            1,
+            "of which 'state_dict' are no tensors",
+        ),
+        (
+            ("rescale", "nets.py:build", "--input", "1,4", "--weights", "saved.pth", "--out", "o"),
+            1,
+            "if torch.save wrote it",
+        ),
+    ],
+)
+def test_each_mistake_has_its_message(arguments, code, words, folder, capsys, monkeypatch):
+    source = "\ndef fails():\n    return {}['missing']\n\nclass Asks(nn.Linear):\n    def __init__(self):\n"
+    source += "        super().__init__(4, 2)\n\n    def forward(self, x):\n"
+    source += "        return super().forward(x) if x.sum() > 0 else super().forward(-x)\n"
+    (folder / "nets.py").write_text(SOURCE + source)
+    tensors = load_file("in.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name.startswith("0")}, "half.safetensors")
+    save_file({**tensors, "3.bias": torch.zeros(1)}, "more.safetensors")
+    torch.save({"state_dict": tensors}, "saved.pth")
+    found, _, errors = run(capsys, monkeypatch, *arguments)
+    assert found == code
+    assert re.search(words, errors), errors
+
+
+def test_weights_that_are_not_finite_are_not_compared(folder, capsys, monkeypatch):
+    tensors = load_file("in.safetensors")
+    tensors["0.weight"][1, 2] = float("nan")
+    save_file(tensors, "nan.safetensors")
+    arguments = ("in.safetensors", "nan.safetensors", "--model", "nets.py:build", "--input", "1,4")
+    code, out, errors = run(capsys, monkeypatch, "compare", *arguments)
+    assert (code, out) == (1, "")
+    assert "0.weight" in errors

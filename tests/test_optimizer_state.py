@@ -224,8 +224,16 @@ def with_global_state(net):
     ("make", "error", "message"),
     [
         (sketching, ValueError, r"state of Sketching, which keeps 'momentum_buffer', 'sketch', moves.*register_state"),
-        (lambda net: torch.optim.LBFGS(net.parameters()), ValueError, "state of LBFGS moves.*have the shape of their"),
-        (lambda net: torch.optim.Adafactor(net.parameters()), ValueError, "state of Adafactor"),
+        (
+            lambda net: torch.optim.LBFGS(net.parameters()),
+            ValueError,
+            "state of LBFGS cannot be carried along.*inner products",
+        ),
+        (
+            lambda net: torch.optim.Adafactor(net.parameters()),
+            ValueError,
+            "state of Adafactor cannot be carried along.*rows and columns",
+        ),
         (sgd_with("slow", torch.ones(2, 4), Lookahead), ValueError, "'slow' of '2.weight' in Lookahead: .*register_st"),
         (sgd_with("history", [torch.ones(2, 4)]), ValueError, "'history' of '2.weight' in SGD"),
         (sgd_with("momentum_buffer", torch.ones(4)), ValueError, r"has shape \(4,\), the parameter \(2, 4\)"),

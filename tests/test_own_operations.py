@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.ops import Operation, base
+from dagpath.ops import FIXED, Operation, base
 
 import own_operation
 from networks import Net
@@ -227,6 +227,7 @@ def test_a_rule_may_look_at_a_weight_without_recording_derivatives():
             return flow.result([x, gain], x.values * gain.values, x.exponent + gain.exponent)
 
         def neurons(self, flow, call):
+            flow.pin(call["gain"])
             return flow.constant(call.output)
 
     @custom_op
@@ -286,3 +287,57 @@ def test_the_example_of_the_documentation_fixes_what_it_cannot_follow(peaks):
 def test_the_example_of_the_documentation_runs(peaks, capsys):
     own_operation.main()
     assert "outputs are bitwise equal: True" in capsys.readouterr().out
+
+
+class Shift(Operation):
+    """An offset per unit: ``told`` says whether its rule uses the parameter, ``masses`` what it answers."""
+
+    def __init__(self, told=True, masses=None):
+        self.told, self.masses = told, masses
+
+    def neurons(self, flow, call):
+        if self.told:
+            flow.use(call["shift"], call["x"][0], torch.tensor(FIXED))
+        return call["x"]
+
+    def mass(self, flow, call):
+        if self.masses is not None:
+            return self.masses(flow, call)
+        x, shift = call["x"], call["shift"]
+        exponent = flow.common([x, shift])
+        return flow.result([x, shift], flow.at(x, exponent) + flow.at(shift, exponent), exponent)
+
+
+def shifted_by(rule):
+    @custom_op
+    def shift_by(x: Tensor, shift: Tensor) -> Tensor:
+        return x + shift
+
+    dagpath.register_op(shift_by, rule)
+    layers = {"a": nn.Linear(3, 4), "shift": torch.rand(4), "b": nn.Linear(4, 2)}
+    return Net(lambda m, x: m.b(torch.relu(shift_by(m.a(x), m.shift))), **layers).double()
+
+
+def test_a_rule_that_says_nothing_of_a_parameter_fixes_what_it_touches():
+    assert dagpath.trace(shifted_by(Shift()), torch.zeros(1, 3).double()).graph.num_groups == 4
+    net, x = shifted_by(Shift(told=False)), torch.randn(5, 3).double()
+    traced = dagpath.trace(net, x)
+    assert traced.graph.num_groups == 0
+    assert "says nothing of 'shift'" in traced.explain()
+    before = net(x)
+    dagpath.random_rescaling(traced).apply_()
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize(
+    ("masses", "words"),
+    [
+        (lambda flow, call: call["x"].values, "returned a tensor"),
+        (lambda flow, call: flow.result([call["x"]], call["x"].values.sum(), 0), r"gave masses of shapes \[\(\)\]"),
+        (lambda flow, call: 1 / 0, "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_masses_that_are_none_are_refused_with_the_rule_that_gave_them(masses, words):
+    traced = dagpath.trace(shifted_by(Shift(masses=masses)), torch.zeros(1, 3).double())
+    with pytest.raises(dagpath.UnsupportedOpError, match=f"of Shift, the rule of .*shift_by, {words}"):
+        dagpath.path_norm(traced)

@@ -378,7 +378,7 @@ def test_bad_arguments_are_refused_before_the_first_step(arguments, options, err
 
 def test_an_optimizer_whose_state_is_not_known_is_refused_before_the_first_step():
     net = mlp(3, 4, 2)
-    with pytest.raises(ValueError, match="not known how the state of LBFGS moves"):
+    with pytest.raises(ValueError, match="the state of LBFGS cannot be carried along"):
         EquiNormCycle(dagpath.trace(net, torch.zeros(1, 3)), torch.optim.LBFGS(net.parameters()))
 
 

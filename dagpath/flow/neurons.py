@@ -87,6 +87,9 @@ class NeuronFlow(fx.Interpreter):
         rule: finds the rule of a call's target.
         unknown: makes the rule of an operation that fixes what it touches, from the reason.
         shared: names of parameters that are not rescaled, since other tensors share their storage.
+
+    Attributes:
+        told: names of the parameters that the rule of the present call used, pinned or made activations.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class NeuronFlow(fx.Interpreter):
         self._pins: list[tuple[Weight, fx.Node, str]] = []
         self._made: dict[tuple[str, int], tuple[int, int]] = {}
         self._calls: dict[str, int] = {}
+        self.told: set[str | None] = set()
         self.node: fx.Node
         self.graph_inputs: CapturedGraph
         self.real_node: Constants
@@ -154,6 +158,7 @@ class NeuronFlow(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         call = Call(target, args, dict(kwargs), self.node)
+        self.told = set()
         try:
             numbers = self._rule(target).neurons(self, call)
             exact = self._carries(numbers, call)
@@ -287,6 +292,7 @@ class NeuronFlow(fx.Interpreter):
 
     def pin(self, weight: Weight, reason: str = _PINNED) -> None:
         """Declare that these elements are not rescaled: wherever they are edges, both ends share a scale."""
+        self.told.add(weight.name)
         self._pins.append((weight, self.node, reason))
 
     def mix(self, numbers: Tensor, dims: Iterable[int], reason: str) -> Tensor:
@@ -337,6 +343,7 @@ class NeuronFlow(fx.Interpreter):
         Raises:
             ValueError: ends that do not broadcast to the shape of the parameter.
         """
+        self.told.add(weight.name)
         dst, src = compact(dst), compact(src)
         if any(bool((end == _UNUSED).any()) for end in (dst, src)):
             used = ((dst != _UNUSED) & (src != _UNUSED)).expand(weight.shape)
@@ -396,7 +403,10 @@ class NeuronFlow(fx.Interpreter):
 
     def activation(self, value: Any) -> Any:
         """``value``, with a weight turned into neurons."""
-        return self.as_neurons(value) if isinstance(value, Weight) else value
+        if not isinstance(value, Weight):
+            return value
+        self.told.add(value.name)
+        return self.as_neurons(value)
 
     def is_edge(self, name: str) -> bool:
         """Is the parameter an edge between neurons anywhere?"""

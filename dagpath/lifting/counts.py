@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, fx
@@ -70,9 +70,13 @@ class _TooLargeError(Exception):
     """Sums of numbers below this modulus are not exact in float64."""
 
 
+@overload
+def path_count(traced: TracedModel, progress: bool = True, log: Literal[False] = False) -> int: ...
+@overload
+def path_count(traced: TracedModel, progress: bool = True, *, log: Literal[True]) -> float: ...
 @plain_computation()
-def path_count(traced: TracedModel, progress: bool = True) -> int:
-    """The number of paths of the network, exactly.
+def path_count(traced: TracedModel, progress: bool = True, log: bool = False) -> int | float:
+    """The number of paths of the network, exactly, or its logarithm.
 
     Every scalar activation is a neuron (each position of a channel counts), every parameter an edge whatever its value,
     and a constant an edge where it is not zero. An operation that is not positively homogeneous cuts paths: what enters
@@ -81,11 +85,13 @@ def path_count(traced: TracedModel, progress: bool = True) -> int:
     Args:
         traced: the traced model.
         progress: show a bar if it takes more than two seconds.
+        log: return the natural logarithm, a float up to rounding; -inf where there is no path.
 
     Returns:
-        The number, a Python int of any size.
+        The number, a Python int of any size, or its logarithm.
 
-    Cost: one float64 forward pass at batch 1 for about every 30 binary digits of the number. Source: Gonon et al., ICLR
+    Cost: one float64 forward pass at batch 1 for about every 30 binary digits of the number; one for the logarithm.
+    Source: Gonon et al., ICLR
     2024, for the paths.
 
     Example:
@@ -95,6 +101,10 @@ def path_count(traced: TracedModel, progress: bool = True) -> int:
         10
     """
     require_traced(traced)
+    if log:
+        total = traced.masses(CountFlow).total()
+        count = float(total.values)
+        return math.log(count) + total.exponent * math.log(2) if count > 0 else -math.inf
     return _exact_sums(traced, [1], progress)[0]
 
 

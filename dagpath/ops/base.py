@@ -24,8 +24,8 @@ from dagpath.flow.values import FIXED, Call, Operand, Weight, compact
 class Operation:
     """How one kind of operation treats neurons and masses; :func:`dagpath.register_op` takes an instance.
 
-    Instances are stateless and shared. A method may raise: what that call touches is fixed then, and no path crosses
-    it.
+    Instances are stateless and shared. The method ``neurons`` may raise: what that call touches is fixed then, and no
+    path crosses it.
 
     Example:
         >>> import torch, dagpath

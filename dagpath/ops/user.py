@@ -10,10 +10,12 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 
+from dagpath.errors import UnsupportedOpError
 from dagpath.flow.constants import NotConstantError
+from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass, Weight, mapped
+from dagpath.flow.values import Call, Mass, Weight, leaves, mapped
 from dagpath.ops.base import Operation, Unknown, operation_name, register, registered
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
 from dagpath.ops.movement import Index, move, with_indices
@@ -76,6 +78,56 @@ class OfTwoTensors(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         return self._rule.mass(flow, self._renamed(call))
+
+
+class OwnRule(Operation):
+    """A rule of a user's own, whose answers are checked."""
+
+    def __init__(self, rule: Operation) -> None:
+        self._rule = rule
+        self.moves_weights = rule.moves_weights
+
+    def keeps_weights(self, call: Call) -> bool:
+        return self._rule.keeps_weights(call)
+
+    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        """What the rule says; the flow fixes what the call touches where this raises.
+
+        Raises:
+            ValueError: it says nothing of a parameter, whose elements would be neither edges nor pinned.
+        """
+        numbers = self._rule.neurons(flow, call)
+        named = {weight.name for weight in call.leaves(Weight)} - {None}
+        left = named - flow.told - {weight.name for weight in leaves(numbers, Weight)}
+        if left:
+            names = ", ".join(map(repr, sorted(map(str, left))))
+            raise ValueError(f"its rule says nothing of {names}: use it, pin it, or make it an activation")
+        return numbers
+
+    def mass(self, flow: MassFlow, call: Call) -> Any:
+        """What the rule says.
+
+        Raises:
+            UnsupportedOpError: it raises, or gives anything but a mass of the output's shape.
+        """
+        try:
+            masses = self._rule.mass(flow, call)
+        except Exception as error:
+            raise UnsupportedOpError(f"{self._name(call)} raised {type(error).__name__}: {error}") from error
+        found, fakes = leaves(masses, (Mass, Tensor)), leaves(call.output, Tensor)
+        shapes = [tuple(fake.shape) for fake in fakes if fake.is_floating_point()]
+        if not all(isinstance(mass, Mass) for mass in found):
+            raise UnsupportedOpError(f"{self._name(call)} returned a tensor: make it a Mass with flow.result(...)")
+        if len(found) > len(fakes) or any(tuple(mass.values.shape) not in shapes for mass in found):
+            given = [tuple(mass.values.shape) for mass in found]
+            raise UnsupportedOpError(f"{self._name(call)} gave masses of shapes {given}, the output has {shapes}")
+        return masses
+
+    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return self._rule.edges(flow, call)
+
+    def _name(self, call: Call) -> str:
+        return f"the method 'mass' of {type(self._rule).__name__}, the rule of {operation_name(call.target)},"
 
 
 _RULES: dict[str, Operation] = {
@@ -141,7 +193,9 @@ def register_op(op: Any, rule: str | Operation) -> None:
         if rule not in _RULES:
             raise ValueError(f"unknown rule {rule!r}; known are {', '.join(map(repr, _RULES))}")
         rule = _RULES[rule]
-    if not isinstance(rule, Operation):
+    elif isinstance(rule, Operation):
+        rule = OwnRule(rule)
+    else:
         raise TypeError(f"a rule is a name or an instance of dagpath.ops.Operation, got {rule!r}")
     if isinstance(op, CustomOpDef):
         op = op._opoverload.overloadpacket
