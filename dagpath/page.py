@@ -140,7 +140,7 @@ def _rows(rescaling: Rescaling, layers: nx.DiGraph) -> Iterator[Row]:
         start += count
         groups = graph.group_of[own]
         free = groups[groups > 0]
-        causes = torch.unique(graph.cause_of[own][groups == 0]).tolist()
+        causes = torch.unique(graph.cause_of[own]).tolist()
         factors = None
         if len(free):
             z = (rescaling.log_scales.cpu()[free - 1] / math.log(2)).numpy()

@@ -1,19 +1,14 @@
-"""Check a built site: every internal link leads somewhere, and every public name has its entry.
+"""Check a built site: every internal link leads somewhere.
 
 python docs/check_site.py docs/_build/html
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-
-from sphinx.util.inventory import InventoryFile
-
-MODULES = ("dagpath", "dagpath.optim", "dagpath.solver", "dagpath.ops", "dagpath.study")
 
 
 class Page(HTMLParser):
@@ -47,21 +42,10 @@ def broken_links(site: Path) -> list[str]:
     return broken
 
 
-def missing_names(site: Path) -> list[str]:
-    with (site / "objects.inv").open("rb") as file:
-        inventory = InventoryFile.load(file, "", lambda base, path: path)
-    entries = {name for role, names in inventory.items() if role.startswith("py:") for name in names}
-    named = (f"{module}.{name}" for module in MODULES for name in importlib.import_module(module).__all__)
-    short = {entry.rpartition(".")[2] for entry in entries}
-    return [name for name in named if name not in entries and name.rpartition(".")[2] not in short]
-
-
 def main() -> None:
-    site = Path(sys.argv[1])
-    failures = [f"broken link: {text}" for text in broken_links(site)]
-    failures += [f"no entry: {name}" for name in missing_names(site)]
-    print("\n".join(failures) or "every internal link leads somewhere, and every public name has its entry")
-    sys.exit(bool(failures))
+    broken = broken_links(Path(sys.argv[1]))
+    print("\n".join(f"broken link: {text}" for text in broken) or "every internal link leads somewhere")
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":
