@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import dagpath
 from dagpath.state import mode, uncollected
@@ -238,3 +240,27 @@ def test_a_model_that_other_threads_run_keeps_its_attributes_while_its_mode_is_p
         return same
 
     assert at_once(change, run)[1]
+
+
+class Asks(nn.Module):
+    """Its control flow depends on its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_other_threads_are_named_where_there_are_some(alive):
+    with tqdm(total=1, disable=False, file=io.StringIO()):  # whose own thread, which lives on, is none of them
+        pass
+    end = threading.Event()
+    waiting = threading.Thread(target=end.wait, daemon=True)
+    if alive:
+        waiting.start()
+    try:
+        with pytest.raises(dagpath.CaptureError) as caught:
+            dagpath.trace(Asks(), torch.zeros(1, 2))
+    finally:
+        end.set()
+    others = [thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"]
+    assert ("Other threads are alive" in str(caught.value)) == (alive or len(others) > 1)

@@ -38,6 +38,7 @@ def test_paths_are_counted_exactly_and_by_length(seed):
     net, traced = traced_net(seed)
     expected = BruteForce.count(net)
     assert dagpath.path_count(traced) == expected
+    assert dagpath.path_count(traced, log=True) == pytest.approx(math.log(expected), rel=1e-12)
     profile = dagpath.path_length_profile(traced)
     assert sum(profile.values()) == expected
     assert all(isinstance(count, int) and count > 0 for count in profile.values())
@@ -63,6 +64,7 @@ def test_a_deep_chain_has_a_count_of_hundreds_of_digits():
     layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
     traced = dagpath.trace(nn.Sequential(*layers), torch.zeros(1, width))
     assert dagpath.path_count(traced) == width ** (depth + 1)
+    assert dagpath.path_count(traced, log=True) == pytest.approx((depth + 1) * math.log(width), rel=1e-12)
 
 
 def test_the_length_profile_of_a_residual_network_is_binomial():

@@ -97,8 +97,11 @@ def path_count(traced: TracedModel, progress: bool = True, log: bool = False) ->
     Example:
         >>> import torch, dagpath
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> dagpath.path_count(dagpath.trace(net, torch.zeros(1, 2)))  # 2·3·1 from inputs, 3·1 and 1 from biases
+        >>> traced = dagpath.trace(net, torch.zeros(1, 2))
+        >>> dagpath.path_count(traced)  # 2·3·1 from inputs, 3·1 and 1 from biases
         10
+        >>> round(dagpath.path_count(traced, log=True), 6)
+        2.302585
     """
     require_traced(traced)
     if log:
