@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.colors import PowerNorm
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import ScaledTranslation
 
 from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY, new_axes
 from dagpath.study.initialization import FIGURES, InitializationStudy
@@ -85,7 +85,7 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
 
 def _legend(ax: Axes) -> None:
     """Below the label of the x-axis, where it covers no line."""
-    below = offset_copy(ax.transAxes, ax.figure, y=-34, units="points")
+    below = ax.transAxes + ScaledTranslation(0, -34 / 72, ax.figure.dpi_scale_trans)  # inches
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=3, frameon=False)
 
 
@@ -190,8 +190,9 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
     names, gains = list(dict.fromkeys(name for name, _ in rows)), list(dict.fromkeys(gain for _, gain in rows))
     values = np.array([[float(rows[name, gain][f"{figure}, predicted"]) for gain in gains] for name in names])
     ax = new_axes(ax, height=1.4 + 0.6 * len(names))
-    image = ax.imshow(values, cmap="cividis", aspect="auto", norm=PowerNorm(0.3))
-    dark = np.asarray(image.norm(values)) < 0.5
+    norm = PowerNorm(0.3, float(values.min()), float(values.max()))
+    image = ax.imshow(values, cmap="cividis", aspect="auto", norm=norm)
+    dark = np.asarray(norm(values)) < 0.5
     for row, name in enumerate(names):
         for column, gain in enumerate(gains):
             both = (float(rows[name, gain][f"{figure}, {part}"]) for part in ("predicted", "mean"))
@@ -199,7 +200,7 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
             color = "white" if dark[row, column] else "black"
             ax.text(column, row, text, ha="center", va="center", color=color, fontsize="large")
     bar = ax.figure.colorbar(image, ax=ax, label=f"{figure}, predicted", aspect=30, pad=0.02)
-    ticks = np.asarray(image.norm.inverse(np.linspace(0, 1, 5)))
+    ticks = np.asarray(norm.inverse(np.linspace(0, 1, 5)))
     bar.set_ticks(ticks.tolist(), labels=[f"{tick:.2g}" for tick in ticks])
     ax.set_xticks(range(len(gains)), [f"{gain:g}" for gain in gains])
     ax.set_yticks(range(len(names)), names)
