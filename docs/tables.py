@@ -134,11 +134,12 @@ def errors() -> str:
 
 def command_options() -> str:
     """The arguments and options of each command, as the command line itself has them."""
+    headings = ("argument or option", "what it says", "default")
     parts = []
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         about = plain(command.help).partition("\n\n")[0]
         rows = [option(one) for one in command.params]
-        parts.append(f"{name}\n{'-' * len(name)}\n\n{about}\n\n" + grid(("", "", "default"), rows, kind="words"))
+        parts.append(f"{name}\n{'-' * len(name)}\n\n{about}\n\n" + grid(headings, rows, kind="words"))
     return "\n".join(parts)
 
 
