@@ -58,6 +58,7 @@ def rescale_(
 
     Raises:
         TypeError: an option that does not exist.
+        ValueError: an unknown criterion or solver, or an option out of its range.
         CaptureError: the model cannot be captured, or its forward raises on the example inputs.
         BalanceError: a weight is not finite.
         VerificationError: the outputs differ by more than rounding explains; the message has the difference.

@@ -1,4 +1,4 @@
-"""Tables of the documentation, from the registry of operations and from the committed results.
+"""Tables of the documentation: from the registry of operations, the command line, and the committed results.
 
 A page includes the table ``name`` with ``.. include:: /_name.inc``.
 """
@@ -6,12 +6,16 @@ A page includes the table ``name`` with ``.. include:: /_name.inc``.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dagpath import study
+from typer.main import get_command
+
+from dagpath import cli, study
 from dagpath.ops import registered
 from dagpath.ops.base import Unknown
 from dagpath.report import table
@@ -36,12 +40,12 @@ def write_tables() -> None:
     """Write everything that pages include."""
     contents = {
         "operations_table": operations(),
-        "study_initialization": literal(errors()),
-        "study_training": literal(str(runs)),
-        "study_best": literal(runs.best_table()),
-        "study_at_start": literal(at_start()),
-        "study_baseline": literal(runs.comparison_table()),
-        "study_ten_sweeps": literal(runs.comparison_table(reference="ten sweeps")),
+        "study_initialization": wrapped(errors()),
+        "study_training": wrapped(str(runs)),
+        "study_best": wrapped(runs.best_table()),
+        "study_at_start": wrapped(at_start()),
+        "study_baseline": wrapped(runs.comparison_table()),
+        "study_ten_sweeps": wrapped(runs.comparison_table(reference="ten sweeps")),
         "rescale_stages": rescale_stages(),
         "rescale_others": rescale_others(),
         "solver_costs": solver_networks(
@@ -52,7 +56,9 @@ def write_tables() -> None:
         ),
         "solver_products": solver_networks({"product / torch.sum": ".1f", "memory / masses": ".1f"}),
         "solver_resnet50": solver_resnet50(),
-        "solver_growth": solver_growth(),
+        "solver_growth_depth": solver_growth("depth"),
+        "solver_growth_width": solver_growth("width"),
+        "command_options": command_options(),
         "lifting_passes": lifting_passes(),
         "lifting_growth": lifting_growth(),
         "checkpoint_memory": checkpoint_memory(),
@@ -66,16 +72,20 @@ def write_tables() -> None:
         (HERE / f"_{name}.inc").write_text(text)
 
 
-def literal(text: str) -> str:
-    return ".. code-block:: text\n\n" + "".join(f"   {line}\n" for line in text.splitlines())
-
-
-def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of reST, with its first column to the left and numbers to the right."""
-    lines = [".. list-table::", "   :header-rows: 1", "   :class: figures", ""]
+def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
+    """A table of reST: of words, all to the left, or of figures, to the right but for the first column."""
+    lines = [".. list-table::", "   :header-rows: 1", f"   :class: {kind}", ""]
     for row in (headings, *rows):
         lines += [f"   {'* ' if index == 0 else '  '}- {cell}" for index, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """A table of :func:`dagpath.report.table` as one of reST, whose headings and cells may wrap."""
+    headings, rule, *rows = text.splitlines()
+    spans = [column.span() for column in re.finditer("-+", rule)]
+    first, *others = ([line[slice(*span)].strip() for span in spans] for line in (headings, *rows))
+    return grid(first, others)
 
 
 def made(name: str) -> str:
@@ -95,7 +105,8 @@ def operations() -> str:
         else:
             text = (type(rule).__doc__ or "").strip().splitlines()[0]
         rules.setdefault(text, []).append(f"``{name}``")
-    return grid(("Operations", "Rule"), [(", ".join(names), text) for text, names in sorted(rules.items())])
+    cells = [(", ".join(names), text) for text, names in sorted(rules.items())]
+    return grid(("Operations", "Rule"), cells, kind="words")
 
 
 def at_start() -> str:
@@ -119,6 +130,35 @@ def errors() -> str:
         worst = (max(row.error for row in chosen if row.scheme == scheme) for scheme in schemes)
         rows.append((name, *(f"{error:.3f}" for error in worst)))
     return table(("architecture", *schemes), rows)
+
+
+def command_options() -> str:
+    """The arguments and options of each command, as the command line itself has them."""
+    headings = ("argument or option", "what it says", "default")
+    parts = []
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        about = plain(command.help).partition("\n\n")[0]
+        rows = [option(one) for one in command.params]
+        parts.append(f"{name}\n{'-' * len(name)}\n\n{about}\n\n" + grid(headings, rows, kind="words"))
+    return "\n".join(parts)
+
+
+def option(parameter: Any) -> tuple[str, str, str]:
+    """How an argument or option is written, what it means, and its default."""
+    flag, default = getattr(parameter, "is_flag", False), parameter.default
+    choices = "|".join(choice.value for choice in type(default)) if isinstance(default, Enum) else ""
+    value = "" if flag else parameter.metavar or choices or parameter.name.upper()
+    name = f"{parameter.opts[0]} {value}".strip() if parameter.param_type_name == "option" else value
+    if parameter.required:
+        shown = "required"
+    else:
+        shown = f"``{getattr(default, 'value', default)}``" if default and not flag else ""
+    return f"``{name}``", plain(parameter.help), shown
+
+
+def plain(text: str) -> str:
+    """Text with rich's marks as reST."""
+    return re.sub(r"([*_`])", r"\\\1", text).replace("[bold]", "**").replace("[/bold]", "**")
 
 
 def rescale_stages() -> str:
@@ -159,9 +199,14 @@ def solver_resnet50() -> str:
     return grid(("quantity", "value"), [(name, format(found[name], spec)) for name, spec in specs.items()])
 
 
-def solver_growth() -> str:
-    columns = {"width": ",", "depth": ",", "masses": ",", "iterations": ",", "milliseconds": ".1f"}
-    rows = figures("solver")["growth"]
+def solver_growth(by: str) -> str:
+    """One of the two series, first by depth, then by width, which begin with the same network."""
+    found = figures("solver")["growth"]
+    second = max(
+        k for k, row in enumerate(found) if (row["width"], row["depth"]) == (found[0]["width"], found[0]["depth"])
+    )
+    columns = {by: ",", "masses": ",", "iterations": ",", "milliseconds": ".1f"}
+    rows = {"depth": found[:second], "width": found[second:]}[by]
     return grid(list(columns), [[format(row[name], spec) for name, spec in columns.items()] for row in rows])
 
 

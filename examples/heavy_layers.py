@@ -61,6 +61,7 @@ ax.figure.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
-# **All blocks, each most of the paths, and no path by itself.** At a sum the two ways add their squared masses: the
-# share of a block says how what its convolutions add compares with what its skip carries on. A block whose share is
-# near zero is one that the mass goes around. :func:`dagpath.plots.mass_per_layer` draws the shares of all layers.
+# **Every block carries most of the mass, and no single path carries much of it.** At a sum the two ways add their
+# squared masses: the share of a block says how what its convolutions add compares with what its skip carries on. A
+# block whose share is near zero is one that the mass goes around. :func:`dagpath.plots.mass_per_layer` draws the shares
+# of all layers.

@@ -72,6 +72,6 @@ ax.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 plt.show()
 
 # %%
-# **Within a few dozen steps, and yes.** While the network learns fast, these steps take it a good part of the way
-# from balance; later it hardly moves, so that there is little left to do. What the loss gains is another question:
-# one run says nothing about it, and :doc:`/benchmarks/training_study` compares many.
+# **Training leaves the balance within a few dozen steps; Rebalance keeps it.** While the network learns fast, these
+# steps take it a good part of the way from balance; later it hardly moves, so that there is little left to do. What the
+# loss gains is another question: one run says nothing about it, and :doc:`/benchmarks/training_study` compares many.

@@ -2,9 +2,9 @@
 What changes when a ResNet is rescaled, and what does not?
 ==========================================================
 
-One call of :func:`dagpath.rescale_` gives every free channel of a ResNet-18 and of a ResNet-50 the scale that best
-conditions its paths. The input is a real photograph. The tables say what was found, what it took, and that the
-function is the one it was: ``python examples/rescale_resnet.py`` prints them.
+One call of :func:`dagpath.rescale_` gives every free channel of a ResNet-18 and of a ResNet-50 the scale at which the
+diagonal of the path Gram matrix is most even. The input is a real photograph. The tables say what was found, what it
+took, and that the function is the one it was: ``python examples/rescale_resnet.py`` prints them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 import dagpath
 
 # %%
-# The image, and networks with random weights whose batch norms know the statistics of real activations. The networks
-# are in ``resnet.py`` beside this script; load yours in place of them.
+# The image, and networks with random weights whose batch norms know the statistics of real activations; load yours in
+# place of them. The script needs ``rich`` and scikit-learn, and :download:`resnet.py <../../examples/resnet.py>` beside
+# it, which holds the networks (in the repository both are in ``examples``).
 
 
 def photograph(size: int = 224) -> Tensor:

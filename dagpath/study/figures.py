@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.colors import PowerNorm
+from matplotlib.transforms import ScaledTranslation
 
 from dagpath.plots import BLUE, GREEN, GREY, ORANGE, SKY, new_axes
 from dagpath.study.initialization import FIGURES, InitializationStudy
@@ -34,7 +35,10 @@ _STYLES = [
 
 
 def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = None) -> Axes:
-    """The training loss after each epoch, one line for each method: the median over the seeds, and its quartiles.
+    """The training loss after each epoch, one line for each method: the median over the seeds, and quartiles.
+
+    Of an even number of seeds the median is the mean of the two middle losses; the quartiles are those of the nearest
+    seeds.
 
     Args:
         study: the runs.
@@ -64,7 +68,8 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
     ax = new_axes(ax)
     for method, (color, line, mark) in drawn.items():
         curves = np.stack(list(study.curves(task, method, lr).values()))
-        low, median, high = (_finite(part) for part in np.quantile(curves, (0.25, 0.5, 0.75), axis=0, method="nearest"))
+        low, high = map(_finite, np.quantile(curves, (0.25, 0.75), axis=0, method="nearest"))
+        median = _finite(np.median(curves, axis=0))
         epochs = np.arange(len(median))
         ax.plot(
             epochs, median, color=color, linestyle=line, marker=mark, markevery=max(1, len(epochs) // 8), label=method
@@ -74,8 +79,14 @@ def loss_curves(study: TrainingStudy, task: str, lr: float, ax: Axes | None = No
     ax.set_xlabel("epoch")
     ax.set_ylabel("training loss")
     ax.set_title(f"{task}, learning rate {lr:g}")
-    ax.legend(fontsize="small")
+    _legend(ax)
     return ax
+
+
+def _legend(ax: Axes) -> None:
+    """Below the label of the x-axis, where it covers no line."""
+    below = ax.transAxes + ScaledTranslation(0, -34 / 72, ax.figure.dpi_scale_trans)  # inches
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=3, frameon=False)
 
 
 def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
@@ -140,7 +151,7 @@ def epochs_to_target(study: TrainingStudy, task: str, reference: str = "baseline
     ax.set_xlabel("learning rate")
     ax.set_ylabel(f"epochs to the final loss of {reference}")
     ax.set_title(task)
-    ax.legend(fontsize="small")
+    _legend(ax)
     return ax
 
 
@@ -178,19 +189,23 @@ def heat_map(study: InitializationStudy, scheme: str, figure: str = "spread", ax
         raise ValueError(f"figure must be one of {', '.join(map(repr, FIGURES))}, got {figure!r}")
     names, gains = list(dict.fromkeys(name for name, _ in rows)), list(dict.fromkeys(gain for _, gain in rows))
     values = np.array([[float(rows[name, gain][f"{figure}, predicted"]) for gain in gains] for name in names])
-    ax = new_axes(ax, width=4.2 + 0.8 * len(gains), height=2.2 + 0.6 * len(names))
-    image = ax.imshow(values, cmap="cividis", aspect="auto", norm=PowerNorm(0.3))
-    dark = np.asarray(image.norm(values)) < 0.5
+    ax = new_axes(ax, height=1.4 + 0.6 * len(names))
+    norm = PowerNorm(0.3, float(values.min()), float(values.max()))
+    image = ax.imshow(values, cmap="cividis", aspect="auto", norm=norm)
+    dark = np.asarray(norm(values)) < 0.5
     for row, name in enumerate(names):
         for column, gain in enumerate(gains):
             both = (float(rows[name, gain][f"{figure}, {part}"]) for part in ("predicted", "mean"))
             text = "\n".join(f"{value:.2g}" for value in both)
             color = "white" if dark[row, column] else "black"
-            ax.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
+            ax.text(column, row, text, ha="center", va="center", color=color, fontsize="large")
+    bar = ax.figure.colorbar(image, ax=ax, label=f"{figure}, predicted", aspect=30, pad=0.02)
+    ticks = np.asarray(norm.inverse(np.linspace(0, 1, 5)))
+    bar.set_ticks(ticks.tolist(), labels=[f"{tick:.2g}" for tick in ticks])
     ax.set_xticks(range(len(gains)), [f"{gain:g}" for gain in gains])
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("gain")
-    ax.set_title(f"{figure}, {scheme} initialization\npredicted, and sampled below", fontsize="medium")
+    ax.set_title(f"{figure}, {scheme} initialization\npredicted, and sampled below")
     return ax
 
 
