@@ -88,7 +88,9 @@ def pages(parsers: Any, *patterns: str) -> Sybil:
     return Sybil(blocks, patterns=patterns, setup=enter_folder, teardown=leave_folder)
 
 
-pytest_collect_file = (pages(rest, "docs/**/*.rst") + pages(markdown, "README.md", "CONTRIBUTING.md")).pytest()
+pytest_collect_file = (
+    pages(rest, "docs/*.rst", "docs/**/*.rst") + pages(markdown, "README.md", "CONTRIBUTING.md")
+).pytest()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
