@@ -24,5 +24,5 @@ traced = dagpath.trace(study.mlp(16, 48, 12, 6, 4), torch.zeros(1, 16))
 plots.gram_spectrum(traced, dagpath.balance(traced), right)
 right.set_title("a perceptron: path Gram matrix", fontsize=10)
 
-for name in sys.argv[1:]:  # none where a page draws it
-    plt.savefig(name, dpi=150)
+if __name__ == "__main__" and len(sys.argv) > 1:  # a page draws it without
+    plt.savefig(sys.argv[1], dpi=150)
