@@ -66,7 +66,7 @@ class BasisPaths:
 
     @property
     def num_paths(self) -> int:
-        """Number of basis paths: that of elements on paths less that of free groups on paths.
+        """Number of basis paths, which is that of elements on paths less that of free groups on paths.
 
         It is the dimension that pieces of paths between fixed neurons span, those of paths if no inner neuron is fixed.
         """
