@@ -68,7 +68,7 @@ class Checkpoint:
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is no safetensors file, or the index and the files do not agree.
-            ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+            ImportError: the package safetensors is not installed (``pip install 'dagpath[io]'``).
         """
         path = Path(path)
         found = _only(path) if path.is_dir() else path

@@ -66,7 +66,7 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
         The page.
 
     Raises:
-        ImportError: jinja2 is missing, ``pip install dagpath[cli]``.
+        ImportError: jinja2 is missing, ``pip install 'dagpath[cli]'``.
         ValueError: a parameter is not finite or has no values (PyTorch's meta device), or the rescaling is of another
             trace.
 
@@ -83,7 +83,7 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("a report page needs jinja2: pip install dagpath[cli]") from error
+        raise ImportError("a report page needs jinja2: pip install 'dagpath[cli]'") from error
     require_traced(traced)
     if rescaling is not None and rescaling.traced.graph is not traced.graph:
         raise ValueError("the rescaling was found for another trace: pass rescaling.traced")

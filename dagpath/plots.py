@@ -1,4 +1,4 @@
-"""Pictures of a traced model. Needs matplotlib: ``pip install dagpath[plots]``.
+"""Pictures of a traced model. Needs matplotlib: ``pip install 'dagpath[plots]'``.
 
 Every function draws into ``ax``, or into a new figure, and returns the :class:`matplotlib.axes.Axes`, from which
 ``ax.figure.savefig("picture.png")`` writes a file. The colours are
@@ -25,7 +25,7 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError("dagpath.plots needs matplotlib: pip install dagpath[plots]") from error
+    raise ImportError("dagpath.plots needs matplotlib: pip install 'dagpath[plots]'") from error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -131,7 +131,7 @@ class Rescaling:
             path: the file.
 
         Raises:
-            ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+            ImportError: the package safetensors is not installed (``pip install 'dagpath[io]'``).
 
         Example:
             >>> import tempfile, torch, dagpath
@@ -164,7 +164,7 @@ class Rescaling:
 
         Raises:
             ValueError: the file holds something else, or a rescaling for another neuron graph.
-            ImportError: the package safetensors is not installed (``pip install "dagpath[io]"``).
+            ImportError: the package safetensors is not installed (``pip install 'dagpath[io]'``).
         """
         from safetensors import SafetensorError, safe_open  # an extra
 

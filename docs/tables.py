@@ -235,7 +235,8 @@ def lifting_growth() -> str:
 
 def checkpoint_memory() -> str:
     found = figures("checkpoint")
-    columns = {"largest file, megabytes": ".0f", "all files, megabytes": ".0f", "growth / largest file": ".2f"}
+    growth = ("growth / largest file", "growth / largest file, memory returned")
+    columns = {"largest file, megabytes": ".0f", "all files, megabytes": ".0f", **dict.fromkeys(growth, ".2f")}
     rows = [(case, *(format(row[name], spec) for name, spec in columns.items())) for case, row in found.items()]
     return grid(("checkpoint", *columns), rows)
 

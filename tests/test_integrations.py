@@ -221,5 +221,5 @@ def test_where_the_package_is_missing_the_error_names_the_extra(module, package,
     name = f"dagpath.integrations.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{name} needs .*: pip install dagpath\[{module}\]"):
+    with pytest.raises(ImportError, match=rf"{name} needs .*: pip install 'dagpath\[{module}\]'"):
         import_module(name)

@@ -19,10 +19,23 @@ def test_the_citation_names_this_version():
     assert f"\nversion: {dagpath.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_all_code_of_the_page_on_the_solver_is_run():
-    text = (ROOT / "docs/understand/newton.rst").read_text()
-    assert ">>> " in text
-    assert not re.search(r"code-block|::\n\n", text.replace(".. math::\n\n", ""))
+def test_every_block_of_code_is_run_or_only_installs_or_cites():
+    run, shown = {"python", "console"}, {"sh", "bibtex"}
+    front = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+    for page in front:
+        opening = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        assert set(opening) <= run | shown, page
+    generated = {ROOT / "docs" / name for name in ("gallery", "_build")}
+    pages = [page for page in (ROOT / "docs").rglob("*.rst") if generated.isdisjoint(page.parents)]
+    assert len(pages) > 30
+    for page in pages:
+        text = page.read_text()
+        languages = re.findall(r"^ *\.\. (?:code-block|code|sourcecode|highlight)::(.*)$", text, re.MULTILINE)
+        assert {language.strip() for language in languages} <= run | shown, page
+        assert not re.search(r"^(?! *\.\. ).*::\n\n", text, re.MULTILINE), page  # a literal block without a language
+        assert ".. parsed-literal::" not in text, page
+        included = re.findall(r"^ *\.\. literalinclude:: (.*)$", text, re.MULTILINE)
+        assert all((page.parent / name).resolve().parent == ROOT / "examples" for name in included), page  # also run
 
 
 def test_what_the_documentation_says_of_single_runs_is_in_the_result_file():

@@ -1,4 +1,4 @@
-"""Re-conditioning in Hugging Face's Trainer. Needs transformers: ``pip install dagpath[huggingface]``."""
+"""Re-conditioning in Hugging Face's Trainer. Needs transformers: ``pip install 'dagpath[huggingface]'``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "dagpath.integrations.huggingface needs transformers and accelerate: pip install dagpath[huggingface]"
+        "dagpath.integrations.huggingface needs transformers and accelerate: pip install 'dagpath[huggingface]'"
     ) from error
 
 

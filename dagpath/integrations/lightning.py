@@ -1,4 +1,4 @@
-"""Re-conditioning in PyTorch Lightning. Needs Lightning: ``pip install dagpath[lightning]``."""
+"""Re-conditioning in PyTorch Lightning. Needs Lightning: ``pip install 'dagpath[lightning]'``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dagpath.integrations.rebalancing import Rebalancing
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("dagpath.integrations.lightning needs Lightning: pip install dagpath[lightning]") from error
+    raise ImportError("dagpath.integrations.lightning needs Lightning: pip install 'dagpath[lightning]'") from error
 
 
 class RebalanceCallback(Rebalancing, Callback):

@@ -27,6 +27,10 @@ class BasisPaths:
     ``p_{s(γ)} = p_{t(γ)} = q_γ``, and no others are equal. Every path P of the network is, as a vector that counts
     elements, ``Σ_{e ∈ P} p_e − Σ q_γ``, the last sum over its visits to free groups.
 
+    Where an inner neuron is fixed (in front of a batch norm), chains end there. What the basis spans are then pieces of
+    paths from one fixed neuron, input or output to the next. Every path is a sum of pieces, but paths may span less.
+    Where every hidden neuron is free, the pieces are the paths.
+
     All tensors are on the CPU; elements are numbered over ``model.parameters()``, each flattened.
 
     Attributes:
@@ -62,7 +66,10 @@ class BasisPaths:
 
     @property
     def num_paths(self) -> int:
-        """Number of basis paths, which is that of elements on paths less that of free groups on paths."""
+        """Number of basis paths, which is that of elements on paths less that of free groups on paths.
+
+        It is the dimension that pieces of paths between fixed neurons span, those of paths if no inner neuron is fixed.
+        """
         return len(self.log_values)
 
     @property
@@ -252,8 +259,9 @@ def basis_paths(traced: TracedModel) -> BasisPaths:
     """The basis paths of a model at its parameters' current values.
 
     There are as many as the elements that paths meet less the free scale groups that they meet: the values of all paths
-    follow from those of the basis paths, which are independent of each other. A batch norm in eval mode is the element
-    γ of each channel, and β for its constant.
+    follow from those of the basis paths, which are independent of each other. Where an inner neuron is fixed, they are
+    pieces of paths that end there (:class:`BasisPaths`). A batch norm in eval mode is the element γ of each channel,
+    and β for its constant.
 
     Args:
         traced: the traced model.

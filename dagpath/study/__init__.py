@@ -1,7 +1,7 @@
 """Studies of path conditioning: what it does at initialization, and what it does to training.
 
 Needs scikit-learn, joblib and Pillow for the training comparison, matplotlib for the figures:
-``pip install dagpath[study]``.
+``pip install 'dagpath[study]'``.
 """
 
 from dagpath.study.architectures import cnn, mlp

@@ -1,4 +1,4 @@
-"""Pictures of studies. Needs matplotlib: ``pip install dagpath[study]``.
+"""Pictures of studies. Needs matplotlib: ``pip install 'dagpath[study]'``.
 
 Every function draws into ``ax``, or into a new figure, and returns the :class:`matplotlib.axes.Axes`. What differs in
 colour also differs in the kind of line or in its mark.

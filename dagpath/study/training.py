@@ -126,7 +126,7 @@ def train(
             line of the file that is no run, or "batch norm" on a network that is no flat sequence of modules.
         FileNotFoundError: the folder of the path does not exist.
 
-    Needs scikit-learn, joblib and Pillow: ``pip install dagpath[study]``.
+    Needs scikit-learn, joblib and Pillow: ``pip install 'dagpath[study]'``.
 
     Cost: a training for each run that the file lacks, each in one process with one thread.
 
