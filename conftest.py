@@ -32,6 +32,8 @@ settings.register_profile("default", deadline=None, derandomize=True, print_blob
 settings.register_profile("deep", deadline=None, derandomize=False, print_blob=True, database=None)
 settings.load_profile("default")
 
+collect_ignore = ["docs/_build", "docs/gallery"]
+
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

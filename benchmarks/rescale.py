@@ -45,10 +45,11 @@ def rescale_ratios(rounds: int) -> dict[str, float]:
         model(image).sum().backward()
 
     stages: list[dict[str, float]] = []
-    times = seconds_in_turn(
-        {"pass": train_step, "rescale": lambda: stages.append(rescaled(fresh.pop()))},
-        rounds,
-    )
+
+    def rescale() -> None:
+        stages.append(dict(dagpath.rescale_(fresh.pop(), image).stages))
+
+    times = seconds_in_turn({"pass": train_step, "rescale": rescale}, rounds)
     unit = statistics.median(times["pass"])
     figures = {"rescale_ / pass": ratio(times, "rescale", "pass")}
     for stage in stages[-1]:

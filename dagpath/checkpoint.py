@@ -196,9 +196,10 @@ def rescale_checkpoint(
         OSError: a file cannot be read or written, or ``out`` exists and may not be replaced; nothing is left behind.
         CaptureError: as in :func:`dagpath.trace`.
 
-    Cost: each tensor is read some four times and written once. One tensor is held at a time, in float64, and its masses
-    for a moment; the masses of linear layers whose inputs are alike at all positions are stored as vectors, those of
-    convolutions summed over their kernels. Criteria other than path conditioning hold the absolute values of all.
+    Cost: each tensor is read some four times and written once. One tensor is held at a time as it is stored, and the
+    masses of two for a moment, in float64; the masses of linear layers whose inputs are alike at all positions are
+    stored as vectors, those of convolutions summed over their kernels. Criteria other than path conditioning hold the
+    absolute values of all.
 
     Example:
         >>> import tempfile, torch, dagpath
