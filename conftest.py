@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import settings
 from sybil import Example, Sybil
 from sybil.parsers import markdown, rest
@@ -31,6 +32,8 @@ import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch witho
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", deadline=None, derandomize=False, print_blob=True, database=None)
 settings.load_profile("default")
+
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 collect_ignore = ["docs/_build", "docs/gallery"]
 
