@@ -72,9 +72,9 @@ def write_tables() -> None:
         (HERE / f"_{name}.inc").write_text(text)
 
 
-def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
+def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures", widths: str = "auto") -> str:
     """A table of reST: of words, all to the left, or of figures, to the right but for the first column."""
-    lines = [".. list-table::", "   :header-rows: 1", f"   :class: {kind}", ""]
+    lines = [".. list-table::", "   :header-rows: 1", f"   :class: {kind}", f"   :widths: {widths}", ""]
     for row in (headings, *rows):
         lines += [f"   {'* ' if index == 0 else '  '}- {cell}" for index, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
@@ -106,7 +106,7 @@ def operations() -> str:
             text = (type(rule).__doc__ or "").strip().splitlines()[0]
         rules.setdefault(text, []).append(f"``{name}``")
     cells = [(", ".join(names), text) for text, names in sorted(rules.items())]
-    return grid(("Operations", "Rule"), cells, kind="words")
+    return grid(("Operations", "Rule"), cells, kind="words", widths="50 50")
 
 
 def at_start() -> str:
