@@ -101,3 +101,9 @@ pytest_collect_file = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what pytest's own plugin finds in pages that are named on the command line."""
     items[:] = [item for item in items if type(item.parent).__name__ != "DoctestTextfile"]
+
+
+def pytest_runtest_teardown() -> None:
+    """Close the pictures that a test drew."""
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
