@@ -67,7 +67,7 @@ def rescale_(
         UserWarning: outputs on the example inputs are NaN, or none is finite, or there is none: those say nothing. With
             nothing to compare, ``difference`` is None.
 
-    Cost: for a ResNet-50 about as much as 9 forward and backward passes in float32 at batch 1, and six times the
+    Cost: for a ResNet-50 about as much as 10 forward and backward passes in float32 at batch 1, and six times the
     memory of the parameters beside the model (``benchmarks/results/rescale.json``).
 
     Source: Lebeurrier, Vayer, Gribonval 2026, for the default criterion.
