@@ -152,11 +152,6 @@ def _depth_that_fits(graph: NeuronGraph) -> int | None:
     return max(fitting, default=1)
 
 
-def fixed_summary(graph: NeuronGraph) -> list[tuple[int, str]]:
-    """(neurons, reason) for each reason and operation that fixed neurons, most neurons first."""
-    return [(count, reason) for count, reason, _ in summed(explanation("", graph, "")["causes"])]
-
-
 def summed(causes: Iterable[dict[str, Any]]) -> list[tuple[int, str, list[dict[str, Any]]]]:
     """(neurons, reason and operation, causes) for each reason and operation, most neurons first."""
     found: dict[str, list[dict[str, Any]]] = {}

@@ -80,6 +80,11 @@ def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "fi
     return "\n".join(lines) + "\n"
 
 
+def cells(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """Some figures of a row, each in its format."""
+    return [format(row[name], spec) for name, spec in columns.items()]
+
+
 def wrapped(text: str) -> str:
     """A table of :func:`dagpath.report.table` as one of reST, whose headings and cells may wrap."""
     headings, rule, *rows = text.splitlines()
@@ -105,20 +110,20 @@ def operations() -> str:
         else:
             text = (type(rule).__doc__ or "").strip().splitlines()[0]
         rules.setdefault(text, []).append(f"``{name}``")
-    cells = [(", ".join(names), text) for text, names in sorted(rules.items())]
-    return grid(("Operations", "Rule"), cells, kind="words", widths="50 50")
+    rows = [(", ".join(names), text) for text, names in sorted(rules.items())]
+    return grid(("Operations", "Rule"), rows, kind="words", widths="50 50")
 
 
 def at_start() -> str:
     """Gradient and sharpness before the first step, by task and method."""
     rows = figures("study_initialization")["at start"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    cells = []
+    shown = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for name in ("gradient", "sharpness"):
             values = {row["method"]: row[name] for row in rows if row["task"] == task}
-            cells.append((task, name, *(f"{values[method]:.3g}" for method in methods)))
-    return table(("task", "of the loss", *methods), cells)
+            shown.append((task, name, *(f"{values[method]:.3g}" for method in methods)))
+    return table(("task", "of the loss", *methods), shown)
 
 
 def errors() -> str:
@@ -182,9 +187,7 @@ def rescale_others() -> str:
 
 def solver_networks(columns: dict[str, str]) -> str:
     rows = figures("solver")["networks"]
-    return grid(
-        ["network", *columns], [[row["network"], *(format(row[c], columns[c]) for c in columns)] for row in rows]
-    )
+    return grid(["network", *columns], [[row["network"], *cells(row, columns)] for row in rows])
 
 
 def solver_resnet50() -> str:
@@ -196,7 +199,7 @@ def solver_resnet50() -> str:
         "masses": ",",
         "peak memory, megabytes": ".1f",
     }
-    return grid(("quantity", "value"), [(name, format(found[name], spec)) for name, spec in specs.items()])
+    return grid(("quantity", "value"), list(zip(specs, cells(found, specs), strict=True)))
 
 
 def solver_growth(by: str) -> str:
@@ -207,7 +210,7 @@ def solver_growth(by: str) -> str:
     )
     columns = {by: ",", "masses": ",", "iterations": ",", "milliseconds": ".1f"}
     rows = {"depth": found[:second], "width": found[second:]}[by]
-    return grid(list(columns), [[format(row[name], spec) for name, spec in columns.items()] for row in rows])
+    return grid(list(columns), [cells(row, columns) for row in rows])
 
 
 def lifting_passes() -> str:
@@ -237,8 +240,7 @@ def checkpoint_memory() -> str:
     found = figures("checkpoint")
     growth = ("growth / largest file", "growth / largest file, memory returned")
     columns = {"largest file, megabytes": ".0f", "all files, megabytes": ".0f", **dict.fromkeys(growth, ".2f")}
-    rows = [(case, *(format(row[name], spec) for name, spec in columns.items())) for case, row in found.items()]
-    return grid(("checkpoint", *columns), rows)
+    return grid(("checkpoint", *columns), [(case, *cells(row, columns)) for case, row in found.items()])
 
 
 def unroll_resnet20() -> str:
