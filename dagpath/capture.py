@@ -13,7 +13,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from tqdm import TMonitor
@@ -29,7 +30,7 @@ from tqdm import TMonitor
 from dagpath.containers import opened
 from dagpath.distributed import has_all_values, own, stand_in, whole
 from dagpath.errors import CaptureError
-from dagpath.modes import batches_agree, modes_agree
+from dagpath.exporting import exported_with_what_is_left, followed
 from dagpath.regions import inlined
 from dagpath.state import mode, random_states, without_autocast
 
@@ -41,38 +42,30 @@ _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shape
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One mode of a model as a functional graph.
+    """One call of a model as a functional graph.
 
     Attributes:
-        module: the graph; every node is an ATen operation whose ``meta["val"]`` holds its shape.
+        module: the graph; every node is an ATen operation whose ``meta["val"]`` holds its shape. Where its result
+            outlives the call, ``meta["escapes"]`` says how.
         parameters: placeholder name -> name in ``model.named_parameters()``.
         buffers: placeholder name -> name in ``model.named_buffers()``.
         tensors: placeholder name -> buffer or constant tensor (the live one, not a copy).
+        state: as ``tensors``, those that calls write to: what one call leaves there, the next one reads.
         batch: number of examples that it was captured with; None where the inputs were used as given.
         structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
+        call: which call it is, in words; empty for the one that the others are compared with.
+        leaves_state: does it leave anything behind that the next call may read?
     """
 
     module: fx.GraphModule
     parameters: Mapping[str, str]
     buffers: Mapping[str, str]
     tensors: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
     batch: int | None
     structure: pytree.TreeSpec
-
-
-@dataclass(frozen=True)
-class Capture:
-    """Both modes of a model.
-
-    Attributes:
-        eval: the eval graph.
-        train: the train graph; None where it puts the same constraints on scales, or cannot be captured.
-        train_failure: why it cannot be captured; empty if it can.
-    """
-
-    eval: CapturedGraph
-    train: CapturedGraph | None
-    train_failure: str
+    call: str = ""
+    leaves_state: bool = False
 
 
 def user_line(error: BaseException) -> str:
@@ -87,20 +80,8 @@ def user_line(error: BaseException) -> str:
     return found
 
 
-def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_compound: Callable[[Any], bool]
-) -> Capture:
-    """Capture both modes of ``model``.
-
-    Dimension 0 of the example inputs is the batch. A path belongs to one example, so the eval graph is that of the
-    first one; the train graph is that of two, since a batch norm may not train on one. Inputs that the model does not
-    take in these numbers (they have no batch dimension, or a fixed one), or does not treat alike, are used as given.
-
-    Operations for which ``is_compound`` holds are replaced by those that PyTorch makes them of.
-
-    Raises:
-        CaptureError: the model's forward raised, or depends on the values of its input.
-    """
+def check_model(model: nn.Module) -> None:
+    """Raise CaptureError for a model that holds no Python code, or parameters without a shape."""
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"{type(model).__name__} is a TorchScript module, which holds no Python code to capture; trace the "
@@ -109,111 +90,77 @@ def capture(
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise CaptureError(f"the parameter {lazy[0]!r} has no shape yet: run the model once before tracing it")
-    given = (args, dict(kwargs))
-    first = with_batch(given, 1)
-    sizes = (1, 2) if first is given or batches_agree(model, first, given) else (None, None)
-    evaluated, failure = _first_capture(model, given, sizes[0], False, is_compound)
-    if evaluated is None:
-        assert failure is not None
-        run(model, given, training=False, dry=not has_all_values(model))
-        raise _capture_error(model, failure) from failure
-    if modes_agree(model, with_batch(given, sizes[1])):
-        return Capture(evaluated, None, "")
-    trained, failure = _first_capture(model, given, sizes[1], True, is_compound)
-    reason = "" if failure is None else f"{_headline(failure)} {user_line(failure)}".strip()
-    return Capture(evaluated, trained, reason)
 
 
-def shared_parameters(model: nn.Module, captured: Capture) -> set[str]:
+def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[str]:
     """Names of parameters whose storage other tensors of the model use too, or whose own entries share memory.
 
     Multiplying one of them in place would change the others.
     """
     tensors = {id(tensor): own(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    for graph in (captured.eval, captured.train):
-        tensors |= {id(tensor): own(tensor) for tensor in (graph.tensors.values() if graph else ())}
-    users: dict[int, int] = {}
-    for tensor in tensors.values():
-        if not tensor.is_meta:
-            users[_storage(tensor)] = users.get(_storage(tensor), 0) + 1
+    for graph in graphs:
+        tensors |= {id(tensor): own(tensor) for tensor in (*graph.tensors.values(), *graph.state.values())}
+    users = Counter(_storage(tensor) for tensor in tensors.values())
     return {
         name
         for name, parameter in ((name, tensors[id(parameter)]) for name, parameter in model.named_parameters())
-        if not parameter.is_meta
-        and (
-            users[_storage(parameter)] > 1
-            or any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True))
-        )
+        if users[_storage(parameter)] > 1
+        or any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True))
     }
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or -id(tensor)
+def _storage(tensor: Tensor) -> tuple[str, int]:
+    """What tells the memory of tensors apart: its address, or the storage itself where there is none."""
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError:  # sparse tensors
+        return "tensor", id(tensor)
+    return ("address", storage.data_ptr()) if storage.data_ptr() else ("storage", storage._cdata)
 
 
-def with_batch(given: Any, size: int | None) -> Any:
-    """Inputs with ``size`` examples in their batch: the first ones, or the first one repeated.
-
-    The inputs themselves where they have no common batch size, or where ``size`` is None.
-    """
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    sizes = {tensor.shape[0] for tensor in tensors}
-    if size is None or len(sizes) != 1 or sizes == {size}:
-        return given
-
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            return leaf
-        if not len(leaf):
-            return leaf.new_zeros((size, *leaf.shape[1:]))
-        return leaf[:size] if len(leaf) >= size else torch.cat([leaf[:1]] * size)
-
-    return pytree.tree_map(resize, given)
-
-
-def _first_capture(
-    model: nn.Module, given: Any, size: int | None, training: bool, is_compound: Callable[[Any], bool]
-) -> tuple[CapturedGraph | None, Exception | None]:
-    """The graph for ``size`` examples, or for the inputs as given; else the failure on those."""
-    failure: Exception | None = None
-    resized = with_batch(given, size)
-    for batch, inputs in ((size, resized), (None, given)):
-        if batch is not None and inputs is given:
-            continue
-        try:
-            graph = _export(model, inputs, batch, training, is_compound)
-        except Exception as error:  # export raises many types; the caller reports the last
-            failure = error
-            continue
-        if batch is None or training or _outputs_have_batch(graph, batch):
-            return graph, None
-    return None, failure
-
-
-def _outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
+def outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
     output = next(node for node in graph.module.graph.nodes if node.op == "output")
     values = [node.meta.get("val") for node in output.all_input_nodes]
     return all(value.shape[0] == size for value in values if isinstance(value, Tensor) and value.ndim)
 
 
-def _export(
-    model: nn.Module, inputs: Any, batch: int | None, training: bool, is_compound: Callable[[Any], bool]
+def export(
+    model: nn.Module,
+    inputs: Any,
+    training: bool,
+    is_compound: Callable[[Any], bool],
+    batch: int | None = None,
+    call: str = "",
+    made_before: Collection[Tensor] = (),
 ) -> CapturedGraph:
+    """The graph of one call of a model.
+
+    Args:
+        model: the model, which is left as it was.
+        inputs: positional and keyword arguments.
+        training: in train mode?
+        is_compound: operations for which this holds are replaced by those that PyTorch makes them of.
+        batch: number of examples, for the result.
+        call: which call it is, for the result.
+        made_before: tensors that an earlier call left behind.
+
+    Raises:
+        CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
+            types.
+    """
     with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
         args, kwargs = stand_in(model, inputs)
         before = random_states()
-        with model.register_forward_hook(lambda _module, _args, output: opened(output)):
+        with exported_with_what_is_left(model) as left, followed():
             program = torch.export.export(model, args, kwargs, strict=False)
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
-        module = inlined(program.graph_module)
-        parts = _decompositions(module, is_compound)
-        functional = None if parts else without_writes(module)
-        module = functional or inlined(program.run_decompositions(parts).graph_module)
+        module, written = _functional_graph(program, is_compound)
+        _take_out(module, list(left.tensors))
         module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
         module.recompile()
-    _check_shapes_are_known(module)
+    _make_shapes_known(module, inputs)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     live = dict(model.named_buffers(remove_duplicate=False))
@@ -231,7 +178,49 @@ def _export(
             tensors[placeholder] = live[spec.target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
-    return CapturedGraph(module, parameters, buffers, tensors, batch, program.call_spec.out_spec)
+    moving = {_storage(tensor) for tensor in (*left.gone, *made_before)}
+    state = {place: t for place, t in tensors.items() if place in written or _storage(t) in moving}
+    return CapturedGraph(
+        module,
+        parameters,
+        {place: name for place, name in buffers.items() if place not in state},
+        {place: tensor for place, tensor in tensors.items() if place not in state},
+        state,
+        batch,
+        left.structure,
+        call,
+        left.changed or bool(written),
+    )
+
+
+def _functional_graph(
+    program: torch.export.ExportedProgram, is_compound: Callable[[Any], bool]
+) -> tuple[fx.GraphModule, set[str]]:
+    """The graph of a program without in-place operations, and the names of the placeholders that it writes to."""
+    module = inlined(program.graph_module)
+    parts = _decompositions(module, is_compound)
+    functional = None if parts else without_writes(module)
+    if functional is not None:
+        return functional
+    whole = program.run_decompositions(parts)
+    written = {str(spec.target) for spec in whole.graph_signature.output_specs if spec.kind in _MUTATIONS}
+    specs = whole.graph_signature.input_specs
+    return inlined(whole.graph_module), {str(getattr(s.arg, "name", "")) for s in specs if str(s.target) in written}
+
+
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+
+
+def _take_out(module: fx.GraphModule, kept: Sequence[str]) -> None:
+    """Take what a call leaves behind out of the outputs, where it stands last, and mark the nodes of it."""
+    if not kept:
+        return
+    output = module.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    for place, node in zip(kept, results[-len(kept) :], strict=True):
+        if isinstance(node, fx.Node):
+            node.meta["escapes"] = f"is kept for the next call, as {place}"
+    output.args = (tuple(results[: -len(kept)]),)
 
 
 def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:
@@ -242,7 +231,7 @@ def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) 
     return {target: known[target] for target in known if is_compound(target)}
 
 
-def _check_shapes_are_known(module: fx.GraphModule) -> None:
+def _make_shapes_known(module: fx.GraphModule, inputs: Any) -> None:
     for node in module.graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(leaf, Tensor) and not all(isinstance(size, int) for size in leaf.shape):
@@ -271,13 +260,15 @@ def _quiet() -> Iterator[None]:
         sys.stderr.write(held.getvalue() if graph is None else held.getvalue().replace(f"{graph}\n", ""))
 
 
-def without_writes(module: fx.GraphModule) -> fx.GraphModule | None:
-    """A copy of the graph with in-place operations replaced by their results; None where views make that unsafe.
+def without_writes(module: fx.GraphModule) -> tuple[fx.GraphModule, set[str]] | None:
+    """A copy of the graph with in-place operations replaced by their results, and the placeholders that they write to.
 
-    After ``y = relu_(x)``, a later use of ``x`` means the new value: it is redirected to ``y``. Another view of the
-    same storage that is used later has no node to be redirected to, and needs a full functionalization. A result
-    written into a parameter, buffer or input outlives the call: its node is marked ``meta["escapes"]``.
+    None where views make that unsafe. After ``y = relu_(x)``, a later use of ``x`` means the new value: it is
+    redirected to ``y``. Another view of the same storage that is used later has no node to be redirected to, and needs
+    a full functionalization. A result written into a parameter, buffer or input outlives the call: its node is marked
+    ``meta["escapes"]``.
     """
+    written = set()
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -308,9 +299,10 @@ def without_writes(module: fx.GraphModule) -> fx.GraphModule | None:
                 for user in later:
                     user.replace_input_with(alias, node)
                 if alias.op == "placeholder":
-                    node.meta["escapes"] = True
+                    node.meta["escapes"] = "is written into a buffer or an input"
+                    written.add(alias.name)
         node.target = functional
-    return fx.GraphModule(module, graph)
+    return fx.GraphModule(module, graph), written
 
 
 def _storage_of(node: fx.Node) -> int | None:
@@ -348,7 +340,7 @@ def _at(error: BaseException) -> str:
     return f"  at {line}\n" if line else ""
 
 
-def _headline(error: BaseException) -> str:
+def headline(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
@@ -371,14 +363,14 @@ def run(model: nn.Module, inputs: Any, training: bool, dry: bool = False) -> lis
             args, kwargs = stand_in(model, inputs, fakes) if isinstance(fakes, FakeTensorMode) else inputs
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise _capture_error(model, error) from error
+        raise capture_error(model, error) from error
     except Exception as error:
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             for leaf in pytree.tree_leaves(inputs)
         )
         raise CaptureError(
-            f"the model's forward raised on the example inputs ({shapes}): {_headline(error)}\n"
+            f"the model's forward raised on the example inputs ({shapes}): {headline(error)}\n"
             f"{_at(error)}"
             f"  Pass inputs that the model accepts: model(*example_inputs, **kwargs) must run in "
             f"{'train' if training else 'eval'} mode."
@@ -392,14 +384,14 @@ _NO_VALUES = (
 )
 
 
-def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
+def capture_error(model: nn.Module, failure: Exception) -> CaptureError:
     alive = [thread for thread in threading.enumerate() if not isinstance(thread, TMonitor)]  # progress bars have one
     threads = (
         "\n  Other threads are alive: PyTorch's exporter fails where one of them runs a module meanwhile, be it of "
         "another model; trace while none does."
     )
     return CaptureError(
-        f"{type(model).__name__} cannot be captured as a graph: {_headline(failure)}\n"
+        f"{type(model).__name__} cannot be captured as a graph: {headline(failure)}\n"
         f"{_at(failure)}"
         "  A graph needs control flow and shapes that do not depend on the values of the input: replace such a "
         "branch by torch.where or torch.cond, or trace the submodule that does not contain it."

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from dagpath import views
-from dagpath.flow.neurons import Ends, NeuronFlow
+from dagpath.flow.agreement import Grouped
+from dagpath.flow.neurons import UNKNOWN, Ends, NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.ties import Links
 
@@ -92,6 +93,8 @@ class NeuronGraph:
         fed: parameter name -> which neuron each element leads into (-1: one that has a place), broadcastable to its
             shape, for the parameters that lead into neurons without a place.
         kept: nodes that multiply two activations -> which factor (0 or 1) paths go through; the other is a gate.
+        unknown: names of parameters with elements that read zeros alone in the calls that were looked at: these
+            elements are left as they are.
         not_edges: names of parameters that are no edges between neurons, so that no rescaling multiplies them.
         movable: names of parameters with an element that enters or leaves a free group.
 
@@ -110,8 +113,9 @@ class NeuronGraph:
         ['0', '0', '0', '2', '2']
     """
 
-    def __init__(self, flow: NeuronFlow, structure: Callable[[NeuronGraph], Structure]) -> None:
-        ends = flow.finish()
+    def __init__(self, found: Grouped, structure: Callable[[NeuronGraph], Structure]) -> None:
+        flow, group_of = found.flow, found.group_of
+        ends = {name: Ends(end.dst.clamp(min=0), end.src.clamp(min=0)) for name, end in flow.ends().items()}
         self._structure = structure
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in flow.parameters.items()}
         self.not_edges = [name for name in flow.parameters if not flow.is_edge(name)]
@@ -121,10 +125,9 @@ class NeuronGraph:
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
         self.num_edges = flow.num_edges()
 
-        links = Links(flow.ties, flow.num_numbers + 1)
-        group_of = torch.from_numpy(links.groups())
         self.num_groups = int(group_of.max())
-        self.ends: Mapping[str, Ends] = {name: _lookup(group_of, end) for name, end in ends.items()}
+        self.ends: Mapping[str, Ends] = {name: _known(end) for name, end in found.ends.items()}
+        self.unknown = [name for name, end in found.ends.items() if bool((end.src == UNKNOWN).any())]
         self.movable = {name for name, end in self.ends.items() if bool(end.dst.any()) or bool(end.src.any())}
 
         self.sites = [site_of(node) for node, _ in flow.makers if node is not None]
@@ -143,7 +146,9 @@ class NeuronGraph:
         placed = torch.cat([torch.tensor([0]), *(own for _, own in flow.places.values())])
         unplaced = neuron_of.index_fill(0, placed, -1)
         self.fed = {name: unplaced[end.dst] for name, end in ends.items() if bool((unplaced[end.dst] >= 0).any())}
-        self.causes, cause_of = _find_causes(flow, self.sites, site_of_number.numpy(), links)
+        self.causes, cause_of = _find_causes(
+            flow, self.sites, site_of_number.numpy(), Links(flow.ties, flow.num_numbers + 1)
+        )
         self.cause_of: Tensor = torch.from_numpy(cause_of)
 
     def __repr__(self) -> str:
@@ -378,5 +383,7 @@ def _source_line(stack_trace: str) -> str:
     return found
 
 
-def _lookup(group_of: Tensor, ends: Ends) -> Ends:
-    return Ends(group_of[ends.dst], group_of[ends.src])
+def _known(ends: Ends) -> Ends:
+    """The groups at both ends of a parameter's edges: elements that are left alone lead from a group into itself."""
+    dst, src = ends.dst.clamp(min=0), ends.src
+    return Ends(dst, torch.where(src == UNKNOWN, dst, src.clamp(min=0)))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.balance import BalanceOptions, balance
-from dagpath.capture import run, with_batch
+from dagpath.capture import run
 from dagpath.criteria import Criterion
 from dagpath.distributed import Peers, computed_types, reshard
 from dagpath.errors import VerificationError
 from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
+from dagpath.sizes import with_batch
 from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
 

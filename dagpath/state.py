@@ -8,14 +8,15 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dagpath.distributed import imported, reshard
+from dagpath.reach import Reach
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -73,7 +74,8 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put ``model`` in train or eval mode; afterwards every attribute, tensor and random state is what it was.
+    """Put ``model`` in train or eval mode; afterwards every object that its code can reach, every tensor and every
+    random state is what it was.
 
     One thread at a time; others wait.
     """
@@ -85,10 +87,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
     reshard(model)
     modules = list(model.modules())
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
-    contents = [
-        _content(value) for _, saved in attributes for value in saved.values() if isinstance(value, _CONTAINERS)
-    ]
+    reach = Reach(model)
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     own_train = [module for module in modules if type(module).train is not nn.Module.train]  # it may merge weights
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
@@ -101,33 +100,20 @@ def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
             yield
         finally:
             reshard(model)
-            for current, saved in attributes:
-                if not _same(current.items(), saved.items()):
-                    current.clear()
-                    current.update(saved)
-            for put_back in contents:
-                put_back()
+            reach.restore()
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
             with torch.no_grad():
-                for tensor, before in values:
-                    if not tensor.is_meta and not torch.equal(tensor, before):
-                        tensor.copy_(before)
+                for tensor, value in values:
+                    if not tensor.is_meta and not _is_equal(tensor, value):
+                        tensor.copy_(value)
 
 
-_CONTAINERS = (dict, list, set)
-
-
-def _content(container: Any) -> Callable[[], None]:
-    """Remembers what a dictionary, list or set contains; call the result to put it back."""
-    saved = next(kind(container) for kind in _CONTAINERS if isinstance(container, kind))
-
-    def put_back() -> None:
-        if not _same(*(each.items() if isinstance(each, dict) else each for each in (container, saved))):
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(saved)
-
-    return put_back
+def _is_equal(tensor: Tensor, other: Tensor) -> bool:
+    try:
+        return torch.equal(tensor, other)
+    except NotImplementedError:  # sparse tensors
+        return False
 
 
 @contextlib.contextmanager
@@ -144,15 +130,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if pressed:
             handler(*pressed[0])
-
-
-def _same(first: Iterable[Any], second: Iterable[Any]) -> bool:
-    """Are these the same objects, in the same order? (What did not change is left alone: other threads may read it.)"""
-
-    def marks(items: Iterable[Any]) -> list[Any]:
-        return [tuple(map(id, item)) if isinstance(item, tuple) else id(item) for item in items]
-
-    return marks(first) == marks(second)
 
 
 def _after_fork() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture import Capture, capture, shared_parameters
+from dagpath.capture import CapturedGraph, shared_parameters
 from dagpath.distributed import Peers, values_of, whole
+from dagpath.flow.agreement import agree, grouped, reconciled
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.structure import Structure
@@ -22,6 +23,7 @@ from dagpath.ops.base import Unknown, operation_of
 from dagpath.ops.compound import is_compound
 from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
+from dagpath.survey import Capture, survey
 from dagpath.unroll import UnrolledGraph
 
 Flow = TypeVar("Flow", bound=MassFlow)
@@ -217,7 +219,10 @@ def require_dtype(dtype: object) -> None:
 
 
 def trace(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Tensor | tuple[Any, ...] | Mapping[str, Any]] = (),
 ) -> TracedModel:
     """Find the neurons of a model and which of them may be rescaled.
 
@@ -263,13 +268,8 @@ def trace(
     inner = unwrap(model)
     peers, model = Peers.of(model), inner
     with peers.together():
-        args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-        if not isinstance(args, tuple):
-            raise TypeError(
-                f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
-                f"{type(example_inputs).__name__}"
-            )
-        captured, neurons = _captured(model, args, kwargs or {})
+        given, *more = (_inputs(example, kwargs or {}) for example in (example_inputs, *more_examples))
+        captured, neurons = _captured(model, given, more)
     peers.require_same("the graphs of neurons", f"{type(model).__name__}, {neurons.digest()}")
     if captured.train_failure:
         warnings.warn(
@@ -282,11 +282,38 @@ def trace(
 
 @uncollected()
 @one_thread()
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Capture, NeuronGraph]:
-    captured = capture(model, args, kwargs, is_compound)
+def _captured(
+    model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], more: Sequence[Any]
+) -> tuple[Capture, NeuronGraph]:
+    def flow_of(*graphs: CapturedGraph) -> NeuronFlow:
+        flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, graphs))
+        for graph in graphs:
+            flow.run_graph(graph)
+        return flow
+
+    def agrees(graph: CapturedGraph, other: CapturedGraph) -> bool:
+        with plain_computation():
+            return agree(grouped(flow_of(graph)), grouped(flow_of(other)))
+
+    captured = survey(model, given, more, is_compound, agrees)
     with plain_computation():
-        flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
-        for graph in (captured.eval, captured.train):
-            if graph is not None:
-                flow.run_graph(graph)
-        return captured, NeuronGraph(flow, functools.partial(_structure, model, captured))
+        families = [
+            [grouped(flow_of(graph)) for graph in (first, *others)]
+            for first, others in ((captured.eval, captured.others), (captured.train, captured.train_others))
+            if first is not None and others
+        ]
+        found = reconciled(flow_of(*captured.graphs), families)
+        return captured, NeuronGraph(found, functools.partial(_structure, model, captured))
+
+
+def _inputs(example: object, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one call."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    args = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(args, tuple):
+        raise TypeError(
+            f"example_inputs must be a Tensor or a tuple of the model's positional arguments, got "
+            f"{type(example).__name__}"
+        )
+    return args, dict(kwargs)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.modes import batches_agree, modes_agree
+from dagpath.alike import alike, same
+from dagpath.dry_run import dry_runs
 
 from networks import Net
 
@@ -229,7 +230,9 @@ def test_a_bias_after_a_constant_weight_is_not_zero():
 def test_a_branch_on_the_batch_size_is_followed():
     net = two_into_one(lambda m, x: m.head(m.a(x) if x.shape[0] == 1 else m.a(x).tanh()))
     assert dagpath.trace(net, torch.randn(4, 5)).graph.num_groups == 0
-    assert not batches_agree(net, ((torch.randn(1, 5),), {}), ((torch.randn(4, 5),), {}))
+    with dry_runs(net, training=False) as dry_run:
+        records = [dry_run(((torch.randn(batch, 5),), {})) for batch in (1, 4)]
+    assert not alike(*records)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +246,18 @@ def test_a_branch_on_the_batch_size_is_followed():
         (lambda m, x: m.head(m.a(x) if not m.training or random.random() < 2 else x), False),
         (lambda m, x: m.head(m.a(x) if not m.training or torch.rand(()) < 2 else x), False),
         (lambda m, x: m.head(m.a(x)) + torch.rand(2, device="meta"), True),
-        (lambda m, x: m.head(m.a(x) * m.hidden), False),
+        (lambda m, x: m.head(m.a(x) * m.hidden), True),
+        (lambda m, x: m.head(m.a(x) * (m.hidden if m.training else m.hidden.clone())), False),
     ],
 )
 def test_modes_agree_only_where_their_calls_do(function, agree):
     net = two_into_one(function, drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(6))
-    net.hidden = torch.ones(6)  # not registered: the dry run cannot know what it is
-    assert modes_agree(net, ((torch.randn(2, 5),), {})) is agree
+    net.hidden = torch.ones(6)
+    records = []
+    for training in (False, True):
+        with dry_runs(net, training) as dry_run:
+            records.append(dry_run(((torch.randn(2, 5),), {})))
+    assert same(*records) is agree
 
 
 def test_random_decisions_in_python_leave_the_random_state_alone():

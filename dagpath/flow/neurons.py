@@ -8,10 +8,11 @@ a channel's positions share a number, so a number is stored once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -22,7 +23,10 @@ from dagpath.flow.products import Product, settle
 from dagpath.flow.ties import Links, Tie
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
 
-_UNUSED = -2
+UNUSED = -2
+"""The end of an element that no call met."""
+UNKNOWN = -3
+"""Where an element comes from that met zeros alone: those are right under any scale, so they do not say."""
 _SHARED = "a parameter that is used in several places"
 _PINNED = "a parameter that is used in a way that no rescaling can follow"
 
@@ -120,6 +124,7 @@ class NeuronFlow(fx.Interpreter):
         self._made: dict[tuple[str, int], tuple[int, int]] = {}
         self._calls: dict[str, int] = {}
         self.told: set[str | None] = set()
+        self._is_finished = False
         self.node: fx.Node
         self.graph_inputs: CapturedGraph
         self.real_node: Constants
@@ -141,7 +146,7 @@ class NeuronFlow(fx.Interpreter):
             first = leaves(result, object)[0]
             self.places[n] = (compact(first), torch.cat(self._standing))
         if n.meta.get("escapes"):
-            self._fix_all(result, "is written into a buffer or an input")
+            self._fix_all(result, n.meta["escapes"])
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -227,7 +232,7 @@ class NeuronFlow(fx.Interpreter):
             start, made = self._made.get(key, (0, -1))
             if made == count:
                 return torch.arange(start, start + count)
-        numbers = self._new_numbers(count, self.node)
+        numbers = self._new_numbers(count, None if self.graph_inputs.call else self.node)
         if key is not None:
             self._made[key] = (self.num_numbers - count + 1, count)
         if standing:
@@ -238,6 +243,14 @@ class NeuronFlow(fx.Interpreter):
         self.makers.append((maker, count))
         self.num_numbers += count
         return torch.arange(self.num_numbers - count + 1, self.num_numbers + 1)
+
+    def makers_of(self, numbers: Tensor) -> Iterator[tuple[fx.Node, Tensor]]:
+        """Numbers by the call that made them."""
+        starts = np.cumsum([1, *(count for _, count in self.makers)])
+        owners = np.searchsorted(starts, numbers.numpy(), side="right") - 1
+        for owner in np.unique(owners):
+            node = self.makers[owner][0]
+            yield node if node is not None else self.node, numbers[torch.from_numpy(owners == owner)]
 
     def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
         """The numbers of a product of two tensors of neurons, one factor of which is fixed; the other's scale goes on.
@@ -345,11 +358,11 @@ class NeuronFlow(fx.Interpreter):
         """
         self.told.add(weight.name)
         dst, src = compact(dst), compact(src)
-        if any(bool((end == _UNUSED).any()) for end in (dst, src)):
-            used = ((dst != _UNUSED) & (src != _UNUSED)).expand(weight.shape)
+        if any(bool((end == UNUSED).any()) for end in (dst, src)):
+            used = ((dst != UNUSED) & (src != UNUSED)).expand(weight.shape)
             dst, src = dst.expand(weight.shape)[used], src.expand(weight.shape)[used]
             weight = Weight(dst.shape, elements=self.elements(weight)[used])
-        dst, src = (torch.where(end == ZERO, FIXED, end) for end in (dst, src))
+        dst, src = torch.where(dst == ZERO, FIXED, dst), torch.where(src == ZERO, UNKNOWN, src)
         for end in (dst, src):
             if torch.broadcast_shapes(end.shape, weight.shape) != weight.shape:  # type: ignore[no-untyped-call]
                 raise ValueError(f"ends of shape {tuple(end.shape)} for a parameter of shape {tuple(weight.shape)}")
@@ -367,8 +380,7 @@ class NeuronFlow(fx.Interpreter):
                 known = self._full_ends(name)
                 for stored, end in ((known.dst, dst), (known.src, src)):
                     flat, new = stored.view(-1), end.expand(elements.shape)[inside]
-                    flat[local] = torch.where(flat[local] == _UNUSED, new, flat[local])
-                    self.tie(flat[local], new, _SHARED)
+                    flat[local] = self._merge(flat[local], new)
 
     def computed(
         self, formula: str, shape: torch.Size, parts: Sequence[Weight], spread: Callable[[Tensor, Tensor], None]
@@ -417,7 +429,7 @@ class NeuronFlow(fx.Interpreter):
         known = [
             (self.parameters[name].numel(), ends.dst) for name, ends in self._ends.items() if name in self.parameters
         ]
-        return sum(size // dst.numel() * int((dst != _UNUSED).sum()) for size, dst in known if size)
+        return sum(size // dst.numel() * int((dst != UNUSED).sum()) for size, dst in known if size)
 
     # -- the result ------------------------------------------------------------------------------------------------
 
@@ -432,9 +444,29 @@ class NeuronFlow(fx.Interpreter):
                 ends, shape = self._ends[name], self._elements.shapes[name]
                 computed.spread(ends.dst.expand(shape), ends.src.expand(shape))
 
-    def finish(self) -> dict[str, Ends]:
-        """The ends of all parameters, those of computed weights given to their parts, and the ties of the pinned."""
-        self.spread_computed()
+    def ends(self) -> Mapping[str, Ends]:
+        """The numbers at both ends of all parameters; negative where they are not used, or not known.
+
+        No graph is to be run afterwards: the ends of computed weights are given to their parts, and the ends of the
+        pinned are tied.
+        """
+        if not self._is_finished:
+            self._is_finished = True
+            self.spread_computed()
+            self._tie_pinned()
+        unused = Ends(torch.tensor(UNUSED), torch.tensor(UNUSED))
+        return {name: self._ends.get(name, unused) for name in self.parameters}
+
+    def settle(self) -> None:
+        """Decide which factor of each product stays free, once all else that ties or fixes neurons is known."""
+        settle(self._products, lambda: Links(self.ties, self.num_numbers + 1).groups(), self._keep)
+        self._products.clear()
+
+    def complete(self, name: str, ends: Ends) -> None:
+        """Say where elements of a parameter lead that no call met."""
+        self._ends[name] = ends
+
+    def _tie_pinned(self) -> None:
         for weight, node, reason in self._pins:
             self.node = node
             if weight.name is not None:
@@ -450,22 +482,16 @@ class NeuronFlow(fx.Interpreter):
                 elif name in self._ends:
                     ends = self._full_ends(name)
                     self._tie_ends(ends.dst.view(-1)[local], ends.src.view(-1)[local], reason)
-        settle(self._products, lambda: Links(self.ties, self.num_numbers + 1).groups(), self._keep)
-        unused = torch.tensor(FIXED)
-        return {
-            name: Ends(ends.dst.clamp(min=FIXED), ends.src.clamp(min=FIXED))
-            for name in self.parameters
-            for ends in [self._ends.get(name, Ends(unused, unused))]
-        }
 
     def _tie_ends(self, dst: Tensor, src: Tensor, reason: str) -> None:
         dst, src = broadcast(dst, src)
-        used = dst != _UNUSED
+        used = dst != UNUSED
         self.tie(dst[used], src[used], reason)
 
     def _merge(self, known: Tensor, new: Tensor) -> Tensor:
         known, new = broadcast(known, new)
-        merged = torch.where(known == _UNUSED, new, known) if (known == _UNUSED).any() else known
+        open_ = (known == UNUSED) | ((known == UNKNOWN) & (new != UNUSED))
+        merged = torch.where(open_, new, known) if open_.any() else known
         self.tie(merged, new, _SHARED)
         return merged
 
@@ -473,7 +499,7 @@ class NeuronFlow(fx.Interpreter):
         shape = self._elements.shapes[name]
         known = self._ends.get(name)
         if known is None:
-            known = Ends(torch.full(shape, _UNUSED), torch.full(shape, _UNUSED))
+            known = Ends(torch.full(shape, UNUSED), torch.full(shape, UNUSED))
         elif any(end.shape != shape or not end.is_contiguous() for end in (known.dst, known.src)):
             known = Ends(known.dst.expand(shape).contiguous(), known.src.expand(shape).contiguous())
         self._ends[name] = known

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import Capture
 from dagpath.distributed import values_of
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.constants import Constants, NotConstantError
@@ -25,6 +24,7 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.responses import Response, Responses
 from dagpath.flow.structure import CONSTANT, Edges, Links, Segment, Structure
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
+from dagpath.survey import Capture
 
 _OFFSET = 2
 """Node n has number n + 2, or minus that: smaller numbers say fixed, always zero and not used."""

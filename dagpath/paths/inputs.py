@@ -21,7 +21,8 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
     """
     given = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
-    nodes = [node for node in nodes if node.name not in graph.parameters and node.name not in graph.tensors]
+    held = {*graph.parameters, *graph.tensors, *graph.state}
+    nodes = [node for node in nodes if node.name not in held]
     if len(given) != len(nodes):
         names = ", ".join(node.name for node in nodes)
         raise ValueError(f"the model was traced with {len(nodes)} inputs ({names}), got {len(given)}")

@@ -119,7 +119,8 @@ class PathLifting:
         self.graph: UnrolledGraph = traced.unroll()
         captured = traced.captured.eval
         self._captured = captured
-        values = {place: parameters[name] for place, name in captured.parameters.items()} | dict(captured.tensors)
+        values = {place: parameters[name] for place, name in captured.parameters.items()}
+        values |= {**captured.tensors, **captured.state}
         self._given = {place: widened(tensor).clone() for place, tensor in values.items()}
         self.edges, self.starts, self.ends = _enumerated(self.graph)
         self.values: Tensor = self._along(self.graph.weights).prod(1)

@@ -1,0 +1,338 @@
+"""Are two calls of a model alike, so that one graph stands for both?
+
+Two dry runs with inputs of two sizes make the same calls of functions, with the same arguments, on tensors some of
+whose dimensions differ in size: these dimensions *grow*. The neurons of a tensor are **even** if they do not change
+along a dimension that grows. Inputs are even (all their entries keep their scale), parameters do not grow, and each
+function below makes an even result of even arguments. Where a record has other calls, nothing is known: the second
+graph is captured and compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from dagpath.dry_run import Called, Place, Record, writes
+
+Shape = tuple[int, ...]
+
+_OF_A_SHAPE = ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
+"""What these make depends on the shape of their argument alone."""
+
+
+def same(record: Record | None, other: Record | None) -> bool:
+    """Do two dry runs make the same calls on the same tensors of the same shapes?"""
+    return record is not None and other is not None and record.calls == other.calls
+
+
+def alike(record: Record | None, other: Record | None) -> bool:
+    """Is it certain that the neurons of one call are those of the other, where tensors are larger?"""
+    if record is None or other is None or len(record.calls) != len(other.calls):
+        return False
+    known: dict[object, bool] = {}  # do the values depend on the inputs, or else not on the sizes?
+    depends: dict[object, bool] = {}  # do they depend on the inputs?
+
+    def is_known(place: Place) -> bool:
+        if isinstance(place.origin, tuple) and place.origin[0] != "object":
+            return place.origin[0] == "input" or known.get(place.origin, False)
+        return True
+
+    for number, (call, grown) in enumerate(zip(record.calls, other.calls, strict=True), 1):
+        if not _match(call, grown):
+            return False
+        pair = _Pair(call, grown, is_known)
+        rule = _RULES.get(call.name if call.name.endswith("__") else call.name.rstrip("_"))
+        if not (pair.is_constant() or (rule is not None and rule(pair))):
+            return False
+        reads = [place for place, _ in pair.tensors if call.name not in _OF_A_SHAPE]
+        data = any(isinstance(place.origin, tuple) and place.origin[0] == "input" for place in reads)
+        data = data or any(depends.get(place.origin, False) for place in reads)
+        for position in range(len(call.results) + 1):
+            known[number, position] = data or pair.is_constant()
+            depends[number, position] = data
+    return True
+
+
+def _match(call: Called, other: Called) -> bool:
+    """Are these calls of one function, on tensors of one origin and as many dimensions?"""
+    if (call.name, call.structure, len(call.results)) != (other.name, other.structure, len(other.results)):
+        return False
+    for leaf, grown in zip(call.leaves, other.leaves, strict=True):
+        if isinstance(leaf, Place) != isinstance(grown, Place):
+            return False
+        if isinstance(leaf, Place) and (leaf.origin, len(leaf.shape)) != (grown.origin, len(grown.shape)):
+            return False
+    if writes(call.name) and call.leaves and isinstance(call.leaves[0], Place):
+        part, grown = call.leaves[0], other.leaves[0]
+        if not (part.whole and grown.whole) and (part.shape, part.memory) != (grown.shape, grown.memory):
+            return False  # what is written to is a part of what grows
+    return all(len(shape) == len(grown) for shape, grown in zip(call.results, other.results, strict=True))
+
+
+class _Pair:
+    """Two calls of one function, in which some dimensions have other sizes.
+
+    Attributes:
+        tensors: the tensors among their arguments.
+        shapes: the shapes of those.
+        numbers: all other arguments.
+        results: the shapes that they return.
+        is_known: do the values of a tensor depend on the inputs, or else not on the sizes?
+    """
+
+    def __init__(self, call: Called, other: Called, is_known: Callable[[Place], bool]) -> None:
+        pairs = list(zip(call.leaves, other.leaves, strict=True))
+        self.tensors = [(a, b) for a, b in pairs if isinstance(a, Place)]
+        self.shapes = [(a.shape, b.shape) for a, b in self.tensors]
+        self.numbers = [(a, b) for a, b in pairs if not isinstance(a, Place)]
+        self.results = list(zip(call.results, other.results, strict=True))
+        self.is_known = is_known
+
+    def is_constant(self) -> bool:
+        """Does nothing grow, and does no value depend on what does?"""
+        return (
+            self.same_numbers()
+            and all(self.is_known(place) for place, _ in self.tensors)
+            and all(a == b for a, b in [*self.shapes, *self.results])
+        )
+
+    def same_numbers(self) -> bool:
+        return all(type(a) is type(b) and a == b for a, b in self.numbers)
+
+    def grows(self, start: int = 0) -> bool:
+        """Does any of the tensors from this position on grow?"""
+        return any(a != b for a, b in self.shapes[start:])
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _grown(shape: Shape, other: Shape) -> list[bool]:
+    return [a != b for a, b in zip(shape, other, strict=True)]
+
+
+def _broadcasts(operands: Sequence[tuple[Shape, Shape]], result: tuple[Shape, Shape]) -> bool:
+    """Do the operands broadcast in the same way: along what grows, each grows or has one entry?"""
+    for place in range(1, len(result[0]) + 1):
+        aligned = [(a[-place], b[-place]) for a, b in operands if len(a) >= place]
+        grows = result[0][-place] != result[1][-place]
+        if any(a != b for a, b in aligned) != grows:
+            return False
+        if grows and any(a == b != 1 for a, b in aligned):
+            return False
+        ones = [(a == 1) != (b == 1) for a, b in aligned]
+        if any(ones) and not all(a == b == 1 or a != b for a, b in aligned):
+            return False
+    return True
+
+
+def _blocks(shape: Shape, result: Shape) -> list[tuple[Shape, Shape]] | None:
+    """The shortest runs of dimensions that a regrouping maps to each other."""
+    found, i, j = [], 0, 0
+    while i < len(shape) or j < len(result):
+        start, begin = i, j
+        i, j = min(i + 1, len(shape)), min(j + 1, len(result))
+        while (sizes := (math.prod(shape[start:i]), math.prod(result[begin:j])))[0] != sizes[1]:
+            if sizes[0] < sizes[1] and i < len(shape):
+                i += 1
+            elif j < len(result):
+                j += 1
+            else:
+                return None
+        found.append((shape[start:i], result[begin:j]))
+    return found
+
+
+# -- what functions do with what grows --------------------------------------------------------------------------------
+
+
+def _elementwise(pair: _Pair) -> bool:
+    """Entry by entry, and results in the shape of their operands."""
+    return pair.same_numbers() and all(_broadcasts(pair.shapes, result) for result in pair.results)
+
+
+def _of_a_shape(pair: _Pair) -> bool:
+    """Constants in a shape that is given: fixed whatever they are, or zeros."""
+    return True
+
+
+def _outputs(pair: _Pair) -> bool:
+    return pair.same_numbers()
+
+
+def _regroups(pair: _Pair) -> bool:
+    """Entries in their old order in another shape: what grows and what does not stay apart."""
+    shapes, results = pair.shapes[0], pair.results[0]
+    blocks = [_blocks(shape, result) for shape, result in zip(shapes, results, strict=True)]
+    if blocks[0] is None or blocks[1] is None or len(blocks[0]) != len(blocks[1]):
+        return False
+    for (a, a_result), (b, b_result) in zip(*blocks, strict=True):
+        if len(a) != len(b) or len(a_result) != len(b_result):
+            return False
+        for shape, other in ((a, b), (a_result, b_result)):
+            grows = [x != y for x, y in zip(shape, other, strict=True)]
+            if (a, a_result) != (b, b_result) and not all(
+                grown or x == y == 1 for grown, x, y in zip(grows, shape, other, strict=True)
+            ):
+                return False
+    return True
+
+
+def _moves(pair: _Pair) -> bool:
+    """Whole dimensions change their places, or slices of them are taken, in the same way."""
+    return pair.same_numbers()
+
+
+def _expands(pair: _Pair) -> bool:
+    """Dimensions of one entry are repeated; what has more stays as it is."""
+    (shape, grown), (result, result_grown) = pair.shapes[0], pair.results[0]
+    sizes = zip(shape[::-1], grown[::-1], result[::-1], result_grown[::-1], strict=False)
+    return all(a == b == 1 or (a, b) == (c, d) for a, b, c, d in sizes)
+
+
+def _joins(pair: _Pair) -> bool:
+    """Tensors side by side, along a dimension in which none of them grows."""
+    if not pair.same_numbers() or not pair.results:
+        return False
+    dims = [a for a, _ in pair.numbers if type(a) is int]
+    dim = dims[0] if dims else 0
+    if any(-len(a) > dim or dim >= len(a) for a, _ in pair.shapes):
+        return False
+    return all(a[dim] == b[dim] for a, b in pair.shapes) and len({tuple(_grown(a, b)) for a, b in pair.shapes}) == 1
+
+
+def _stacks(pair: _Pair) -> bool:
+    return pair.same_numbers() and len({tuple(_grown(a, b)) for a, b in pair.shapes}) == 1
+
+
+def _splits(pair: _Pair) -> bool:
+    """Parts along a dimension that does not grow: they have the sizes of the whole but for that one."""
+    if not pair.same_numbers() or not pair.results:
+        return False
+    grows = _grown(*pair.shapes[0])
+    parts = [_grown(*result) for result in pair.results]
+    return all(sum(part) == sum(grows) for part in parts)
+
+
+def _indexes(pair: _Pair) -> bool:
+    """The same indices; tensors among them depend on the inputs, which fixes what they index, or not on the sizes."""
+    return pair.same_numbers() and all(pair.is_known(index) for index, _ in pair.tensors[1:]) and not pair.grows(1)
+
+
+def _looks_up(pair: _Pair) -> bool:
+    """Rows of a table that does not grow, chosen by the inputs, or by what does not depend on the sizes."""
+    return pair.same_numbers() and pair.is_known(pair.tensors[0][0]) and not pair.grows(1)
+
+
+def _layer(channels: Callable[[Shape, Shape], int]) -> Callable[[_Pair], bool]:
+    """A layer with parameters: those, and the dimension of the input that they read, do not grow."""
+
+    def rule(pair: _Pair) -> bool:
+        if not pair.same_numbers() or len(pair.shapes) < 1 or pair.grows(1):
+            return False
+        (x, grown), weight = pair.shapes[0], pair.shapes[1][0] if len(pair.shapes) > 1 else ()
+        dim = channels(x, weight)
+        return -len(x) <= dim < len(x) and x[dim] == grown[dim]
+
+    return rule
+
+
+def _normalizes(pair: _Pair) -> bool:
+    """What has statistics of its own: its parameters do not grow."""
+    return pair.same_numbers() and not pair.grows(1)
+
+
+def _mixes(pair: _Pair) -> bool:
+    """Entries are summed or chosen from along dimensions: those that grow are even."""
+    return pair.same_numbers() if len(pair.shapes) == 1 else _elementwise(pair)
+
+
+def _attends(pair: _Pair) -> bool:
+    """Positions are mixed by attention; its parameters do not grow."""
+    return pair.same_numbers()
+
+
+def _pads(pair: _Pair) -> bool:
+    """Entries are added at the ends of dimensions that do not grow."""
+    widths = [a for a, _ in pair.numbers if type(a) is int]
+    added = [dim for dim in range(len(widths) // 2) if widths[2 * dim] or widths[2 * dim + 1]]
+    grows = _grown(*pair.shapes[0])[::-1]
+    return pair.same_numbers() and not any(grows[dim] for dim in added)
+
+
+def _multiplies(pair: _Pair) -> bool:
+    """A matrix product; what does not grow is not met by what does along the dimensions before the matrices."""
+    if not pair.same_numbers() or len(pair.shapes) != 2:
+        return False
+    (a, a_grown), (b, b_grown) = pair.shapes
+    rows = [(a[:-2], a_grown[:-2]), (b[:-2], b_grown[:-2])]
+    result = tuple(shape[: max(len(a), len(b)) - 2] for shape in pair.results[0])
+    return min(len(a), len(b)) < 3 or _broadcasts(rows, (result[0], result[1]))
+
+
+def _resizes(pair: _Pair) -> bool:
+    """Positions are repeated or interpolated: along what grows, or in the same way."""
+    (x, grown), (result, result_grown) = pair.shapes[0], pair.results[0]
+    positions = [
+        (a != b) and (c != d) for a, b, c, d in zip(x[2:], grown[2:], result[2:], result_grown[2:], strict=True)
+    ]
+    return x[1:2] == grown[1:2] and (pair.same_numbers() or all(positions))
+
+
+_RULES: dict[str, Callable[[_Pair], bool]] = {}
+for _rule, _names in (
+    (
+        _elementwise,
+        "relu leaky_relu prelu rrelu add sub mul div neg abs sigmoid tanh gelu silu mish elu selu celu exp log",
+    ),
+    (
+        _elementwise,
+        "log1p sqrt rsqrt pow square reciprocal clamp clamp_min clamp_max hardtanh relu6 hardswish hardsigmoid",
+    ),
+    (
+        _elementwise,
+        "softplus logsigmoid softsign where maximum minimum lt le gt ge eq ne logical_and logical_or logical_not",
+    ),
+    (
+        _elementwise,
+        "bitwise_and bitwise_or bitwise_not dropout dropout1d dropout2d dropout3d to type_as float double half",
+    ),
+    (_elementwise, "bfloat16 contiguous clone detach alias masked_fill zeros_like ones_like empty_like isnan isinf"),
+    (
+        _elementwise,
+        "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __itruediv__",
+    ),
+    (
+        _elementwise,
+        "__neg__ __abs__ __pow__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __invert__ __and__ __or__ data grad",
+    ),
+    (_elementwise, "true_divide multiply subtract negative erf sin cos floor ceil round sign long int bool"),
+    (_of_a_shape, "zeros ones empty new_zeros new_ones new_empty arange linspace size dim numel stride"),
+    (_outputs, "output"),
+    (_of_a_shape, "__len__ is_floating_point is_complex element_size nelement ndimension is_contiguous storage_offset"),
+    (_regroups, "view reshape flatten unflatten view_as reshape_as ravel"),
+    (_moves, "permute transpose t swapaxes swapdims movedim moveaxis unsqueeze squeeze flip T mT H mH"),
+    (_moves, "channel_shuffle pixel_shuffle pixel_unshuffle"),
+    (_expands, "expand expand_as broadcast_to"),
+    (_joins, "cat concat concatenate"),
+    (_stacks, "stack"),
+    (_splits, "chunk split split_with_sizes tensor_split unbind"),
+    (_indexes, "__getitem__ select narrow"),
+    (_looks_up, "embedding"),
+    (_layer(lambda x, weight: -1), "linear layer_norm rms_norm"),
+    (
+        _layer(lambda x, weight: 1 - len(weight)),
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    ),
+    (_layer(lambda x, weight: 1), "batch_norm group_norm instance_norm"),
+    (_mixes, "mean sum amax amin max min std var softmax log_softmax logsumexp norm argmax argmin cumsum any all"),
+    (_mixes, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d"),
+    (_mixes, "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    (_mixes, "normalize"),
+    (_multiplies, "matmul bmm mm __matmul__"),
+    (_attends, "scaled_dot_product_attention multi_head_attention_forward"),
+    (_pads, "pad"),
+    (_of_a_shape, "_assert"),
+    (_resizes, "interpolate upsample"),
+):
+    _RULES.update(dict.fromkeys(_names.split(), _rule))

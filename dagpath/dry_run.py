@@ -1,0 +1,263 @@
+"""A call of a model without values: which functions of PyTorch it calls, on what, with which shapes.
+
+Every tensor that the model's code hands to a function of PyTorch is replaced by a twin on the meta device, so that a
+dry run takes a fraction of a forward pass and changes no tensor. Its record tells which calls of a model are provably
+alike (:mod:`dagpath.alike`): the graph of one of them is then a graph of the others. What a dry run cannot see through
+(values, random decisions, arguments of unknown types) makes it fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dagpath.containers import opened
+from dagpath.distributed import stand_in
+from dagpath.reach import Reach
+from dagpath.state import mode, random_states, without_autocast
+
+MODE_DEPENDENT: dict[Callable[..., Any], int] = {
+    F.batch_norm: 5,
+    F.dropout: 1,
+    F.dropout1d: 1,
+    F.dropout2d: 1,
+    F.dropout3d: 1,
+}
+"""Functions with a train flag that changes no constraint, and how many of their first arguments matter.
+
+Their results have the shape of their first argument; the dry run goes no further into them.
+"""
+
+_PLAIN = (
+    *(int, float, complex, str, bool, type(None), slice, type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested", "grad_fn")
+_ON_META = {"is_meta": False, "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
+"""Attributes that would tell the code of a model that it is run on the meta device, and the type of device they ask
+for."""
+
+
+class UnclearError(Exception):
+    """The dry run met something that it cannot see through."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor among the arguments of a call.
+
+    Attributes:
+        origin: the parameter, buffer, input, call or object that it is.
+        shape: its shape.
+        memory: the bytes of the memory that it is a view of.
+        whole: is it all of that memory?
+    """
+
+    origin: object
+    shape: tuple[int, ...]
+    memory: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call of a function.
+
+    Attributes:
+        name: the name of the function.
+        leaves: its arguments as a flat list, with a :class:`Place` for each tensor.
+        structure: how they are arranged.
+        results: the shapes that it returns.
+    """
+
+    name: str
+    leaves: list[Any]
+    structure: Any
+    results: tuple[tuple[int, ...], ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Called) and self._facts() == other._facts()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _facts(self) -> tuple[Any, ...]:
+        return self.name, self.structure, [(type(leaf), leaf) for leaf in self.leaves], self.results
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a dry run saw.
+
+    Attributes:
+        calls: the calls, and a last one named ``"output"`` of what the model returns.
+        kept: the tensors whose identities stand in the calls, kept alive.
+    """
+
+    calls: list[Called]
+    kept: list[Any]
+
+
+@contextlib.contextmanager
+def dry_runs(model: nn.Module, training: bool) -> Iterator[Callable[[Any], Record | None]]:
+    """Yields a function that makes dry runs of a model, which is left as it was after each.
+
+    Given positional and keyword arguments, the function returns a record, or None where the dry run fails.
+
+    Args:
+        model: the model.
+        training: in train mode?
+    """
+    with mode(model, training), without_autocast(), torch.enable_grad():
+        stand_in(model)
+        ready = Reach(model)
+
+        def run(inputs: Any) -> Record | None:
+            try:
+                return _record(model, inputs)
+            except Exception:  # a model fails in many ways without values
+                return None
+            finally:
+                ready.restore()
+
+        yield run
+
+
+def _record(model: nn.Module, inputs: Any) -> Record:
+    recorder = _Recorder(model)
+    args, kwargs = pytree.tree_map_only(Tensor, recorder.fresh_twin, inputs)
+    for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+        if isinstance(leaf, Tensor):
+            recorder.know(leaf, ("input", position))
+    before = random_states()
+    with recorder:
+        outputs = opened(model(*args, **kwargs))
+    if random_states() != before:
+        raise UnclearError("random numbers were drawn in Python")
+    recorder.note("output", outputs)
+    return Record(recorder.calls, recorder.kept)
+
+
+class _Recorder(TorchFunctionMode):
+    """Records calls. A tensor is described by the parameter, buffer, input, call or object that it is.
+
+    Attributes:
+        calls: the record.
+        kept: all tensors that were met.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Called] = []
+        self.kept: list[Any] = []
+        self._twins: dict[int, Tensor] = {}
+        self._known: dict[int, object] = {}
+        self._own: set[int] = set()
+        self._buffers: set[int] = set()
+        self._device: torch.device | None = None
+        for name, tensor in model.named_parameters():
+            self.know(self.twin(tensor), name)
+        for name, buffer in model.named_buffers():
+            self.know(self.twin(buffer), name)
+            self._buffers.add(id(self.twin(buffer)))
+
+    def know(self, tensor: Tensor, origin: object) -> None:
+        self.kept.append(tensor)  # an id is only known while its tensor lives
+        self._known[id(tensor)] = origin
+        self._own.add(id(tensor))
+
+    def fresh_twin(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape and type without values."""
+        self._device = self._device or tensor.device
+        if type(tensor) in (Tensor, nn.Parameter):
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        else:
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return twin.requires_grad_(tensor.requires_grad)
+
+    def twin(self, value: Any) -> Any:
+        """What stands for an argument: a tensor's twin, the meta device for any device."""
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if not isinstance(value, Tensor) or id(value) in self._own:
+            return value
+        if id(value) not in self._twins:
+            twin = self._twins[id(value)] = self.fresh_twin(value)
+            self.kept.append(value)
+            self.know(twin, ("object", id(value)))
+        return self._twins[id(value)]
+
+    def note(self, name: str, arguments: Any) -> None:
+        leaves, structure = pytree.tree_flatten(arguments)
+        self.calls.append(Called(name, [self._leaf(leaf) for leaf in leaves], structure))
+
+    def _leaf(self, leaf: Any) -> Any:
+        leaf = self.twin(leaf)
+        if isinstance(leaf, Tensor):
+            memory = leaf.untyped_storage().nbytes()
+            return Place(self._known[id(leaf)], tuple(leaf.shape), memory, memory == leaf.numel() * leaf.element_size())
+        if not isinstance(leaf, _PLAIN):
+            raise UnclearError(f"an argument of type {type(leaf).__name__}")
+        return (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute in _GETTERS:
+                return func(*args, **(kwargs or {}))
+            if attribute == "device":
+                return self._device
+            if attribute in _ON_META:
+                return self._device is not None and self._device.type == _ON_META[attribute]
+            name = attribute
+        args, kwargs = pytree.tree_map(self.twin, (args, kwargs or {}))
+        if kwargs.get("device") is not None:
+            kwargs["device"] = "meta"
+        if name in ("cpu", "cuda"):
+            return args[0]
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = self._written(name, args, kwargs)
+        if tensors and all(id(tensor) in self._buffers for tensor in tensors):
+            result = func(*args, **kwargs)
+            if id(result) in self._buffers:  # a counter that train mode increases constrains nothing unless it is read
+                self.know(result, ("written", self._known[id(result)]))
+                return result
+            self.note(name, (args, kwargs))
+        elif func in MODE_DEPENDENT and args:
+            self.note(name, (args[: MODE_DEPENDENT[func]], kwargs.get("weight"), kwargs.get("bias")))
+            result = torch.empty_like(args[0])
+        else:
+            self.note(name, (args, kwargs))
+            if func is Tensor.__setitem__:  # what is written to is a part of the tensor
+                part = self.calls[-1].leaves
+                part[0] = replace(part[0], shape=tuple(args[0][args[1]].shape))
+            result = func(*args, **kwargs)
+        result = pytree.tree_map_only(Tensor, lambda leaf: leaf if leaf.is_meta else self.fresh_twin(leaf), result)
+        returned = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        for position, leaf in enumerate([*returned, *written]):
+            self.know(leaf, (len(self.calls), position))
+        self.calls[-1] = replace(self.calls[-1], results=tuple(tuple(leaf.shape) for leaf in returned))
+        return result
+
+    @staticmethod
+    def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors that a function writes to."""
+        given = [*args[:1], kwargs.get("input")] if writes(name) else []
+        return [leaf for leaf in pytree.tree_leaves([given, kwargs.get("out")]) if isinstance(leaf, Tensor)]
+
+
+def writes(name: str) -> bool:
+    """Does a function of this name write to its first argument?"""
+    return (
+        name in ("__setitem__", "__set__")
+        or (name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__"))
+        or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    )

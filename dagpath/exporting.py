@@ -1,0 +1,101 @@
+"""PyTorch's exporter, made to follow what models do that it stumbles over, and to see what a call leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dagpath.containers import opened
+from dagpath.reach import Reach
+
+
+@dataclass
+class Left:
+    """What one call leaves behind for the next.
+
+    Attributes:
+        tensors: those that were made in the call and can be reached after it, by where they are.
+        gone: those that could be reached before the call and cannot be after it.
+        changed: does anything that can be reached hold another object than before?
+        structure: how the model arranges its outputs.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    gone: list[Tensor] = field(default_factory=list)
+    changed: bool = False
+    structure: Any = None
+
+
+@contextlib.contextmanager
+def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
+    """Have the model return a list of its outputs and, after them, of the tensors that it leaves behind."""
+    left = Left()
+    before: list[Reach] = []
+
+    def start(*_: Any) -> None:
+        before[:] = [Reach(model)]
+
+    def end(_module: nn.Module, _args: Any, output: Any) -> Any:
+        after = Reach(model)
+        left.changed = not before[0].is_same()
+        left.tensors, left.gone = after.left_since(before[0]), after.gone_since(before[0])
+        leaves, left.structure = pytree.tree_flatten(opened(output))
+        return [*leaves, *left.tensors.values()]
+
+    with model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(end):
+        yield left
+
+
+@contextlib.contextmanager
+def followed() -> Iterator[None]:
+    """Let the exporter follow ``tensor.data``, conversions that change nothing, and calls of modules that fail and are
+    caught.
+    """
+    apply: Any = nn.Module._apply
+    call_module = fx.Tracer.call_module
+
+    def applied(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            if all(function(tensor) is tensor for tensor in (*module.parameters(), *module.buffers())):
+                return module
+        return apply(module, function, *args, **kwargs)
+
+    def called(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> Any:
+        depth = len(tracer.module_stack)
+        try:
+            return call_module(tracer, *args, **kwargs)
+        except BaseException:
+            while len(tracer.module_stack) > depth:
+                tracer.module_stack.popitem(last=True)
+            raise
+
+    with mock.patch.object(nn.Module, "_apply", applied), mock.patch.object(fx.Tracer, "call_module", called), _Data():
+        yield
+
+
+class _Data(TorchFunctionMode):
+    """Reads ``tensor.data`` as ``tensor.detach()``, and writes to it as ``copy_`` does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__") and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
+            if name == "__get__":
+                return args[0].detach()
+            tensor, value = args
+            if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+                raise RuntimeError(
+                    f"a tensor's .data of shape {tuple(tensor.shape)} and {tensor.dtype} is replaced by one of shape "
+                    f"{tuple(value.shape)} and {value.dtype}"
+                )
+            with torch.no_grad():
+                tensor.detach().copy_(value)
+            return None
+        return func(*args, **(kwargs or {}))

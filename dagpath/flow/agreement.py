@@ -1,0 +1,159 @@
+"""Do the graphs of several calls of a model put its parameters between the same neurons?
+
+Each graph alone says which neurons share a scale. Where a second graph ties others, or ties them otherwise, what is
+right for one call would be wrong for another one: these neurons keep their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csgraph, csr_array
+from torch import Tensor
+
+from dagpath.flow.neurons import UNUSED, Ends, NeuronFlow
+from dagpath.flow.ties import Links
+from dagpath.flow.values import FIXED, broadcast, compact
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What a pass says of scales.
+
+    Attributes:
+        flow: the pass.
+        group_of: the group of each neuron number.
+        ends: parameter name -> groups at both ends of its edges; negative where they are not used, or not known.
+    """
+
+    flow: NeuronFlow
+    group_of: Tensor
+    ends: Mapping[str, Ends]
+
+
+def grouped(flow: NeuronFlow) -> Grouped:
+    """The groups of a pass that has run its graphs."""
+    numbers = flow.ends()
+    flow.settle()
+    group_of = torch.from_numpy(Links(flow.ties, flow.num_numbers + 1).groups())
+    ends = {name: Ends(_looked_up(group_of, e.dst), _looked_up(group_of, e.src)) for name, e in numbers.items()}
+    return Grouped(flow, group_of, ends)
+
+
+def _looked_up(group_of: Tensor, numbers: Tensor) -> Tensor:
+    groups: Tensor = torch.where(numbers < FIXED, numbers, group_of[numbers.clamp(min=FIXED)])
+    return groups
+
+
+def _pairs(a: Grouped, b: Grouped) -> Tensor:
+    """The pairs of free groups that stand at the same ends of parameters, [2, number of pairs]."""
+    found = [torch.zeros(2, 0, dtype=torch.int64)]
+    for name, ends in a.ends.items():
+        for one, other in ((ends.dst, b.ends[name].dst), (ends.src, b.ends[name].src)):
+            one, other = broadcast(compact(one), compact(other))
+            free = (one > FIXED) & (other > FIXED)
+            found.append(torch.unique(torch.stack([one[free], other[free]]), dim=1))
+    return torch.unique(torch.cat(found, 1), dim=1)
+
+
+def conflicts(a: Grouped, b: Grouped) -> tuple[Tensor, Tensor]:
+    """The groups of each that the other one divides or unites otherwise."""
+    pairs = _pairs(a, b).numpy()
+    size = len(a.group_of) + len(b.group_of) + 1
+    links = csr_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1] + len(a.group_of))), shape=(size, size))
+    _, component = csgraph.connected_components(links, directed=False)
+    ones, others = np.unique(pairs[0]), np.unique(pairs[1])
+    counts = [np.bincount(component[groups], minlength=size) for groups in (ones, others + len(a.group_of))]
+    apart = (counts[0] > 1) | (counts[1] > 1)
+    return (
+        torch.from_numpy(ones[apart[component[ones]]]),
+        torch.from_numpy(others[apart[component[others + len(a.group_of)]]]),
+    )
+
+
+def agree(a: Grouped, b: Grouped) -> bool:
+    """Do both graphs join the same elements of parameters to neurons of the same groups, by the same operations?"""
+    targets = [[node.target for node in each.flow.graph_inputs.module.graph.nodes] for each in (a, b)]
+    if targets[0] != targets[1]:
+        return False
+    if bool(a.flow.cut) != bool(b.flow.cut):
+        return False
+    for name, ends in a.ends.items():
+        for one, other in ((ends.dst, b.ends[name].dst), (ends.src, b.ends[name].src)):
+            one, other = broadcast(one, other)
+            if not torch.equal(one.clamp(max=1), other.clamp(max=1)):
+                return False
+    return not any(len(groups) for groups in conflicts(a, b))
+
+
+def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Grouped:
+    """The groups of a pass over the graphs of several calls, where what these calls tie otherwise is fixed.
+
+    Args:
+        flow: a pass that has run all of the graphs.
+        families: for each mode, what the graph of each of its calls says alone.
+    """
+    numbers = flow.ends()
+    varying: dict[str, None] = {}
+    for first, *others in families:
+        for other in others:
+            for one, groups in zip((first, other), conflicts(first, other), strict=True):
+                _fix(flow, numbers, one.ends, groups, f"is tied to other neurons in {other.flow.graph_inputs.call}")
+            varying |= dict.fromkeys(name for name in first.ends if not _reaches_alike(first, other, name))
+    flow.settle()
+    found = grouped(flow)
+    for name in varying:
+        whole = _completed(numbers[name], found.ends[name], flow.parameters[name].shape)
+        if whole is not None:
+            flow.complete(name, whole)
+        else:
+            everything = torch.unique(
+                torch.cat([end.reshape(-1) for end in (found.ends[name].dst, found.ends[name].src)])
+            )
+            reason = f"is reached by {name}, of which calls with inputs of another size use other elements"
+            _fix(flow, numbers, {name: found.ends[name]}, everything[everything > FIXED], reason)
+    return grouped(flow)
+
+
+def _fix(flow: NeuronFlow, numbers: Mapping[str, Ends], ends: Mapping[str, Ends], groups: Tensor, reason: str) -> None:
+    """Fix the neurons at the ends of parameters where these groups stand."""
+    if not len(groups):
+        return
+    for name, groups_at in ends.items():
+        for here, number in ((groups_at.dst, numbers[name].dst), (groups_at.src, numbers[name].src)):
+            here, number = broadcast(compact(here), compact(number))
+            met = torch.unique(number[torch.isin(here, groups) & (number > FIXED)])
+            for node, its in flow.makers_of(met):
+                flow.node = node
+                flow.fix(its, reason)
+
+
+def _reaches_alike(a: Grouped, b: Grouped, name: str) -> bool:
+    """Do both calls use the same elements of a parameter?"""
+    one, other = broadcast(a.ends[name].dst, b.ends[name].dst)
+    return bool(((one == UNUSED) == (other == UNUSED)).all())
+
+
+def _completed(numbers: Ends, groups: Ends, shape: torch.Size) -> Ends | None:
+    """The ends of all elements of a parameter, those that no call used like their neighbours along a dimension.
+
+    None where neighbours lead to different groups, so that they do not say.
+    """
+    dst, src = (end.expand(shape).clone() for end in (numbers.dst, numbers.src))
+    labels = [end.expand(shape).clone() for end in (groups.dst, groups.src)]
+    for _ in range(len(shape)):
+        for dim in range(len(shape)):
+            used = labels[0] != UNUSED
+            if used.all():
+                return Ends(dst, src)
+            lines = [torch.where(used, label, -10).amax(dim, keepdim=True) for label in labels]
+            if any(bool((used & (label != line)).any()) for label, line in zip(labels, lines, strict=True)):
+                continue
+            first = used.int().argmax(dim, keepdim=True)
+            new = ~used & used.any(dim, keepdim=True)
+            for end in (dst, src, *labels):
+                end.copy_(torch.where(new, end.gather(dim, first).expand(shape), end))
+    return Ends(dst, src) if bool((labels[0] != UNUSED).all()) else None

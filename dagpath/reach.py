@@ -1,0 +1,314 @@
+"""The objects that a model's code can reach: remembered before a call, compared and put back after it.
+
+A call may keep things anywhere: in attributes, in lists and dictionaries inside of those, in the closures of hooks, in
+class attributes, in globals of the user's modules, in caches of ``functools``. Tensors that a trace makes have no
+values, so none of them may stay there; and what one call leaves behind, the next one reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+Contents = dict[Any, Any]
+Place = tuple[Any, ...]
+"""Where something is: the place of what holds it, a text with two gaps for that and for the key, and the key."""
+Found = Iterator[tuple[Place, Any]]
+"""Places and what is there."""
+
+_LIBRARIES = {"torch", "torchgen", "numpy", "scipy", "sympy", "networkx", "matplotlib", "tqdm", "dagpath"}
+"""Their functions, classes and objects keep nothing of a user's model; nor do those of the standard library, but for
+the containers in these modules:"""
+_CONTAINERS = {"builtins", "collections", "types", "weakref", "_weakrefset", "_thread"}
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
+_MOST_ENTRIES = 10_000
+"""What is inside of longer containers is not looked at (a data set, say); their contents are put back all the same."""
+_Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Something that a call can change: how its contents are read and put back, and what they were."""
+
+    read: Callable[[], Contents]
+    write: Callable[[Contents], None]
+    contents: Contents
+
+    def is_same(self) -> bool:
+        now = self.read()
+        return (
+            len(now) == len(self.contents)
+            and all(
+                key == other if type(key) is int else key is other
+                for key, other in zip(now, self.contents, strict=True)
+            )
+            and all(
+                value is saved or (isinstance(value, _State) and value == saved)
+                for value, saved in zip(now.values(), self.contents.values(), strict=True)
+            )
+        )
+
+
+class _State(str):
+    """A state that is equal where it is written alike."""
+
+
+class Reach:
+    """What the code of a model can reach, as it is now.
+
+    Attributes of modules and of plain objects, containers, closures and defaults of functions (hooks and methods among
+    them), class attributes, globals that the code names, generators of random numbers, and caches of ``functools``. The
+    values of tensors are not kept.
+
+    Args:
+        model: where the search starts.
+
+    Attributes:
+        tensors: id -> where it is, and the tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: dict[int, tuple[Place, Tensor]] = {}
+        self._kept: list[_Kept] = []
+        seen: dict[int, Any] = {}
+        waiting: deque[tuple[Place, Any]] = deque([((), model)])
+        while waiting:
+            path, value = waiting.popleft()
+            if isinstance(value, _PLAIN) or id(value) in seen:
+                continue
+            seen[id(value)] = value  # an id is only known while its object lives
+            if isinstance(value, Tensor):
+                self.tensors[id(value)] = path, value
+            else:
+                waiting.extend(self._parts(path, value))
+
+    def restore(self) -> None:
+        """Put back everything that holds another object than it did. What did not change is left alone: other threads
+        may read it.
+        """
+        for kept in self._kept:
+            if not kept.is_same():
+                kept.write(kept.contents)
+
+    def is_same(self) -> bool:
+        """Does everything hold the objects that it did?"""
+        return all(kept.is_same() for kept in self._kept)
+
+    def left_since(self, before: Reach) -> dict[str, Tensor]:
+        """The tensors that can be reached now and could not be then, by where they are."""
+        return {_text(path): tensor for key, (path, tensor) in self.tensors.items() if key not in before.tensors}
+
+    def gone_since(self, before: Reach) -> list[Tensor]:
+        """The tensors that could be reached then and cannot be now."""
+        return [tensor for key, (_, tensor) in before.tensors.items() if key not in self.tensors]
+
+    def _keep(self, path: Place, read: Callable[[], Contents], write: Callable[[Contents], None], form: str) -> Found:
+        contents = read()
+        self._kept.append(_Kept(read, write, contents))
+        if len(contents) > _MOST_ENTRIES:
+            return iter(())
+        return (((path, form, key), part) for key, part in contents.items())
+
+    def _parts(self, path: Place, value: Any) -> Iterable[tuple[Place, Any]]:
+        """What an object holds; what a call can change there is kept."""
+        if isinstance(value, dict):
+            return self._keep(path, lambda: dict(value), functools.partial(_refill, value), "{}[{!r}]")
+        if isinstance(value, (list, set, deque)):
+            return self._keep(path, lambda: dict(enumerate(value)), functools.partial(_refill, value), "{}[{}]")
+        if isinstance(value, (tuple, frozenset)):
+            return [((path, "{}[{}]", index), part) for index, part in enumerate(value)]
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.MethodType):
+            return [(path, value.__self__), (path, value.__func__)]
+        if isinstance(value, functools.partial):
+            return [(path, value.func), (path, value.args), (path, value.keywords)]
+        if isinstance(value, (staticmethod, classmethod)):
+            return [(path, value.__func__)]
+        if isinstance(value, property):
+            return [(path, value.fget), (path, value.fset)]
+        if isinstance(value, _Cache):  # a full one says by its misses that it changed
+            misses = functools.partial(_misses, value)
+            return [*self._keep(path, misses, lambda _: value.cache_clear(), "{}"), (path, value.__wrapped__)]
+        if isinstance(value, (torch.Generator, random.Random, numpy.random.Generator, ContextVar)):
+            return self._keep(path, *_stateful(value), "{}")
+        if isinstance(value, numpy.ndarray):
+            return self._of_array(path, value)
+        if isinstance(value, type):
+            return self._of_class(value) if is_users(value.__module__) else []
+        return self._of_object(path, value)
+
+    def _of_object(self, path: Place, value: Any) -> Found:
+        kind = type(value)
+        if not (isinstance(value, nn.Module) or is_users(kind.__module__) or kind.__module__ in _CONTAINERS):
+            return
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            yield from self._keep(path, lambda: dict(attributes), functools.partial(_refill, attributes), "{}.{}")
+        slots = [
+            slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType
+        ]
+        if slots and is_users(kind.__module__):
+            yield from self._keep(
+                path, lambda: _slots(value, slots), functools.partial(_fill_slots, value, slots), "{}.{}"
+            )
+        yield from (((base.__name__,), base) for base in kind.__mro__ if is_users(base.__module__))
+
+    def _of_class(self, kind: type) -> Found:
+        def read() -> Contents:
+            return {name: part for name, part in vars(kind).items() if not _is_special(name)}
+
+        def write(contents: Contents) -> None:
+            for name in read().keys() - contents.keys():
+                type.__delattr__(kind, name)
+            for name, part in contents.items():
+                if vars(kind).get(name) is not part:
+                    type.__setattr__(kind, name, part)
+
+        return self._keep((kind.__name__,), read, write, "{}.{}")
+
+    def _of_function(self, function: types.FunctionType) -> Found:
+        name = function.__name__
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            write = functools.partial(_fill_cell, cell)
+            yield from self._keep((f"{variable} of {name}",), functools.partial(_cell, cell), write, "{}")
+        for part in (function.__defaults__, function.__kwdefaults__, function.__dict__):
+            yield (f"the defaults of {name}",), part
+        if is_users(function.__module__):
+            named = _names(function.__code__)
+            scope = function.__globals__
+            modules = [part for key in named if isinstance(part := scope.get(key), types.ModuleType)]
+            for variables in (scope, *(vars(module) for module in modules if is_users(module.__name__))):
+                yield from self._of_globals(variables, [key for key in named if not _is_special(key)])
+
+    def _of_globals(self, variables: dict[str, Any], names: list[str]) -> Found:
+        def read() -> Contents:
+            return {name: variables[name] for name in names if name in variables}
+
+        def write(contents: Contents) -> None:
+            for name in read().keys() - contents.keys():
+                del variables[name]
+            variables.update(contents)
+
+        return self._keep((str(variables.get("__name__", "")),), read, write, "{}.{}")
+
+    def _of_array(self, path: Place, array: Any) -> Found:
+        if array.size > _MOST_ENTRIES or array.dtype == object:
+            return iter(())
+        saved = array.copy()
+
+        def read() -> Contents:
+            return {0: _State(array.tobytes())}
+
+        return self._keep(path, read, lambda _: numpy.copyto(array, saved), "{}")
+
+
+def is_users(module: str | None) -> bool:
+    """Does a module of this name hold a user's code, or that of a library of models?"""
+    root = (module or "").partition(".")[0]
+    return root == "__main__" or (root not in _LIBRARIES and root not in sys.stdlib_module_names)
+
+
+def _text(place: Place) -> str:
+    """A place in words: ``self.blocks[0].cache['key']``."""
+    if len(place) < 2:
+        return str(place[0]) if place else "self"
+    holder, form, key = place
+    text: str = form.format(_text(holder), key if isinstance(key, _PLAIN) else "...")
+    return text.replace("._modules['", ".").replace("']._", "._")
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The globals and attributes that a function's code names, that of functions inside of it too."""
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _refill(container: Any, contents: Contents) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(contents)
+    else:
+        (container.update if isinstance(container, set) else container.extend)(contents.values())
+
+
+@functools.lru_cache(maxsize=1000)
+def _slots_of(kind: type) -> list[Any]:
+    return [slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType]
+
+
+def _slots(value: Any, slots: Iterable[Any]) -> Contents:
+    contents = {}
+    for slot in slots:
+        try:
+            contents[slot.__name__] = slot.__get__(value)
+        except AttributeError:  # empty
+            continue
+    return contents
+
+
+def _fill_slots(value: Any, slots: Iterable[Any], contents: Contents) -> None:
+    for slot in slots:
+        if slot.__name__ in contents:
+            slot.__set__(value, contents[slot.__name__])
+        elif slot.__name__ in _slots(value, [slot]):
+            slot.__delete__(value)
+
+
+def _cell(cell: types.CellType) -> Contents:
+    try:
+        return {0: cell.cell_contents}
+    except ValueError:  # empty
+        return {}
+
+
+def _fill_cell(cell: types.CellType, contents: Contents) -> None:
+    if contents:
+        cell.cell_contents = contents[0]
+    else:
+        del cell.cell_contents
+
+
+def _misses(cache: Any) -> Contents:
+    return {0: _State(cache.cache_info().misses)}
+
+
+def _stateful(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], None]]:
+    """How the state of a generator of random numbers, or of a context variable, is read and put back."""
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    if isinstance(value, ContextVar):
+        read, write, is_state = functools.partial(value.get, None), value.set, False
+    elif isinstance(value, torch.Generator):
+        read, write, is_state = value.get_state, value.set_state, True
+    elif isinstance(value, random.Random):
+        read, write, is_state = value.getstate, value.setstate, True
+    else:
+        bits = value.bit_generator
+        read, write, is_state = lambda: bits.state, functools.partial(setattr, bits, "state"), True
+    held = read()
+
+    def contents() -> Contents:
+        now = read()
+        return {0: _State(now.tolist() if isinstance(now, Tensor) else now) if is_state else now}
+
+    return contents, lambda _: _call(write, held)
+
+
+def _call(function: Callable[[Any], object], value: object) -> None:
+    function(value)
