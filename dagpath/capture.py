@@ -32,6 +32,7 @@ from dagpath.distributed import has_all_values, own, stand_in, whole
 from dagpath.errors import CaptureError
 from dagpath.exporting import exported_with_what_is_left, followed
 from dagpath.regions import inlined
+from dagpath.sizes import copies
 from dagpath.state import mode, random_states, without_autocast
 
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -157,10 +158,9 @@ def export(
         if random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         module, written = _functional_graph(program, is_compound)
-        _take_out(module, list(left.tensors))
+        _take_out(module, list(left.tensors), _constants(program))
         module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
         module.recompile()
-    _make_shapes_known(module, inputs)
     owners = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     live = dict(model.named_buffers(remove_duplicate=False))
@@ -180,7 +180,7 @@ def export(
             tensors[placeholder] = program.constants[str(spec.target)]
     moving = {_storage(tensor) for tensor in (*left.gone, *made_before)}
     state = {place: t for place, t in tensors.items() if place in written or _storage(t) in moving}
-    return CapturedGraph(
+    graph = CapturedGraph(
         module,
         parameters,
         {place: name for place, name in buffers.items() if place not in state},
@@ -191,12 +191,17 @@ def export(
         call,
         left.changed or bool(written),
     )
+    _make_shapes_known(graph, model, inputs)
+    return graph
 
 
 def _functional_graph(
     program: torch.export.ExportedProgram, is_compound: Callable[[Any], bool]
 ) -> tuple[fx.GraphModule, set[str]]:
     """The graph of a program without in-place operations, and the names of the placeholders that it writes to."""
+    for part in program.graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            _replace_identities(part)
     module = inlined(program.graph_module)
     parts = _decompositions(module, is_compound)
     functional = None if parts else without_writes(module)
@@ -208,17 +213,45 @@ def _functional_graph(
     return inlined(whole.graph_module), {str(getattr(s.arg, "name", "")) for s in specs if str(s.target) in written}
 
 
+def _constants(program: torch.export.ExportedProgram) -> set[str]:
+    """The placeholders of all that is not given to the model."""
+    specs = program.graph_signature.input_specs
+    return {str(getattr(spec.arg, "name", "")) for spec in specs if spec.kind != InputKind.USER_INPUT}
+
+
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
-def _take_out(module: fx.GraphModule, kept: Sequence[str]) -> None:
-    """Take what a call leaves behind out of the outputs, where it stands last, and mark the nodes of it."""
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
+
+def _replace_identities(module: fx.GraphModule) -> None:
+    """Replace dropouts that drop nothing by their input, which PyTorch returns itself: what is written into one is
+    written into the other.
+    """
+    for node in module.graph.nodes:
+        if getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _DROPOUTS:
+            tensor, rate, training = node.args
+            if not training or rate == 0:
+                node.replace_all_uses_with(tensor)
+                module.graph.erase_node(node)
+
+
+def _take_out(module: fx.GraphModule, kept: Sequence[str], constants: Collection[str]) -> None:
+    """Take what a call leaves behind out of the outputs, where it stands last; mark the nodes that depend on inputs.
+
+    What is made of parameters alone is either made again in the next call, or read there: its graph will show.
+    """
     if not kept:
         return
+    data: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if (node.op == "placeholder" and node.name not in constants) or not data.isdisjoint(node.all_input_nodes):
+            data.add(node)
     output = module.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     for place, node in zip(kept, results[-len(kept) :], strict=True):
-        if isinstance(node, fx.Node):
+        if isinstance(node, fx.Node) and node in data:
             node.meta["escapes"] = f"is kept for the next call, as {place}"
     output.args = (tuple(results[: -len(kept)]),)
 
@@ -231,13 +264,49 @@ def _decompositions(module: fx.GraphModule, is_compound: Callable[[Any], bool]) 
     return {target: known[target] for target in known if is_compound(target)}
 
 
-def _make_shapes_known(module: fx.GraphModule, inputs: Any) -> None:
-    for node in module.graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(leaf, Tensor) and not all(isinstance(size, int) for size in leaf.shape):
-                lines = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
-                where = " ".join(line.strip() for line in lines)
-                raise CaptureError(f"the shape of {node.name} depends on the values of the input: {where}")
+def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
+    """Shapes that depend on the values of the inputs become those that they have for these inputs.
+
+    Raises:
+        CaptureError: there are such shapes, and no values.
+    """
+    unknown = next((node for node in graph.module.graph.nodes if not _has_known_shape(node)), None)
+    if unknown is None:
+        return
+    if not has_all_values(model):
+        raise CaptureError(f"the shape of {unknown.name} depends on the values of the input: {call_line(unknown)}")
+    owners = dict(model.named_parameters())
+    known = {**graph.tensors, **graph.state, **{place: owners[name] for place, name in graph.parameters.items()}}
+    given = iter(pytree.tree_leaves(copies(inputs)))
+    places = [node.name for node in graph.module.graph.nodes if node.op == "placeholder"]
+    values = [known[name].detach().clone() if name in known else next(given) for name in places]
+    with torch.no_grad():
+        _WithShapes(graph.module).run(*values, enable_io_processing=False)
+
+
+def _has_known_shape(node: fx.Node) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
+
+def call_line(node: fx.Node) -> str:
+    """The line of the user's that made a call."""
+    return " ".join(line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:])
+
+
+class _WithShapes(fx.Interpreter):
+    """Runs a graph, and writes down the shapes that its values have."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._fakes = FakeTensorMode()
+
+    def run_node(self, n: fx.Node) -> Any:
+        with n.meta.get("context", contextlib.nullcontext)():
+            result = super().run_node(n)
+        if not _has_known_shape(n) or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            n.meta["val"] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
+        return result
 
 
 @contextlib.contextmanager
@@ -357,10 +426,10 @@ def run(model: nn.Module, inputs: Any, training: bool, dry: bool = False) -> lis
     Raises:
         CaptureError: the model's forward raised, or, without values, asked for one; the message names the line.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else contextlib.nullcontext()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else None
     try:
-        with mode(model, training), without_autocast(), torch.no_grad(), fakes:
-            args, kwargs = stand_in(model, inputs, fakes) if isinstance(fakes, FakeTensorMode) else inputs
+        with mode(model, training), without_autocast(), torch.no_grad(), fakes or contextlib.nullcontext():
+            args, kwargs = stand_in(model, inputs, fakes) if fakes else copies(inputs)
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise capture_error(model, error) from error

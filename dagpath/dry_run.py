@@ -40,8 +40,8 @@ _PLAIN = (
     *(int, float, complex, str, bool, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
-_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested", "grad_fn")
-_ON_META = {"is_meta": False, "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
+_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested", "is_meta")
+_ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 """Attributes that would tell the code of a model that it is run on the meta device, and the type of device they ask
 for."""
 

@@ -129,7 +129,7 @@ class Reach:
         if isinstance(value, (tuple, frozenset)):
             return [((path, "{}[{}]", index), part) for index, part in enumerate(value)]
         if isinstance(value, types.FunctionType):
-            return self._of_function(value)
+            return [] if _root(value.__module__) == "dagpath" else self._of_function(value)  # hooks of a trace
         if isinstance(value, types.MethodType):
             return [(path, value.__self__), (path, value.__func__)]
         if isinstance(value, functools.partial):
@@ -216,7 +216,7 @@ class Reach:
 
 def is_users(module: str | None) -> bool:
     """Does a module of this name hold a user's code, or that of a library of models?"""
-    root = (module or "").partition(".")[0]
+    root = _root(module)
     return root == "__main__" or (root not in _LIBRARIES and root not in sys.stdlib_module_names)
 
 
@@ -227,6 +227,10 @@ def _text(place: Place) -> str:
     holder, form, key = place
     text: str = form.format(_text(holder), key if isinstance(key, _PLAIN) else "...")
     return text.replace("._modules['", ".").replace("']._", "._")
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _is_special(name: str) -> bool:

@@ -91,7 +91,9 @@ def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     own_train = [module for module in modules if type(module).train is not nn.Module.train]  # it may merge weights
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
-    values = [(tensor, tensor.detach().clone()) for tensor in (*parameters.values(), *model.buffers())]
+    others = {id(parameter) for parameter in model.parameters()}
+    held = [tensor for key, (_, tensor) in reach.tensors.items() if key not in others and _is_copied(tensor)]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*parameters.values(), *held)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), python_random_state():
         try:
@@ -107,6 +109,14 @@ def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
                 for tensor, value in values:
                     if not tensor.is_meta and not _is_equal(tensor, value):
                         tensor.copy_(value)
+
+
+_MOST_BYTES = 1 << 28
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    """Is a tensor that is no parameter put back? All buffers are; a plain tensor may be a whole data set."""
+    return not tensor.is_meta and (tensor.numel() * tensor.element_size() <= _MOST_BYTES)
 
 
 def _is_equal(tensor: Tensor, other: Tensor) -> bool:

@@ -115,33 +115,42 @@ class _Survey:
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
             one = with_batch(self._given, 1)
-            first = _Call(one, "", dry_run(one))
-            whole = first if one is self._given else _Call(self._given, "", dry_run(self._given))
-            calls = self._other_calls(whole, dry_run)
-        graph = self._first_graph(first, whole, calls)
-        base = first if graph.batch == 1 else whole
-        apart = [call for call in calls if not alike(base.record, call.record)]
-        if base is whole and whole is not first and not alike(whole.record, first.record):
-            apart.append(replace(first, name=_text(first.inputs)))
-        others = self._graphs(apart, training=False)
+            calls = self._calls(one, dry_run)
+        graph = self._first_graph(calls)
+        first = calls[0] if graph.batch == 1 else next(call for call in calls if call.inputs is self._given)
+        others = [call for call in calls if call is not first and not alike(first.record, call.record)]
+        graphs = self._graphs(others, training=False)
         if graph.leaves_state:
-            others += self._second_call(base)
-        train, train_others, failure = self._train_graphs(graph, whole, calls)
-        return Capture(graph, train, tuple(others), tuple(train_others), failure, tuple(self._covers))
+            graphs += self._second_call(first)
+        train, train_graphs, failure = self._train_graphs(graph, calls)
+        return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, tuple(self._covers))
 
-    def _other_calls(self, whole: _Call, dry_run: Callable[[Any], Record | None]) -> list[_Call]:
-        """Calls with other numbers of examples and other lengths, and with further examples."""
+    def _calls(self, one: Any, dry_run: Callable[[Any], Record | None]) -> list[_Call]:
+        """The call with one example, that with the inputs as given, and those with other numbers of examples, with
+        other lengths, and with further examples.
+        """
+        given = self._given
+        first = _Call(one, _text(one), dry_run(one))
+        is_clear = first.record is not None or dry_run(given) is not None
 
         def takes(inputs: Any) -> bool:
-            return dry_run(inputs) is not None if whole.record is not None else self._runs(inputs)
+            return dry_run(inputs) is not None if is_clear else self._runs(inputs)
 
-        given = whole.inputs
-        trials = [with_batch(given, MANY)] if self._batch is not None else []
-        for sizes, batch in ((larger, MANY), (smaller, 2)):
-            lengths = other_lengths(given, sizes, takes)
+        trials = [given]
+        if self._batch is not None:
+            for batches in ((MANY, *larger(self._batch)), (2, *smaller(self._batch))):
+                resized_ = (with_batch(given, batch) for batch in batches)
+                trials.append(next((inputs for inputs in resized_ if takes(inputs)), given))
+        for candidates, batch in ((larger, MANY), (smaller, 2)):
+            lengths = other_lengths(given, candidates, takes)
             if lengths:
-                trials.append(with_batch(resized(given, lengths), batch))
-        found = [_Call(inputs, _text(inputs), dry_run(inputs)) for inputs in trials if takes(inputs)]
+                several = with_batch(resized(given, lengths), batch)
+                trials.append(several if takes(several) else resized(given, lengths))
+        unique = {_text(inputs): inputs for inputs in trials if inputs is not given or one is not given}
+        found = [
+            first,
+            *(_Call(inputs, text, dry_run(inputs)) for text, inputs in unique.items() if text != first.name),
+        ]
         further = enumerate(self._more, 1)
         return found + [_Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further]
 
@@ -153,19 +162,16 @@ class _Survey:
             return False
         return True
 
-    def _first_graph(self, first: _Call, whole: _Call, calls: Sequence[_Call]) -> CapturedGraph:
+    def _first_graph(self, calls: Sequence[_Call]) -> CapturedGraph:
         """The graph of one example where the model treats examples alike, else of the inputs as given."""
-        if self._batch is not None and all(alike(first.record, call.record) for call in calls if _has_batch(call)):
+        first = calls[0]
+        if self._batch is not None:
+            apart = [call for call in calls if _has_batch(call) and not alike(first.record, call.record)]
             graph = self._exported(first, batch=1)
             if graph is not None and outputs_have_batch(graph, 1):
-                return graph
-        elif self._batch is not None:
-            graph, other = (
-                self._exported(first, batch=1),
-                self._exported(replace(whole, inputs=with_batch(whole.inputs, 2))),
-            )
-            if graph is not None and other is not None and outputs_have_batch(graph, 1) and self._agree(graph, other):
-                return graph
+                others = [self._exported(call) for call in apart[:2]]
+                if all(other is not None and self._agree(graph, other) for other in others):
+                    return replace(graph, call="")
         try:
             return export(self._model, self._given, False, self._is_compound)
         except Exception as failure:  # export raises many types
@@ -202,47 +208,53 @@ class _Survey:
         """Has the model values that may be run with any indices? (On a GPU, one out of range ends the process.)"""
         return self._has_values and all(parameter.device.type == "cpu" for parameter in self._model.parameters())
 
-    def _second_call(self, call: _Call) -> list[CapturedGraph]:
+    def _second_call(self, first: _Call) -> list[CapturedGraph]:
         """The graph of the call after this one, which reads what this one leaves behind."""
         if not self._has_values:
             return []
-        args, kwargs = call.inputs
-        with mode(self._model, training=False), without_autocast(), torch.no_grad():
+        names = {name for name, _ in self._model.named_parameters()}
+        args, kwargs = copies(first.inputs)
+        with mode(self._model, training=False), without_autocast():
             before = Reach(self._model)
-            self._model(*copies(args), **copies(kwargs))
+            with torch.no_grad():
+                self._model(*args, **kwargs)
             made = Reach(self._model).left_since(before).values()
             try:
-                return [export(self._model, call.inputs, False, self._is_compound, None, "a second call", [*made])]
+                graph = export(self._model, first.inputs, False, self._is_compound, None, "a second call", [*made])
             except Exception as failure:
                 raise capture_error(self._model, failure) from failure
+        return [graph] if names.issuperset(graph.parameters.values()) else []
 
     def _train_graphs(
-        self, graph: CapturedGraph, whole: _Call, calls: Sequence[_Call]
+        self, graph: CapturedGraph, calls: Sequence[_Call]
     ) -> tuple[CapturedGraph | None, list[CapturedGraph], str]:
         """Graphs of train mode where it makes other calls than eval mode, and why there are none."""
         batch = 2 if graph.batch == 1 else None  # a batch norm does not train on one example
-        call = replace(whole, inputs=with_batch(whole.inputs, batch))
+        inputs = with_batch(self._given, batch)
         with dry_runs(self._model, training=True) as dry_run:
-            records = [dry_run(other.inputs) for other in calls]
-            if calls and all(same(record, other.record) for record, other in zip(records, calls, strict=True)):
-                return None, [], ""
-            first = dry_run(call.inputs)
-        if not calls:
-            with dry_runs(self._model, training=False) as dry_run:
-                if same(first, dry_run(call.inputs)):
-                    return None, [], ""
+            records = [dry_run(call.inputs) for call in calls]
+            first = dry_run(inputs)
+        if all(same(record, call.record) for record, call in zip(records, calls, strict=True) if _trains(call)):
+            return None, [], ""
         trained, failure = None, None
-        for inputs, size in ((call.inputs, batch), (self._given, None)):
+        for chosen, size in ((inputs, batch), (self._given, None)):
             try:
-                trained = export(self._model, inputs, True, self._is_compound, size)
+                trained = export(self._model, chosen, True, self._is_compound, size)
                 break
             except Exception as error:
                 failure = error
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
-        apart = [other for other, record in zip(calls, records, strict=True) if not alike(first, record)]
+        apart = [
+            call for call, record in zip(calls, records, strict=True) if _trains(call) and not alike(first, record)
+        ]
         return trained, self._graphs(apart, training=True), ""
+
+
+def _trains(call: _Call) -> bool:
+    """May train mode be looked at in this call? A batch norm does not train on one example."""
+    return common_batch(call.inputs) != 1
 
 
 def _has_batch(call: _Call) -> bool:

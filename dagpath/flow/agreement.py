@@ -56,7 +56,8 @@ def _pairs(a: Grouped, b: Grouped) -> Tensor:
             one, other = broadcast(compact(one), compact(other))
             free = (one > FIXED) & (other > FIXED)
             found.append(torch.unique(torch.stack([one[free], other[free]]), dim=1))
-    return torch.unique(torch.cat(found, 1), dim=1)
+    pairs: Tensor = torch.unique(torch.cat(found, 1), dim=1)
+    return pairs
 
 
 def conflicts(a: Grouped, b: Grouped) -> tuple[Tensor, Tensor]:

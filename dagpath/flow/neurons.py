@@ -186,7 +186,8 @@ class NeuronFlow(fx.Interpreter):
         fakes = leaves(call.output, Tensor)
         if [value.shape for value in values] != [fake.shape for fake in fakes]:
             raise ValueError(f"its rule gives {[tuple(v.shape) for v in values]}, it {[tuple(f.shape) for f in fakes]}")
-        rounded = [value for value, fake in zip(values, fakes, strict=True) if not call.keeps_range(fake)]
+        scaled = [leaf for leaf in call.leaves(Tensor) if not leaf.ndim and bool(leaf > FIXED)]
+        rounded = [value for value, fake in zip(values, fakes, strict=True) if not call.keeps_range(fake, bool(scaled))]
         return not any(isinstance(value, Weight) or bool((compact(value) > FIXED).any()) for value in rounded)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -381,6 +382,7 @@ class NeuronFlow(fx.Interpreter):
                 for stored, end in ((known.dst, dst), (known.src, src)):
                     flat, new = stored.view(-1), end.expand(elements.shape)[inside]
                     flat[local] = self._merge(flat[local], new)
+                    self.tie(flat[local], new, _SHARED)  # an element may stand in several places
 
     def computed(
         self, formula: str, shape: torch.Size, parts: Sequence[Weight], spread: Callable[[Tensor, Tensor], None]

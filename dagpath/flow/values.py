@@ -249,16 +249,19 @@ class Call:
         """What the operation returns, as fake tensors, which have shapes and types without values."""
         return self.node.meta.get("val")
 
-    def keeps_range(self, result: Tensor) -> bool:
+    def keeps_range(self, result: Tensor, numbers: bool = False) -> bool:
         """Do products with powers of two pass to this result unchanged, as far as its type goes?
 
         They leave the range of integers at once, and that of float16 easily, where the arguments have a wider one.
+        Zero-dimensional tensors beside others count if ``numbers`` says so: where they carry a scale of their own.
         """
         if _range(result) is None:
             return False
-        given = [node.meta.get("val") for node in self.node.all_input_nodes]
-        ranges = [_range(value) or 0.0 for value in given if isinstance(value, Tensor) and value.ndim]
-        return _range(result) == _WIDE or _WIDE not in ranges
+        given = [
+            leaf for leaf in (node.meta.get("val") for node in self.node.all_input_nodes) if isinstance(leaf, Tensor)
+        ]
+        tensors = given if numbers else [value for value in given if value.ndim] or given
+        return _range(result) == _WIDE or _WIDE not in [_range(value) or 0.0 for value in tensors]
 
     def leaves(self, kind: type | tuple[type, ...]) -> list[Any]:
         """The arguments of the given type or types, those inside lists too, in their order."""

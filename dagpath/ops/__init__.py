@@ -10,6 +10,7 @@ from dagpath.ops import (  # noqa: F401 (which registers their operations)
     attention,
     compound,
     elementwise,
+    indexing,
     linear,
     movement,
     normalization,

@@ -125,7 +125,7 @@ class Unknown(Operation):
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         touched = call.leaves(Weight) or any(bool((compact(numbers) > FIXED).any()) for numbers in call.leaves(Tensor))
-        if touched and not self.known:
+        if touched and not (self.known or flow.graph_inputs.call):
             flow.without_rule.append(call.node)
         for weight in call.leaves(Weight):
             flow.pin(weight)

@@ -21,7 +21,7 @@ register(
     *("addcmul", "addcdiv", "lerp", "rsub.Tensor", "glu", "threshold", "subtract", "negative", "absolute", "outer"),
     *("ger", "inner", "dot", "vdot", "mv", "addmv", "addr", "tensordot", "kron", "linalg_matmul", "linalg_multi_dot"),
     *("chain_matmul", "linalg_vecdot", "trace", "cross", "linalg_cross", "diag", "diagflat", "block_diag", "take"),
-    *("column_stack", "row_stack", "fliplr", "flipud", "index_add", "index_copy", "sum_to_size", "nansum", "nanmean"),
+    *("column_stack", "row_stack", "fliplr", "flipud", "index_copy", "sum_to_size", "nansum", "nanmean"),
     *("max_unpool2d", "max_unpool3d", "_pad_circular", "t_copy", "transpose_copy", "expand_copy", "diagonal_copy"),
     *("unfold_copy", "unsqueeze_copy", "split_with_sizes_copy", "alias_copy"),
 )

@@ -81,11 +81,14 @@ class Clamp(Homogeneous):
 
 
 class NanToNum(Homogeneous):
-    """Zeros in place of NaN, and the largest numbers in place of infinite ones. Other numbers fix the input."""
+    """Numbers in place of NaN and of infinite ones: homogeneous if those are zero or infinite. Others fix the input.
+
+    By default infinite entries become the largest numbers of the type.
+    """
 
     def applies(self, call: Call) -> bool:
-        numbers = (call.get(name) for name in ("nan", "posinf", "neginf"))
-        return all(number is None or is_scaleless(plain(number)) for number in numbers)
+        numbers = (call.get("nan") or 0.0, call.get("posinf"), call.get("neginf"))
+        return all(number is not None and is_scaleless(plain(number)) for number in numbers)
 
 
 def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> Weight:

@@ -14,7 +14,19 @@ from dagpath.flow.edge_values import EdgeWeights, Nodes
 from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, expanded, is_scaleless, mapped, plain
+from dagpath.flow.values import (
+    FIXED,
+    ZERO,
+    Call,
+    Operand,
+    Weight,
+    compact,
+    expanded,
+    is_scaleless,
+    leaves,
+    mapped,
+    plain,
+)
 from dagpath.ops.base import Operation, Unknown, register
 
 
@@ -31,22 +43,56 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else value
 
 
+_MOVED = Unknown("is moved by values that depend on the input")
+
+
 class Movement(Operation):
-    """Data movement: neurons, parameters and masses move as the operation moves values."""
+    """Data movement: neurons, parameters and masses move as the operation moves values.
+
+    Tensors of integers or booleans beside what is moved say where it goes. Where those depend on the input of the
+    model, the methods that are called ``chosen_...`` answer.
+    """
 
     moves_weights = True
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        if call.leaves(Weight) and not call.leaves(Tensor):
-            moved = move(call, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
+        if is_index(call.output):
+            return flow.constant(call.output)
+        try:
+            known = with_indices(call, flow.real_node)
+        except NotConstantError:
+            return self.chosen_neurons(flow, call)
+        if known.leaves(Weight) and not known.leaves(Tensor):
+            moved = move(known, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
             return mapped(moved, Tensor, lambda elements: Weight(elements.shape, elements=elements))
-        return mapped(move(call, flow.activation), Tensor, expanded)
+        return mapped(move(known, flow.activation), Tensor, expanded)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.linear(call)
+        if is_index(call.output):
+            return flow.barrier(call)
+        try:
+            known = with_indices(call, flow.real_node)
+        except NotConstantError:
+            return self.chosen_mass(flow, call)
+        return flow.linear(known)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        return flow.moved(call, move)
+        if is_index(call.output):
+            return flow.barrier(call)
+        try:
+            known = with_indices(call, flow.real_node)
+        except NotConstantError:
+            return self.chosen_edges(flow, call)
+        return flow.moved(known, move)
+
+    def chosen_neurons(self, flow: NeuronFlow, call: Call) -> Any:
+        return _MOVED.neurons(flow, call)
+
+    def chosen_mass(self, flow: MassFlow, call: Call) -> Any:
+        return flow.barrier(call)
+
+    def chosen_edges(self, flow: EdgeFlow, call: Call) -> Any:
+        return flow.barrier(call)
 
 
 class SameValues(Operation):
@@ -151,40 +197,28 @@ class ZeroFill(Movement):
         return move(call, lambda leaf: leaf - ZERO if isinstance(leaf, Tensor) else leaf) + ZERO
 
 
-class Index(Movement):
-    """Indexing: data movement where the indices are constants; indices from the input fix what they index."""
-
-    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        try:
-            known = with_indices(call, flow.real_node)
-        except NotConstantError:
-            return Unknown("is indexed by values that depend on the input").neurons(flow, call)
-        return super().neurons(flow, known)
-
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        try:
-            return super().mass(flow, with_indices(call, flow.real_node))
-        except NotConstantError:
-            return flow.barrier(call)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        try:
-            return super().edges(flow, with_indices(call, flow.real_node))
-        except NotConstantError:
-            return flow.barrier(call)
+def is_index(value: Any) -> bool:
+    """Is it a tensor of integers or booleans?"""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def with_indices(call: Call, real_node: Callable[[fx.Node], Any]) -> Call:
-    """The call with its integer and boolean tensors replaced by their values, out of sight of the flow."""
+    """The call with its integer and boolean tensors replaced by their values, out of sight of the flow.
+
+    Raises:
+        NotConstantError: the values depend on the input of the model.
+    """
+    if not any(is_index(node.meta.get("val")) for node in call.node.all_input_nodes):
+        return call
 
     def known(argument: Any) -> Any:
-        value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            return _Known(real_node(argument))
-        return argument
+        is_known = isinstance(argument, fx.Node) and is_index(argument.meta.get("val"))
+        return _Known(real_node(argument)) if is_known else argument
 
     def target(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = mapped((args, kwargs), _Known, lambda leaf: leaf.value)
+        moved = leaves((args, kwargs), Tensor)
+        device = moved[0].device if moved else torch.device("cpu")  # numbers of neurons are there
+        args, kwargs = mapped((args, kwargs), _Known, lambda leaf: leaf.value.to(device))
         return call.target(*args, **kwargs)
 
     nodes, named = fx.node.map_arg((call.node.args, call.node.kwargs), known)
@@ -280,7 +314,7 @@ register(
 register(Concatenate(), "cat", "concat", "concatenate")
 register(ConstantPad(), "pad", "constant_pad_nd")
 register(ZeroFill(), "im2col", "tril", "triu", "diag_embed")
-register(Index(), "index", "index_select", "gather", "take_along_dim")
+register(Unknown("is read as another type"), "view.dtype")
 register(
     Inspection(),
     *("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size", "sym_numel"),

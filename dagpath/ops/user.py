@@ -18,10 +18,10 @@ from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.values import Call, Mass, Weight, leaves, mapped
 from dagpath.ops.base import Operation, Unknown, operation_name, register, registered
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
-from dagpath.ops.movement import Index, move, with_indices
+from dagpath.ops.movement import Movement, move, with_indices
 
 
-class Rearrangement(Index):
+class Rearrangement(Movement):
     """Data movement by an operation of a user's own, which may have no derivative: masses follow the numbers."""
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
