@@ -24,14 +24,17 @@ def with_batch(given: Any, size: int | None) -> Any:
 
     The inputs themselves where they have no common batch size, or where ``size`` is None.
     """
-    batch = common_batch(given)
-    if size is None or batch is None or batch == size:
+    if size is None or common_batch(given) in (None, size):
         return given
-    leaves = pytree.tree_leaves(given)
-    return resized(
-        given,
-        {(i, 0): size for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim},
-    )
+    return resized(given, batch_sizes(given, size))
+
+
+def batch_sizes(given: Any, size: int) -> dict[Dim, int]:
+    """The size as that of dimension 0 of all tensors among the inputs; empty where they have no common one."""
+    leaves = enumerate(pytree.tree_leaves(given))
+    if common_batch(given) is None:
+        return {}
+    return {(position, 0): size for position, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
 
 
 def resized(given: Any, sizes: Mapping[Dim, int]) -> Any:

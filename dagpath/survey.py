@@ -7,8 +7,8 @@ graph, and where two graphs tie neurons in different ways, the neurons keep thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from dagpath.distributed import has_all_values
 from dagpath.dry_run import Record, dry_runs
 from dagpath.errors import CaptureError
 from dagpath.reach import Reach
-from dagpath.sizes import common_batch, copies, larger, other_lengths, resized, smaller, with_batch
+from dagpath.sizes import Dim, batch_sizes, common_batch, copies, larger, other_lengths, resized, smaller, with_batch
 from dagpath.state import mode, without_autocast
 
 MANY = 13
@@ -48,6 +48,7 @@ class Capture:
         train_others: those in train mode.
         train_failure: why train mode cannot be captured; empty if it can.
         covers: what the trace holds for, a line each.
+        sizes: other sizes of dimensions of the inputs that the model takes too, one for each call with them.
     """
 
     eval: CapturedGraph
@@ -56,6 +57,7 @@ class Capture:
     train_others: tuple[CapturedGraph, ...]
     train_failure: str
     covers: tuple[str, ...]
+    sizes: tuple[Mapping[Dim, int], ...] = ()
 
     @property
     def graphs(self) -> list[CapturedGraph]:
@@ -65,11 +67,19 @@ class Capture:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call to look at: its inputs, what it is in words, and its dry run."""
+    """A call to look at.
+
+    Attributes:
+        inputs: its inputs.
+        name: what it is in words.
+        record: its dry run; None where that fails.
+        sizes: in which sizes the inputs differ from those that were given.
+    """
 
     inputs: Any
     name: str
-    record: Record | None = None
+    record: Record | None
+    sizes: Mapping[Dim, int] = field(default_factory=dict)
 
 
 def survey(
@@ -110,7 +120,6 @@ class _Survey:
         self._model, self._given, self._more, self._is_compound, self._agree = model, given, more, is_compound, agree
         self._batch = common_batch(given)
         self._has_values = has_all_values(model)
-        self._covers: list[str] = []
 
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
@@ -123,7 +132,8 @@ class _Survey:
         if graph.leaves_state:
             graphs += self._second_call(first)
         train, train_graphs, failure = self._train_graphs(graph, calls)
-        return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, tuple(self._covers))
+        sizes = tuple(call.sizes for call in calls if call.sizes)
+        return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, self._covers(graph, calls), sizes)
 
     def _calls(self, one: Any, dry_run: Callable[[Any], Record | None]) -> list[_Call]:
         """The call with one example, that with the inputs as given, and those with other numbers of examples, with
@@ -136,23 +146,25 @@ class _Survey:
         def takes(inputs: Any) -> bool:
             return dry_run(inputs) is not None if is_clear else self._runs(inputs)
 
-        trials = [given]
+        trials: list[dict[Dim, int]] = [{}]
         if self._batch is not None:
             for batches in ((MANY, *larger(self._batch)), (2, *smaller(self._batch))):
-                resized_ = (with_batch(given, batch) for batch in batches)
-                trials.append(next((inputs for inputs in resized_ if takes(inputs)), given))
-        for candidates, batch in ((larger, MANY), (smaller, 2)):
-            lengths = other_lengths(given, candidates, takes)
+                candidates = (batch_sizes(given, batch) for batch in batches if batch != self._batch)
+                trials.append(next((sizes for sizes in candidates if takes(resized(given, sizes))), {}))
+        for others, batch in ((larger, MANY), (smaller, 2)):
+            lengths = other_lengths(given, others, takes)
             if lengths:
-                several = with_batch(resized(given, lengths), batch)
-                trials.append(several if takes(several) else resized(given, lengths))
-        unique = {_text(inputs): inputs for inputs in trials if inputs is not given or one is not given}
-        found = [
-            first,
-            *(_Call(inputs, text, dry_run(inputs)) for text, inputs in unique.items() if text != first.name),
-        ]
+                several = {**batch_sizes(given, batch), **lengths}
+                trials.append(several if takes(resized(given, several)) else lengths)
+        found = {first.name: first}
+        for sizes in trials:
+            inputs = resized(given, sizes) if sizes else given
+            found.setdefault(_text(inputs), _Call(inputs, _text(inputs), dry_run(inputs), sizes))
         further = enumerate(self._more, 1)
-        return found + [_Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further]
+        return [
+            *found.values(),
+            *(_Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further),
+        ]
 
     def _runs(self, inputs: Any) -> bool:
         """Does the model take these inputs? With its values where it has them, since indices may be out of range."""
@@ -251,6 +263,24 @@ class _Survey:
         ]
         return trained, self._graphs(apart, training=True), ""
 
+    def _covers(self, graph: CapturedGraph, calls: Sequence[_Call]) -> tuple[str, ...]:
+        lines = []
+        if graph.batch == 1:
+            lines.append("any number of examples: the model treats each one alike")
+        elif self._batch is not None:
+            tried = [str(common_batch(call.inputs)) for call in calls if _has_batch(call)]
+            lines.append(f"numbers of examples that were looked at ({', '.join(dict.fromkeys(tried))})")
+        other = [call for call in calls if set(call.sizes) - set(batch_sizes(self._given, 1))]
+        if other:
+            lines.append(
+                "other sizes of the inputs, of which were looked at: " + "; ".join(_shapes(c.inputs) for c in other)
+            )
+        else:
+            lines.append(
+                f"inputs of the sizes {_shapes(self._given)} alone: the model took none of the others that were tried"
+            )
+        return tuple(lines)
+
 
 def _trains(call: _Call) -> bool:
     """May train mode be looked at in this call? A batch norm does not train on one example."""
@@ -262,5 +292,8 @@ def _has_batch(call: _Call) -> bool:
 
 
 def _text(inputs: Any) -> str:
-    shapes = [list(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return f"a call with {'an input' if len(shapes) == 1 else 'inputs'} of shape {', '.join(map(str, shapes))}"
+    return f"a call with inputs of the sizes {_shapes(inputs)}"
+
+
+def _shapes(inputs: Any) -> str:
+    return ", ".join(str(list(leaf.shape)) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))

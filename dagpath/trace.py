@@ -242,6 +242,8 @@ def trace(
             the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
             models do whose dimension 0 is a sequence): give it as many then as it is used with.
         kwargs: keyword arguments of ``model.forward``.
+        more_examples: further calls that the trace has to be right for: other lengths, other branches. Each is a tensor
+            or a tuple of positional arguments (with the same ``kwargs``), or a mapping of keyword arguments alone.
 
     Returns:
         A :class:`TracedModel`, which reads the parameters of the model as they are whenever it is asked.
@@ -268,7 +270,7 @@ def trace(
     inner = unwrap(model)
     peers, model = Peers.of(model), inner
     with peers.together():
-        given, *more = (_inputs(example, kwargs or {}) for example in (example_inputs, *more_examples))
+        given, *more = (inputs_of(example, kwargs or {}) for example in (example_inputs, *more_examples))
         captured, neurons = _captured(model, given, more)
     peers.require_same("the graphs of neurons", f"{type(model).__name__}, {neurons.digest()}")
     if captured.train_failure:
@@ -306,7 +308,7 @@ def _captured(
         return captured, NeuronGraph(found, functools.partial(_structure, model, captured))
 
 
-def _inputs(example: object, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(example: object, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of one call."""
     if isinstance(example, Mapping):
         return (), dict(example)

@@ -46,7 +46,7 @@ NUMBERS = {
     "divided, rounded": lambda x: torch.div(x, 0.25, rounding_mode="floor"),
     "other type": lambda x: x.double().to(x.dtype),
     "detached": lambda x: x.detach(),
-    "nan to num": lambda x: x.nan_to_num(),
+    "nan to num": lambda x: x.nan_to_num(0.0, math.inf, -math.inf),
     "masked": lambda x: x.masked_fill(torch.arange(x.shape[-1]) % 2 == 1, 0.0),
     "masked by one": lambda x: x.masked_fill(torch.arange(x.shape[-1]) % 2 == 1, 1.0),
     "expanded mean": lambda x: x.mean(1, keepdim=True).expand_as(x),

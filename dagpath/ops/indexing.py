@@ -60,7 +60,8 @@ class Index(Movement):
 
         def is_taken(values: Values) -> Tensor:
             real = call.on(values)
-            return taken == real.run(lambda leaf: places if leaf is real["input"] else leaf)
+            found: Tensor = taken == real.run(lambda leaf: places if leaf is real["input"] else leaf)
+            return found
 
         src = torch.nn.functional.pad(flow.nodes(x).flatten(), (1, 0))[taken]
         slots = flow.slots(taken.shape, is_taken)
@@ -96,7 +97,8 @@ class Index(Movement):
                 return x
             return torch.full(_shape(leaf), place, device=x.device) if isinstance(leaf, (Tensor, Operand)) else leaf
 
-        return call.run(convert)  # type: ignore[no-any-return]
+        result: Tensor = call.run(convert)
+        return result
 
 
 class IndexAdd(Operation):
@@ -137,7 +139,7 @@ class IndexAdd(Operation):
 
             def goes_there(values: Values) -> Tensor:
                 real = call.on(values)["index"]
-                there = real[None, :] == rows[:, None]
+                there: Tensor = real[None, :] == rows[:, None]
                 return there.view(len(rows), *[1] * axis, -1, *[1] * (len(shape) - axis - 1)).expand(
                     len(rows), *source.shape
                 )
