@@ -57,7 +57,8 @@ def python_random_state() -> Iterator[None]:
 
 def random_states() -> tuple[object, ...]:
     """The random states of Python and NumPy, to see whether something drew from them."""
-    return random.getstate(), repr(numpy.random.get_state())
+    state: Any = numpy.random.get_state(legacy=False)
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"], state["gauss"]
 
 
 _one_model = threading.RLock()

@@ -65,7 +65,7 @@ class Capture:
         return [graph for graph in (self.eval, self.train, *self.others, *self.train_others) if graph is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """A call to look at.
 
@@ -123,8 +123,7 @@ class _Survey:
 
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
-            one = with_batch(self._given, 1)
-            calls = self._calls(one, dry_run)
+            calls = self._calls(with_batch(self._given, 1), _once(dry_run))
         graph = self._first_graph(calls)
         first = calls[0] if graph.batch == 1 else next(call for call in calls if call.inputs is self._given)
         others = [call for call in calls if call is not first and not alike(first.record, call.record)]
@@ -146,20 +145,16 @@ class _Survey:
         def takes(inputs: Any) -> bool:
             return dry_run(inputs) is not None if is_clear else self._runs(inputs)
 
-        trials: list[dict[Dim, int]] = [{}]
-        if self._batch is not None:
-            for batches in ((MANY, *larger(self._batch)), (2, *smaller(self._batch))):
-                candidates = (batch_sizes(given, batch) for batch in batches if batch != self._batch)
-                trials.append(next((sizes for sizes in candidates if takes(resized(given, sizes))), {}))
-        for others, batch in ((larger, MANY), (smaller, 2)):
-            lengths = other_lengths(given, others, takes)
-            if lengths:
-                several = {**batch_sizes(given, batch), **lengths}
-                trials.append(several if takes(resized(given, several)) else lengths)
+        trials: list[Mapping[Dim, int]] = [{}]
+        for sizes, batches in ((larger, (MANY, *larger(self._batch or 1))), (smaller, (2, *smaller(self._batch or 1)))):
+            candidates = [batch_sizes(given, batch) for batch in batches if batch != self._batch]
+            base = next((chosen for chosen in candidates if chosen and takes(resized(given, chosen))), {})
+            lengths = other_lengths(resized(given, base), sizes, takes)
+            trials += [base, {**base, **lengths}]
         found = {first.name: first}
-        for sizes in trials:
-            inputs = resized(given, sizes) if sizes else given
-            found.setdefault(_text(inputs), _Call(inputs, _text(inputs), dry_run(inputs), sizes))
+        for trial in trials:
+            inputs = resized(given, trial) if trial else given
+            found.setdefault(_text(inputs), _Call(inputs, _text(inputs), dry_run(inputs), trial))
         further = enumerate(self._more, 1)
         return [
             *found.values(),
@@ -244,10 +239,10 @@ class _Survey:
         batch = 2 if graph.batch == 1 else None  # a batch norm does not train on one example
         inputs = with_batch(self._given, batch)
         with dry_runs(self._model, training=True) as dry_run:
-            records = [dry_run(call.inputs) for call in calls]
-            first = dry_run(inputs)
-        if all(same(record, call.record) for record, call in zip(records, calls, strict=True) if _trains(call)):
-            return None, [], ""
+            telling = [call for call in calls if _trains(call) and _tells(call, calls)]
+            if all(same(dry_run(call.inputs), call.record) for call in telling):
+                return None, [], ""
+            first, records = dry_run(inputs), [dry_run(call.inputs) for call in calls]
         trained, failure = None, None
         for chosen, size in ((inputs, batch), (self._given, None)):
             try:
@@ -282,9 +277,28 @@ class _Survey:
         return tuple(lines)
 
 
+def _once(dry_run: Callable[[Any], Record | None]) -> Callable[[Any], Record | None]:
+    """The same function, which makes one dry run for inputs of the same sizes."""
+    known: dict[tuple[Any, ...], Record | None] = {}
+
+    def run_once(inputs: Any) -> Record | None:
+        leaves, structure = pytree.tree_flatten(inputs)
+        key = _shapes(inputs), repr([leaf for leaf in leaves if not isinstance(leaf, Tensor)]), structure
+        if key not in known:
+            known[key] = dry_run(inputs)
+        return known[key]
+
+    return run_once
+
+
 def _trains(call: _Call) -> bool:
     """May train mode be looked at in this call? A batch norm does not train on one example."""
     return common_batch(call.inputs) != 1
+
+
+def _tells(call: _Call, calls: Sequence[_Call]) -> bool:
+    """Is the call not provably like a later one?"""
+    return not any(alike(call.record, other.record) for other in calls[calls.index(call) + 1 :])
 
 
 def _has_batch(call: _Call) -> bool:

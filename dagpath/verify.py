@@ -150,8 +150,8 @@ class Verification:
             remark = "If the model merely amplifies rounding errors, power_of_two=True is exact."
         shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(check.inputs) if isinstance(t, Tensor))
         return VerificationError(
-            f"after rescaling, the outputs in {_mode(check)} on inputs of shape {shapes} differ by {worst:.2e} relative "
-            f"to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. {remark} "
+            f"after rescaling, the outputs in {_mode(check)} on inputs of shape {shapes} differ by {worst:.2e} "
+            f"relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. {remark} "
             "Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
             worst,
             tolerance,

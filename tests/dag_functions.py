@@ -1,5 +1,7 @@
 """Functions of one value or two that random networks are made of, by name."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -97,6 +97,8 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
         flow: a pass that has run all of the graphs.
         families: for each mode, what the graph of each of its calls says alone.
     """
+    if not families:
+        return grouped(flow)
     numbers = flow.ends()
     varying: dict[str, None] = {}
     for first, *others in families:
