@@ -28,7 +28,6 @@ from dagpath.lifting import path_count, path_length_profile, path_metric, path_n
 from dagpath.page import html_report
 from dagpath.paths.top import top_paths
 from dagpath.report import table
-from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.trace import require_finite, trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -229,9 +228,13 @@ def rescale(
         bool, typer.Option("--power-of-two", help="Factors that are powers of two: outputs stay bitwise the same.")
     ] = False,
     bound: Annotated[
-        float,
-        typer.Option(help="Largest factor, and the inverse of the smallest. Smaller where a half type overflows."),
-    ] = math.exp(DEFAULT_BOUND),
+        float | None,
+        typer.Option(
+            help="Largest factor, and the inverse of the smallest, above 1. By default as large as the types of the "
+            "weights hold.",
+            show_default=False,
+        ),
+    ] = None,
     prefix: Prefix = "",
     with_values: Annotated[
         bool,
@@ -259,7 +262,7 @@ def rescale(
         prefix=prefix,
         progress=not as_json,
         power_of_two=power_of_two,
-        bound=math.log(bound) if bound > 1 else 0.0,
+        bound=None if bound is None else math.log(bound) if bound > 1 else 0.0,
     )
     if as_json:
         found = {

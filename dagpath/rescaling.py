@@ -54,12 +54,13 @@ class Rescaling:
             value, but for themselves, meets (p in the formulas); for norms and ranges, those that are not zero.
         iterations: iterations of the solver.
         products: its Hessian products.
-        converged: did the solver reach its tolerance? True where none ran.
+        converged: did the solver reach its tolerance, and does the bound hold no group? True where none ran.
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
-        bound: the largest ``|log λ|`` that was allowed.
+        bound: the largest ``|log λ|`` that was allowed to any group.
         rounding_loss: how much higher the objective is than at the minimum, for rounding to powers of two.
         difference: largest relative difference of the outputs, where it was verified.
+        held: bool [num_groups], which groups the bound holds away from the minimum.
 
     Example:
         >>> import torch, dagpath
@@ -85,13 +86,21 @@ class Rescaling:
     bound: float = math.inf
     rounding_loss: float = 0.0
     difference: float | None = None
+    held: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool), repr=False)
 
     def __post_init__(self) -> None:
+        if not len(self.held):
+            object.__setattr__(self, "held", torch.zeros(self.log_scales.shape, dtype=torch.bool))
         if self.log_scales.shape != (self.traced.graph.num_groups,):
             raise ValueError(
                 f"log_scales must have shape ({self.traced.graph.num_groups},), one for each free group, got "
                 f"{tuple(self.log_scales.shape)}"
             )
+
+    @property
+    def num_held(self) -> int:
+        """How many groups the bound holds away from the minimum."""
+        return int(self.held.sum())
 
     def multipliers(self) -> dict[str, Tensor]:
         """The factor of every element, ``λ[dst] / λ[src]``.
@@ -149,7 +158,7 @@ class Rescaling:
         found = {name: getattr(self, name) for name in _FOUND}
         metadata = {"dagpath.rescaling": json.dumps(found), "dagpath.graph": self.traced.graph.digest()}
         with written_whole(path) as target:
-            save_file({"log_scales": self.log_scales}, target, metadata)
+            save_file({"log_scales": self.log_scales, "held": self.held}, target, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str], traced: TracedModel) -> Rescaling:
@@ -174,12 +183,13 @@ class Rescaling:
                 if "dagpath.rescaling" not in metadata:
                     raise ValueError(f"{path} holds no rescaling")
                 log_scales = file.get_tensor("log_scales")
+                held = file.get_tensor("held")
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
         if metadata["dagpath.graph"] != traced.graph.digest():
             raise ValueError(f"the rescaling in {path} is for a model with another neuron graph")
         found = json.loads(metadata["dagpath.rescaling"])
-        return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])})
+        return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])}, held=held)
 
     def apply_(self, model: nn.Module | None = None, optimizers: Iterable[Optimizer] = ()) -> nn.Module:
         """Multiply the parameters in place. All or nothing: if it fails, every parameter is bitwise what it was.
@@ -324,7 +334,7 @@ class Rescaling:
             if self.rounding_loss:
                 rows.append(("lost by rounding to powers of two", f"{self.rounding_loss:,.3g}"))
         if not math.isnan(self.optimality):
-            state = "" if self.converged else "  NOT CONVERGED"
+            state = "  NOT CONVERGED" * (not self.converged and not self.num_held)
             when = " before rounding" if self.power_of_two else ""
             rows.append((f"optimality{when} ({self.measure})", f"{self.optimality:.1e}{state}"))
             if self.live is not None:
@@ -336,7 +346,7 @@ class Rescaling:
             rows.append(("scale factors, smallest", f"{float(spread.min()):.4g}"))
             rows.append(("scale factors, median", f"{float(spread.median()):.4g}"))
             rows.append(("scale factors, largest", f"{float(spread.max()):.4g}"))
-            rows.append(("groups at the bound", f"{self._at_bound(self.log_scales):,}"))
+            rows.append(("groups at the bound", f"{self.num_held:,}" + "  NOT THE MINIMUM" * bool(self.num_held)))
         if frozen:
             rows.append(("frozen parameters, rescaled too", f"{frozen} of {len(parameters)}"))
         if self.difference is not None:
@@ -364,6 +374,9 @@ class Rescaling:
             >>> [(name, len(log_scales)) for name, log_scales in rescaling.layers()]
             [('0', 8)]
         """
+        return list(self._by_layer(self.log_scales).items())
+
+    def _by_layer(self, per_group: Tensor) -> dict[str, Tensor]:
         graph = self.traced.graph
         found: dict[str, Tensor] = {}
         for index, site in enumerate(graph.sites):
@@ -371,25 +384,26 @@ class Rescaling:
             if bool((groups > 0).any()):
                 name = site.module or site.operation
                 again = sum(other == name or other.startswith(f"{name} #") for other in found)
-                found[f"{name} #{again + 1}" if again else name] = self.log_scales[groups[groups > 0] - 1]
-        return list(found.items())
+                found[f"{name} #{again + 1}" if again else name] = per_group[groups[groups > 0] - 1]
+        return found
 
     def _layer_table(self) -> str:
         rows = []
-        for name, z in self.layers():
+        for (name, z), held in zip(self.layers(), self._by_layer(self.held).values(), strict=True):
             low, median, high = (f"{float(part.exp()):.4g}" for part in (z.min(), z.median(), z.max()))
             spread = f"{float(z.std(correction=0)):.3f}"
-            rows.append((name, f"{len(z):,}", low, median, high, spread, f"{self._at_bound(z):,}"))
+            rows.append((name, f"{len(z):,}", low, median, high, spread, f"{int(held.sum()):,}"))
         return table(("layer", "free", "smallest", "median", "largest", "std of log", "at the bound"), rows)
-
-    def _at_bound(self, z: Tensor) -> int:
-        return int((z.abs() >= self.bound * (1 - 1e-12)).sum())
 
     def scales(self) -> Tensor:
         """λ of every group, float64 [num_groups + 1] on the CPU; 1 for the fixed group 0 in front."""
-        exact = torch.round(self.log_scales / math.log(2))
-        scales = torch.exp2(exact) if self.power_of_two else self.log_scales.exp()
-        return torch.cat([scales.new_ones(1), scales]).cpu()
+        return scales_of(self.log_scales, self.power_of_two)
+
+
+def scales_of(log_scales: Tensor, power_of_two: bool) -> Tensor:
+    """λ of every group from its logarithm, float64 [num_groups + 1] on the CPU; 1 for the fixed group 0 in front."""
+    scales = torch.exp2(torch.round(log_scales / math.log(2))) if power_of_two else log_scales.exp()
+    return torch.cat([scales.new_ones(1), scales]).cpu()
 
 
 def _figure(value: float) -> str:

@@ -190,7 +190,8 @@ def test_files_that_hold_code_are_not_run(folder, capsys, monkeypatch):
 
 
 def test_a_bound_limits_the_factors(folder, capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, *RESCALE, "--bound", "1.01")
+    with pytest.warns(UserWarning, match="held by the bound"):
+        code, out, _ = run(capsys, monkeypatch, *RESCALE, "--bound", "1.01")
     assert code == 0
     assert "groups at the bound" in out
     code, _, error = run(capsys, monkeypatch, *RESCALE, "--bound", "0.5")

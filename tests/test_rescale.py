@@ -458,7 +458,8 @@ def test_groups_at_the_bound_are_reported():
     net = mlp(2, 3, 2).double()
     with torch.no_grad():
         net[2].weight.mul_(1e-3)
-    rescaling = dagpath.rescale_(net, torch.randn(2, 2, dtype=torch.float64), bound=0.1)
+    with pytest.warns(UserWarning, match="groups are held by the bound"):
+        rescaling = dagpath.rescale_(net, torch.randn(2, 2, dtype=torch.float64), bound=0.1)
     assert float(rescaling.log_scales.abs().max()) == 0.1
     assert "groups at the bound" in rescaling.summary()
 
