@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import warnings
@@ -145,6 +146,12 @@ class NeuronGraph:
         self.fed = {name: unplaced[end.dst] for name, end in ends.items() if bool((unplaced[end.dst] >= 0).any())}
         self.causes, cause_of = _find_causes(flow, self.sites, site_of_number.numpy(), links)
         self.cause_of: Tensor = torch.from_numpy(cause_of)
+
+    def reading(self, structure: Callable[[NeuronGraph], Structure]) -> NeuronGraph:
+        """The same graph, whose structure is found otherwise: at other values of the parameters."""
+        graph = copy.copy(self)
+        graph._structure = structure
+        return graph
 
     def __repr__(self) -> str:
         return (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagpath.buffers import buffers_read, require_same_neurons
 from dagpath.distributed import Peers, reshard
 from dagpath.files import written_whole
 from dagpath.multiply import Moving, multiply_
@@ -208,7 +209,9 @@ class Rescaling:
             The model.
 
         Raises:
-            ValueError: the model's parameters have other names or shapes, or an optimizer has state that is not known.
+            ValueError: the model's parameters have other names or shapes; a buffer that the traced model reads (a table
+                of indices, a mask) has other values, with which other neurons meet (running statistics may differ: the
+                factors are exact for any); or an optimizer has state that is not known.
             BalanceError: a product leaves the range of its type. A parameter may not overflow; where all factors are
                 powers of two, its products must be exact (a subnormal number may not be); otherwise, rounding below the
                 normal range (6e-5 in float16, 1e-38 in bfloat16 and float32), to zero even, may change an element by no
@@ -302,6 +305,13 @@ class Rescaling:
     def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
         model = self.traced.model if model is None else unwrap(model)
         reshard(model)
+        if model is not self.traced.model:
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            advice = "Trace and balance that model itself; nothing was changed"
+            for name in buffers_read(self.traced.captured):
+                if name not in buffers:
+                    raise ValueError(f"the model is not the traced one: it has no buffer {name!r}")
+            require_same_neurons(self.traced, buffers, "this model", advice)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
         return parameters

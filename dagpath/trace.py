@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -185,9 +185,29 @@ class TracedModel:
         raise ValueError(f"format must be 'text' or 'dict', got {format!r}")
 
 
+def structure_of(
+    model: nn.Module, captured: Capture, values: Mapping[str, Tensor] | None = None
+) -> Callable[[NeuronGraph], Structure]:
+    """What finds the structure of a model's graph, at the values given, or at the model's current ones."""
+    return functools.partial(_structure, model, captured, values)
+
+
 @plain_computation()
-def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
-    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
+def _structure(
+    model: nn.Module, captured: Capture, values: Mapping[str, Tensor] | None, graph: NeuronGraph
+) -> Structure:
+    weights = values_of(model) if values is None else values
+    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept, weights).structure()
+
+
+@plain_computation()
+def neurons_of(model: nn.Module, captured: Capture) -> NeuronGraph:
+    """The graph of neurons of a captured model."""
+    flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
+    for graph in (captured.eval, captured.train):
+        if graph is not None:
+            flow.run_graph(graph)
+    return NeuronGraph(flow, structure_of(model, captured))
 
 
 def require_traced(traced: object) -> None:
@@ -284,9 +304,4 @@ def trace(
 @one_thread()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Capture, NeuronGraph]:
     captured = capture(model, args, kwargs, is_compound)
-    with plain_computation():
-        flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, captured))
-        for graph in (captured.eval, captured.train):
-            if graph is not None:
-                flow.run_graph(graph)
-        return captured, NeuronGraph(flow, functools.partial(_structure, model, captured))
+    return captured, neurons_of(model, captured)
