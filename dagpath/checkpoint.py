@@ -21,7 +21,7 @@ from dagpath.balance import BalanceOptions
 from dagpath.buffers import buffers_read, require_same_neurons, with_values
 from dagpath.criteria import Criterion
 from dagpath.fetched import Fetched
-from dagpath.files import written_whole
+from dagpath.files import require_regular, written_whole
 from dagpath.multiply import Moving, multiply_one_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
@@ -75,10 +75,11 @@ class Checkpoint:
         found = _only(path) if path.is_dir() else path
         if not found.name.endswith(_INDEX):
             return Checkpoint(path, (found,), None, _places(found))
+        require_regular(found)
         try:
             names = json.loads(found.read_bytes())["weight_map"]
             files = {file: found.parent / file for file in sorted(set(names.values()))}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{found} is no index of safetensors files: {error!r}") from error
         for file in files.values():
             if file.parent != found.parent:
@@ -112,6 +113,8 @@ class Checkpoint:
             raise FileExistsError(f"{out} is a folder: name a file")
         elif out.exists() and out.samefile(self.files[0]):
             raise ValueError(f"{out} is the file that is read: name another")
+        elif out.exists() and not out.is_file():
+            raise FileExistsError(f"{out} is no regular file (a pipe, a socket or a device): name a file on a disk")
 
     def write(
         self,
@@ -351,8 +354,7 @@ def _places(path: Path) -> dict[str, Place]:
     """The tensors of a file."""
     from safetensors import SafetensorError, safe_open  # an extra
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

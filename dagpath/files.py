@@ -1,10 +1,11 @@
-"""Files that are written as a whole, or not at all."""
+"""Files that are written as a whole, or not at all, and what may be read as a file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,22 @@ def written_whole(out: str | os.PathLike[str], folder: bool = False) -> Iterator
             shutil.copymode(out, target)
         target.replace(out)
         _sync(out.parent)
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless there is a file that may be read: to open a pipe would wait, and a device has no end."""
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is no regular file (a pipe, a socket or a device): name a file on a disk")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} may not be read: its permissions do not allow it")
 
 
 def _sync(path: Path) -> None:
