@@ -114,7 +114,7 @@ class Checkpoint:
         elif out.exists() and out.samefile(self.files[0]):
             raise ValueError(f"{out} is the file that is read: name another")
         elif out.exists() and not out.is_file():
-            raise FileExistsError(f"{out} is no regular file (a pipe, a socket or a device): name a file on a disk")
+            raise FileExistsError(f"{out} is no regular file: name a file on a disk")
 
     def write(
         self,

@@ -7,12 +7,14 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from dagpath.checkpoint import TORCH_FILES, Checkpoint, rescale_checkpoint, some
 from dagpath.errors import DagpathError
-from dagpath.files import written_whole
+from dagpath.files import require_regular, written_whole
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
 from dagpath.page import html_report
 from dagpath.paths.top import top_paths
@@ -32,6 +34,8 @@ from dagpath.trace import require_finite, trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
+_MOST_ELEMENTS = 2**31
+"""Most elements of an example input."""
 _INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
@@ -251,6 +255,8 @@ def rescale(
     [bold]Example[/bold]: dagpath rescale torchvision.models:resnet50 --input 1,3,224,224 --weights in.safetensors
     --out out.safetensors
     """
+    if bound is not None and not bound > 1:
+        raise typer.BadParameter(f"--bound must be a factor above 1, got {bound}")
     _check_output(out, model, weights)
     network = _built(model, None if with_values else torch.device("meta"))
     rescaling = rescale_checkpoint(
@@ -262,7 +268,7 @@ def rescale(
         prefix=prefix,
         progress=not as_json,
         power_of_two=power_of_two,
-        bound=None if bound is None else math.log(bound) if bound > 1 else 0.0,
+        bound=None if bound is None else math.log(bound),
     )
     if as_json:
         found = {
@@ -289,8 +295,23 @@ def main() -> None:
             _errors.print("[bold red]interrupted[/bold red]: nothing was written")
         raise
     except (DagpathError, ValueError, TypeError, OSError, ImportError) as error:
-        _errors.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         raise SystemExit(1) from None
+    except Exception as error:  # of a type that nothing here raises on purpose
+        _say(f"{type(error).__name__}: {error} ({_line(error)}); nothing was written")
+        raise SystemExit(1) from None
+
+
+def _say(message: str) -> None:
+    _errors.print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _line(error: BaseException) -> str:
+    """Where an error was raised."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"at {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    return f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else "at an unknown line"
 
 
 def _check_output(out: Path, model: str, weights: Path | None) -> None:
@@ -299,7 +320,7 @@ def _check_output(out: Path, model: str, weights: Path | None) -> None:
     if weights is not None:
         checkpoint = None if weights.suffix in TORCH_FILES else Checkpoint.open(weights)
         read += [weights] if checkpoint is None else [*checkpoint.files, checkpoint.index or weights]
-    if any(path.is_file() and out.resolve() == path.resolve() for path in read):
+    if any(path.is_file() and os.path.realpath(out) == os.path.realpath(path) for path in read):
         raise ValueError(f"{out} is the file that is read: name another")
 
 
@@ -309,13 +330,13 @@ def _built(spec: str, device: torch.device | None) -> nn.Module:
     try:
         with device or contextlib.nullcontext():
             model = made()
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"{spec} raised {type(error).__name__}: {error}\n  at {line.filename}:{line.lineno}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{spec} raised {type(error).__name__}: {error}\n  {_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+        raise TypeError(
+            f"{spec} returned {type(model).__name__}, not a torch.nn.Module: FACTORY is a function without arguments "
+            "that returns the model"
+        )
     return model
 
 
@@ -332,6 +353,8 @@ def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     for name in expected:
         if name not in named:
             raise ValueError(f"{weights} has no {prefix + name!r} of {spec}; in it are {some(tensors)}")
+        if not isinstance(expected[name], Tensor):
+            raise ValueError(f"{spec} keeps {name!r}, which is no tensor: no file of tensors has it")
         if named[name].shape != expected[name].shape:
             shapes = tuple(named[name].shape), tuple(expected[name].shape)
             raise ValueError(f"{prefix + name!r} in {weights} has shape {shapes[0]}, that of {spec} has {shapes[1]}")
@@ -347,6 +370,7 @@ def _tensors(weights: Path) -> Mapping[str, Tensor]:
     if weights.suffix not in TORCH_FILES:
         checkpoint = Checkpoint.open(weights)
         return {name: checkpoint.read(name) for name in checkpoint.places}
+    require_regular(weights)
     try:
         found = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # one of many types
@@ -372,21 +396,46 @@ def _factory(spec: str) -> Callable[[], Any]:
         raise typer.BadParameter(f"{spec!r} is not of the form MODULE:FACTORY, such as torchvision.models:resnet18")
     path = Path(module)
     if path.suffix == ".py":
-        if not path.is_file():
-            raise typer.BadParameter(f"there is no file {module}")
-        found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
-        assert found is not None
-        assert found.loader is not None
-        loaded = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = loaded
-        found.loader.exec_module(loaded)
-    else:
-        sys.path.insert(0, "")  # as ``python -m`` does
-        loaded = importlib.import_module(module)
-    if not callable(getattr(loaded, name, None)):
+        try:
+            require_regular(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
+    try:
+        loaded = _imported_file(path) if path.suffix == ".py" else _imported_module(module)
+        made = getattr(loaded, name, None)
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
+        raise ImportError(f"{module} cannot be imported: {_cause(module, error)}") from error
+    if not callable(made):
         raise typer.BadParameter(f"{module} has no function {name!r}")
-    made: Callable[[], Any] = getattr(loaded, name)
-    return made
+    factory: Callable[[], Any] = made
+    return factory
+
+
+def _imported_file(path: Path) -> ModuleType:
+    found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = loaded
+    found.loader.exec_module(loaded)
+    return loaded
+
+
+def _imported_module(name: str) -> ModuleType:
+    sys.path.insert(0, "")  # as ``python -m`` does
+    return importlib.import_module(name)
+
+
+def _cause(module: str, error: BaseException) -> str:
+    """Why a module could not be imported, and what to do."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if module.startswith(".") or ".." in module:
+        return "a module's name has no dots in front and no two in a row; name a file such as nets/mine.py"
+    if missing and (module == missing or module.startswith(f"{missing}.")):
+        advice = "install its package, run from the folder that has it, or name a file such as nets/mine.py"
+        return f"{error}: {advice}"
+    advice = f"; install {missing!r}, which it needs" if missing else ""
+    return f"its own code raised {type(error).__name__}: {error} ({_line(error)}){advice}"
 
 
 def _example(spec: str) -> Tensor:
@@ -399,4 +448,11 @@ def _example(spec: str) -> Tensor:
         shape = [-1]
     if not isinstance(dtype, torch.dtype) or min(shape) < 1:
         raise typer.BadParameter(f"--input {spec!r} is no shape such as 1,3,224,224 or 1,128:int64")
-    return torch.zeros(shape, dtype=dtype)
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise typer.BadParameter(
+            f"--input {spec!r} has {math.prod(shape):.3g} elements, more than {_MOST_ELEMENTS:,}: one example is enough"
+        )
+    try:
+        return torch.zeros(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--input {spec!r}: there is no tensor of zeros of {dtype}") from error

@@ -21,9 +21,13 @@ def written_whole(out: str | os.PathLike[str], folder: bool = False) -> Iterator
         out: a file, which may exist, or a folder, which may not. What a link leads to is replaced, not the link.
         folder: is it a folder?
     """
-    out = Path(out).resolve()
+    given, out = out, Path(os.path.realpath(out))
     if not out.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent}")
+    if out.is_symlink():
+        raise OSError(f"{given} is a link that leads back to itself: name another file")
+    if not folder and out.exists() and not out.is_file():
+        raise FileExistsError(f"{given} is no regular file: name a file on a disk")
     with tempfile.TemporaryDirectory(prefix=".dagpath.", suffix=".partial", dir=out.parent) as made:
         target = Path(made, "whole")
         if folder:
@@ -44,7 +48,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
-        raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise OSError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder: name a file")
     if not stat.S_ISREG(mode):
