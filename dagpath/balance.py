@@ -21,6 +21,7 @@ from dagpath.solver.checks import check_bound, check_limits
 from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
+from dagpath.words import counted, not_finite
 
 _NEAR = 20 * math.log(2)
 """Largest |log λ| of a group that cannot go where the criterion takes it: a factor of 2**20 up or down."""
@@ -127,14 +128,14 @@ class BalanceOptions:
                 )
             else:
                 why = "the minimum lies further out: give a larger bound, or none"
-            held = "group is" if rescaling.num_held == 1 else "groups are"
+            held = counted(rescaling.num_held, "group is", "groups are")
             return (
-                f"{rescaling.num_held:,} {held} held by the bound |log λ| ≤ {nearest:.4g}, of "
+                f"{held} held by the bound |log λ| ≤ {nearest:.4g}, of "
                 f"{len(rescaling.log_scales):,} in all; {why}. The rescaling is valid, but not the minimum of the "
                 "criterion, and rescaled copies of the model may come to other values"
             )
         return (
-            f"the {self.solver} solver stopped after {rescaling.iterations} iterations at an optimality of "
+            f"the {self.solver} solver stopped after {counted(rescaling.iterations, 'iteration')} at an optimality of "
             f"{rescaling.optimality:.1e} ({rescaling.measure}), above the tolerance of {self.tol:.1e}; the rescaling "
             "is valid but not optimal"
         )
@@ -279,7 +280,7 @@ def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
     if bool(bad.any()):
         first = tuple(torch.nonzero(bad)[0].tolist())
         raise BalanceError(
-            f"{kind} {name!r} has {int(bad.sum())} values that are not finite, the first at index {first}: "
+            f"{kind} {name!r} has {not_finite(int(bad.sum()))}, the first at index {first}: "
             f"{float(tensor[first])}; nothing was changed"
         )
 

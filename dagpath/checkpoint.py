@@ -25,6 +25,7 @@ from dagpath.files import require_regular, written_whole
 from dagpath.multiply import Moving, multiply_one_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
+from dagpath.words import counted
 
 _INDEX = ".safetensors.index.json"
 _TYPES = ("F64", "F32", "F16", "BF16")
@@ -279,8 +280,8 @@ def _names_in(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> dict[str
     more = [inside for inside in checkpoint.places if inside not in found | buffers.keys()]
     if more:
         raise ValueError(
-            f"{checkpoint.path} has {more[0]!r}, which the model does not have ({len(more)} such tensors): what reads "
-            f"it is not known, so nothing was rescaled ({hint})"
+            f"{checkpoint.path} has {more[0]!r}, which the model does not have "
+            f"({counted(len(more), 'such tensor')}): what reads it is not known, so nothing was rescaled ({hint})"
         )
     return names
 

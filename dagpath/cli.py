@@ -31,6 +31,7 @@ from dagpath.page import html_report
 from dagpath.paths.top import top_paths
 from dagpath.report import table
 from dagpath.trace import require_finite, trace
+from dagpath.words import counted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
@@ -360,7 +361,9 @@ def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
             raise ValueError(f"{prefix + name!r} in {weights} has shape {shapes[0]}, that of {spec} has {shapes[1]}")
     more = [name for name in named if name not in expected]
     if more:
-        raise ValueError(f"{weights} has {prefix + more[0]!r}, which {spec} has not ({len(more)} such tensors)")
+        raise ValueError(
+            f"{weights} has {prefix + more[0]!r}, which {spec} has not ({counted(len(more), 'such tensor')})"
+        )
     model.load_state_dict(named)
     return model
 

@@ -19,6 +19,7 @@ from dagpath import views
 from dagpath.flow.neurons import Ends, NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.ties import Links
+from dagpath.words import counted
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class NeuronGraph:
 
     def __repr__(self) -> str:
         return (
-            f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
-            f"{self.num_parameters:,} parameters)"
+            f"NeuronGraph({counted(self.num_neurons, 'neuron')}, {counted(self.num_groups, 'free group')}, "
+            f"{counted(self.num_parameters, 'parameter')})"
         )
 
     def digest(self) -> str:

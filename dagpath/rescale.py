@@ -22,6 +22,7 @@ from dagpath.multiply import transaction
 from dagpath.rescaling import Rescaling
 from dagpath.state import unwrap
 from dagpath.trace import TracedModel, trace
+from dagpath.words import counted
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of outputs, by the narrowest type among parameters, activations and outputs."""
@@ -142,9 +143,9 @@ def _warn_of_undefined(outputs: list[Tensor], training: bool) -> None:
     finite, undefined = (sum(int(test(output).sum()) for output in outputs) for test in (torch.isfinite, torch.isnan))
     if undefined or not finite:
         warnings.warn(
-            f"of {total} outputs in {'train' if training else 'eval'} mode on the example inputs {undefined} are NaN "
-            f"and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
-            "compared; pass example inputs on which the outputs are finite",
+            f"of {counted(total, 'output')} in {'train' if training else 'eval'} mode on the example inputs "
+            f"{undefined} are NaN and {finite} finite, before and after rescaling: "
+            f"{'the others were' if finite else 'nothing was'} compared; pass example inputs on which the outputs are finite",
             stacklevel=3,
         )
 

@@ -23,6 +23,7 @@ from dagpath.ops.compound import is_compound
 from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.unroll import UnrolledGraph
+from dagpath.words import not_finite
 
 Flow = TypeVar("Flow", bound=MassFlow)
 _ALONE = Peers()
@@ -225,8 +226,7 @@ def require_finite(traced: TracedModel) -> None:
         if len(bad):
             first = tuple(bad[0].tolist())
             raise ValueError(
-                f"the parameter {name!r} has {len(bad)} values that are not finite, the first at {first}: "
-                f"{parameter[first].item()}"
+                f"the parameter {name!r} has {not_finite(len(bad))}, the first at {first}: {parameter[first].item()}"
             )
 
 

@@ -466,7 +466,7 @@ def test_groups_at_the_bound_are_reported():
 
 def test_stopping_early_warns_with_the_numbers():
     traced = dagpath.trace(mlp(3, 9, 8, 2), torch.zeros(1, 3))
-    with pytest.warns(UserWarning, match=r"stopped after 1 iterations at an optimality of .* tolerance of 1.0e-09"):
+    with pytest.warns(UserWarning, match=r"stopped after 1 iteration at an optimality of .* tolerance of 1.0e-09"):
         rescaling = dagpath.balance(traced, max_iter=1)
     assert not rescaling.converged
     assert "NOT CONVERGED" in rescaling.summary()

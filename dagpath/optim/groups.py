@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dagpath.distributed import is_spread, reshard
 from dagpath.trace import TracedModel
+from dagpath.words import counted
 
 
 def check_rates(lr: float, momentum: float = 0.0) -> None:
@@ -74,7 +75,9 @@ def check_state(optimizer: Optimizer, state: object, buffers: Mapping[str, type[
         raise ValueError(f"this is no state of a {kind}: expected what its state_dict() returned")
     own = optimizer.param_groups
     if len(groups) != len(own):
-        raise ValueError(f"this is no state of this {kind}: it has {len(groups)} parameter groups, not {len(own)}")
+        raise ValueError(
+            f"this is no state of this {kind}: it has {counted(len(groups), 'parameter group')}, not {len(own)}"
+        )
     known: dict[object, Tensor] = {}
     for index, (group, mine) in enumerate(zip(groups, own, strict=True)):
         where = f"parameter group {index} of the state"

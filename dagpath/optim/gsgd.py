@@ -24,6 +24,7 @@ from dagpath.optim.skeleton import Skeleton, require_skeleton
 from dagpath.optimizer_state import register_state
 from dagpath.paths.basis import ElementOrder, choose_skeleton, element_order
 from dagpath.trace import TracedModel, require_traced
+from dagpath.words import counted
 
 _ATTRIBUTES = {
     *("_max_ratio", "_refresh", "_order", "_ends", "_skeleton"),
@@ -284,8 +285,8 @@ class GSGD(Optimizer):
         parts = ("entering", "leaving", "momentum", "steps", "chosen_at", "any_zero")
         if not isinstance(own, Mapping) or any(part not in own for part in parts):
             raise ValueError(
-                f"this is no state of a GSGD of a network with {self._order.num_groups:,} free scale groups: it has no "
-                f"'skeleton' with {', '.join(map(repr, parts))}"
+                f"this is no state of a GSGD of a network with {counted(self._order.num_groups, 'free scale group')}: "
+                f"it has no 'skeleton' with {', '.join(map(repr, parts))}"
             )
         check_state(self, state_dict, {"momentum_buffer": Tensor})
         if not (is_count(own["steps"]) and is_count(own["chosen_at"]) and own["chosen_at"] <= own["steps"]):

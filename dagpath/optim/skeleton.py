@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dagpath.paths.basis import ElementOrder, identified
+from dagpath.words import counted
 
 
 class Skeleton:
@@ -127,7 +128,7 @@ def require_skeleton(order: ElementOrder, entering: object, leaving: object) -> 
     ):
         where = f"{name!r} of the state's skeleton"
         if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.shape != (size,):
-            raise ValueError(f"{where} is not of a network with {size - 1:,} free scale groups")
+            raise ValueError(f"{where} is not of a network with {counted(size - 1, 'free scale group')}")
         chosen = chosen.cpu()
         if bool(((chosen < -1) | (chosen >= len(near))).any()) or int(chosen[0]) != -1:
             raise ValueError(f"{where} names elements that the network does not have")
