@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import json
 import math
 import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -25,6 +19,7 @@ from torch import Tensor, nn
 
 from dagpath.checkpoint import TORCH_FILES, Checkpoint, rescale_checkpoint, some
 from dagpath.errors import DagpathError
+from dagpath.factory import built, line_of
 from dagpath.files import require_regular, written_whole
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
 from dagpath.page import html_report
@@ -109,7 +104,7 @@ def explain(
     elif weights is not None:
         raise typer.BadParameter("--weights is for --html: the text needs no values")
     else:
-        network = _built(model, torch.device("meta"))
+        network = built(model, torch.device("meta"))
     with _errors.status("tracing"):
         traced = trace(network, tuple(map(_example, inputs)))
     if html is not None:
@@ -259,7 +254,7 @@ def rescale(
     if bound is not None and not bound > 1:
         raise typer.BadParameter(f"--bound must be a factor above 1, got {bound}")
     _check_output(out, model, weights)
-    network = _built(model, None if with_values else torch.device("meta"))
+    network = built(model, None if with_values else torch.device("meta"))
     rescaling = rescale_checkpoint(
         network,
         tuple(map(_example, inputs)),
@@ -299,20 +294,12 @@ def main() -> None:
         _say(str(error))
         raise SystemExit(1) from None
     except Exception as error:  # of a type that nothing here raises on purpose
-        _say(f"{type(error).__name__}: {error} ({_line(error)}); nothing was written")
+        _say(f"{type(error).__name__}: {error} ({line_of(error)}); nothing was written")
         raise SystemExit(1) from None
 
 
 def _say(message: str) -> None:
     _errors.print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def _line(error: BaseException) -> str:
-    """Where an error was raised."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"at {error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    return f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else "at an unknown line"
 
 
 def _check_output(out: Path, model: str, weights: Path | None) -> None:
@@ -325,27 +312,11 @@ def _check_output(out: Path, model: str, weights: Path | None) -> None:
         raise ValueError(f"{out} is the file that is read: name another")
 
 
-def _built(spec: str, device: torch.device | None) -> nn.Module:
-    """The model that ``MODULE:FACTORY`` makes."""
-    made = _factory(spec)
-    try:
-        with device or contextlib.nullcontext():
-            model = made()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} raised {type(error).__name__}: {error}\n  {_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{spec} returned {type(model).__name__}, not a torch.nn.Module: FACTORY is a function without arguments "
-            "that returns the model"
-        )
-    return model
-
-
 def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     """The model with the values of files, or with its own."""
     if weights is None and prefix:
         raise typer.BadParameter("--prefix is for --weights")
-    model = _built(spec, None)
+    model = built(spec, None)
     if weights is None:
         return model
     tensors = _tensors(weights)
@@ -391,54 +362,6 @@ def _relative(a: Tensor, b: Tensor) -> float:
     """``‖a − b‖ / ‖a‖``, and the plain difference where a is zero."""
     difference, size = (float(torch.linalg.vector_norm(part.double())) for part in (a.double() - b.double(), a))
     return difference / size if size else difference
-
-
-def _factory(spec: str) -> Callable[[], Any]:
-    module, colon, name = spec.rpartition(":")
-    if not colon or not module or not name:
-        raise typer.BadParameter(f"{spec!r} is not of the form MODULE:FACTORY, such as torchvision.models:resnet18")
-    path = Path(module)
-    if path.suffix == ".py":
-        try:
-            require_regular(path)
-        except OSError as error:
-            raise typer.BadParameter(str(error)) from error
-    try:
-        loaded = _imported_file(path) if path.suffix == ".py" else _imported_module(module)
-        made = getattr(loaded, name, None)
-    except (Exception, SystemExit) as error:  # whatever the module's own code raises
-        raise ImportError(f"{module} cannot be imported: {_cause(module, error)}") from error
-    if not callable(made):
-        raise typer.BadParameter(f"{module} has no function {name!r}")
-    factory: Callable[[], Any] = made
-    return factory
-
-
-def _imported_file(path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    loaded = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = loaded
-    found.loader.exec_module(loaded)
-    return loaded
-
-
-def _imported_module(name: str) -> ModuleType:
-    sys.path.insert(0, "")  # as ``python -m`` does
-    return importlib.import_module(name)
-
-
-def _cause(module: str, error: BaseException) -> str:
-    """Why a module could not be imported, and what to do."""
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if module.startswith(".") or ".." in module:
-        return "a module's name has no dots in front and no two in a row; name a file such as nets/mine.py"
-    if missing and (module == missing or module.startswith(f"{missing}.")):
-        advice = "install its package, run from the folder that has it, or name a file such as nets/mine.py"
-        return f"{error}: {advice}"
-    advice = f"; install {missing!r}, which it needs" if missing else ""
-    return f"its own code raised {type(error).__name__}: {error} ({_line(error)}){advice}"
 
 
 def _example(spec: str) -> Tensor:

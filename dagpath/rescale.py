@@ -145,7 +145,8 @@ def _warn_of_undefined(outputs: list[Tensor], training: bool) -> None:
         warnings.warn(
             f"of {counted(total, 'output')} in {'train' if training else 'eval'} mode on the example inputs "
             f"{undefined} are NaN and {finite} finite, before and after rescaling: "
-            f"{'the others were' if finite else 'nothing was'} compared; pass example inputs on which the outputs are finite",
+            f"{'the others were' if finite else 'nothing was'} compared; pass example inputs on which the outputs are "
+            "finite",
             stacklevel=3,
         )
 
