@@ -5,20 +5,28 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
 from dagpath.fetched import device_of
-from dagpath.rescaling import Rescaling
-from dagpath.solver import SOLVERS, round_to_powers_of_two, solve
+from dagpath.multiply import beyond
+from dagpath.rescaling import Rescaling, scales_of
+from dagpath.solver import SOLVERS, Problem, RangeProblem, Solution, round_to_powers_of_two, solve
 from dagpath.solver.checks import check_bound, check_limits
 from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
+from dagpath.words import counted, not_finite
+
+_NEAR = 20 * math.log(2)
+"""Largest |log λ| of a group that cannot go where the criterion takes it: a factor of 2**20 up or down."""
+_ROUNDS = 3
+"""Most times that groups are held group by group; then all that are further out are."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class BalanceOptions:
     tol: float = 1e-9
     max_iter: int | None = None
     power_of_two: bool = False
-    bound: float = DEFAULT_BOUND
+    bound: float | None = None
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
@@ -38,7 +46,8 @@ class BalanceOptions:
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown solver {self.solver!r}; known are {', '.join(map(repr, SOLVERS))}")
         check_limits(self.tol, self.max_iter)
-        check_bound(self.bound)
+        if self.bound is not None:
+            check_bound(self.bound)
 
     @plain_computation()
     def minimize(self, traced: TracedModel) -> Rescaling:
@@ -49,13 +58,13 @@ class BalanceOptions:
         with traced.peers.together(gathers=True):
             check_values(traced)
             where = torch.device(self.device) if self.device is not None else _device_of(traced)
-            problem = criterion_of(self.criterion).problem(traced, self.bound, where)
+            bound = DEFAULT_BOUND if self.bound is None else self.bound
+            problem = criterion_of(self.criterion).problem(traced, bound, where)
             posed = time.perf_counter()
-            solution = solve(problem, self.solver, self.tol, self.max_iter)
-            z, after = solution.z, solution.objective[1]
-            if self.power_of_two:
-                rounded, after = round_to_powers_of_two(problem, z)
-                z = torch.from_numpy(rounded)
+            found = self._solved(problem)
+            if self.bound is None:
+                found = self._within_range(traced, found)
+            problem, solution, z, after = found.problem, found.solution, found.z, found.objective
         z = traced.peers.first(z)  # which are the same already where all processors are alike
         end = time.perf_counter()
         return Rescaling(
@@ -68,12 +77,38 @@ class BalanceOptions:
             problem.live,
             solution.iterations,
             solution.products,
-            solution.converged,
+            solution.converged and not bool(solution.held.any()),
             end - start,
             {"masses": posed - start, "solve": end - posed},
-            problem.bound,
+            float(np.max(problem.bound, initial=0.0)),
             after - solution.objective[1] if self.power_of_two else 0.0,
+            held=solution.held,
         )
+
+    def _solved(self, problem: Problem | RangeProblem) -> _Found:
+        solution = solve(problem, self.solver, self.tol, self.max_iter)
+        if not self.power_of_two:
+            return _Found(problem, solution, solution.z, solution.objective[1])
+        rounded, after = round_to_powers_of_two(problem, solution.z)
+        return _Found(problem, solution, torch.from_numpy(rounded), after)
+
+    def _within_range(self, traced: TracedModel, found: _Found) -> _Found:
+        """The minimum with the groups held near that have none within reach, or whose parameters' types do not hold it.
+
+        All other groups go where the criterion takes them. Holding some moves others, so this is done in rounds, each
+        of which holds one group more at least.
+        """
+        bounds = np.broadcast_to(np.asarray(found.problem.bound, np.float64), (len(found.z),)).copy()
+        for round_ in range(_ROUNDS + 1):
+            outside = found.z.abs() > _NEAR * (1 + 1e-12)
+            if not bool(outside.any()):
+                return found
+            stuck = outside & (found.solution.held | _unholdable(traced, found.z, self.power_of_two))
+            if not bool(stuck.any()):
+                return found
+            bounds[(outside if round_ == _ROUNDS else stuck).numpy()] = _NEAR
+            found = self._solved(replace(found.problem, bound=bounds.copy()))
+        return found
 
     def _text(self) -> str:
         """The options, in words that are the same in every process."""
@@ -83,9 +118,24 @@ class BalanceOptions:
         )
 
     def shortfall(self, rescaling: Rescaling) -> str:
-        """Where the solver stopped, if that was short of the tolerance."""
+        """Why the rescaling is not the minimum: what the bound holds, or where the solver stopped."""
+        if rescaling.num_held:
+            nearest = _NEAR if self.bound is None else rescaling.bound
+            if self.bound is None:
+                why = (
+                    "further out, parameters leave the range of their type (convert the model to a wider one), or "
+                    "nothing stops the factors"
+                )
+            else:
+                why = "the minimum lies further out: give a larger bound, or none"
+            held = counted(rescaling.num_held, "group is", "groups are")
+            return (
+                f"{held} held by the bound |log λ| ≤ {nearest:.4g}, of "
+                f"{len(rescaling.log_scales):,} in all; {why}. The rescaling is valid, but not the minimum of the "
+                "criterion, and rescaled copies of the model may come to other values"
+            )
         return (
-            f"the {self.solver} solver stopped after {rescaling.iterations} iterations at an optimality of "
+            f"the {self.solver} solver stopped after {counted(rescaling.iterations, 'iteration')} at an optimality of "
             f"{rescaling.optimality:.1e} ({rescaling.measure}), above the tolerance of {self.tol:.1e}; the rescaling "
             "is valid but not optimal"
         )
@@ -98,13 +148,13 @@ def balance(
     tol: float = BalanceOptions.tol,
     max_iter: int | None = BalanceOptions.max_iter,
     power_of_two: bool = BalanceOptions.power_of_two,
-    bound: float = BalanceOptions.bound,
+    bound: float | None = BalanceOptions.bound,
     device: torch.device | str | None = BalanceOptions.device,
 ) -> Rescaling:
     """Find the rescaling of every free neuron that minimizes a criterion. The model is not touched.
 
-    The problem is convex: the minimum is global, and, where it is unique and within the bound, the same from any
-    rescaled copy of the model. Groups without any live parameter keep λ = 1.
+    The problem is convex: the minimum is global, and, where it is unique and no group is held by the bound, the same
+    from any rescaled copy of the model. Groups without any live parameter keep λ = 1.
 
     Args:
         traced: the traced model.
@@ -120,8 +170,11 @@ def balance(
         power_of_two: round the factors to powers of two, so that the rescaled model computes bitwise the same. The
             objective reached is that of the rounded factors, and never above the one at the start; ``rounding_loss``
             says how much they give away, which is much where the optimal factors are all near one.
-        bound: largest ``|log λ|``, by default ln 2**20; cut to 175 for path conditioning, to ``350 / p`` for equal
-            norms.
+        bound: largest ``|log λ|``, cut to 175 for path conditioning, to ``350 / p`` for equal norms. None for no bound
+            but these, except for groups that cannot be where the minimum is: a factor leaves the range of a parameter's
+            type, or nothing stops it (under a criterion of your own). These are held at ``|log λ| ≤ ln 2**20``. A given
+            bound is taken as it is, and what a type does not hold is refused when the rescaling is applied.
+            ``held`` of the result says which groups are held, and ``converged`` is False if there are any.
         device: where the masses are held and multiplied; None for the device of the parameters. Vectors over the groups
             are held on the CPU.
 
@@ -133,7 +186,8 @@ def balance(
         BalanceError: a parameter or buffer holds NaN or Inf; the message names it.
 
     Warns:
-        UserWarning: the solver stopped before it reached ``tol``; the message has the numbers.
+        UserWarning: the bound holds groups, or the solver stopped before it reached ``tol``; the message has the
+            numbers.
 
     Cost: one forward and one backward pass in float64 at batch 1, and 10 to 100 passes over the masses, summed per
     pair of groups. Source: Lebeurrier, Vayer, Gribonval 2026, for the criterion.
@@ -191,6 +245,25 @@ def random_rescaling(
     return Rescaling(traced, traced.peers.first(z), power_of_two)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A problem, what the solver found, the factors' logarithms (rounded where they should be), the objective there."""
+
+    problem: Problem | RangeProblem
+    solution: Solution
+    z: Tensor
+    objective: float
+
+
+def _unholdable(traced: TracedModel, z: Tensor, power_of_two: bool) -> Tensor:
+    """Which groups' factors make of a parameter what its type does not hold, bool [num_groups]."""
+    scales, graph = scales_of(z, power_of_two), traced.graph
+    stuck = torch.zeros(graph.num_groups + 1, dtype=torch.bool)
+    for name in graph.movable:
+        stuck[beyond(traced.values[name], graph.ends[name], scales, power_of_two)] = True
+    return stuck[1:]
+
+
 def check_values(traced: TracedModel) -> None:
     """Raise :class:`BalanceError` if a parameter, or a buffer that is read, has values that are not finite."""
     for kind, tensors in (("parameter", traced.values), ("buffer", traced.buffers)):
@@ -207,7 +280,7 @@ def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
     if bool(bad.any()):
         first = tuple(torch.nonzero(bad)[0].tolist())
         raise BalanceError(
-            f"{kind} {name!r} has {int(bad.sum())} values that are not finite, the first at index {first}: "
+            f"{kind} {name!r} has {not_finite(int(bad.sum()))}, the first at index {first}: "
             f"{float(tensor[first])}; nothing was changed"
         )
 

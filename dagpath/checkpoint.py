@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dagpath.balance import BalanceOptions
+from dagpath.buffers import buffers_read, require_same_neurons, with_values
 from dagpath.criteria import Criterion
 from dagpath.fetched import Fetched
-from dagpath.files import written_whole
+from dagpath.files import require_regular, written_whole
 from dagpath.multiply import Moving, multiply_one_
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
+from dagpath.words import counted
 
 _INDEX = ".safetensors.index.json"
 _TYPES = ("F64", "F32", "F16", "BF16")
@@ -74,10 +76,11 @@ class Checkpoint:
         found = _only(path) if path.is_dir() else path
         if not found.name.endswith(_INDEX):
             return Checkpoint(path, (found,), None, _places(found))
+        require_regular(found)
         try:
             names = json.loads(found.read_bytes())["weight_map"]
             files = {file: found.parent / file for file in sorted(set(names.values()))}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{found} is no index of safetensors files: {error!r}") from error
         for file in files.values():
             if file.parent != found.parent:
@@ -111,6 +114,8 @@ class Checkpoint:
             raise FileExistsError(f"{out} is a folder: name a file")
         elif out.exists() and out.samefile(self.files[0]):
             raise ValueError(f"{out} is the file that is read: name another")
+        elif out.exists() and not out.is_file():
+            raise FileExistsError(f"{out} is no regular file: name a file on a disk")
 
     def write(
         self,
@@ -173,8 +178,9 @@ def rescale_checkpoint(
     kills the process leaves a folder beside, whose name ends in ``.partial``.)
 
     Args:
-        model: the architecture. Its values are not used and not changed; make it without any, under
-            ``torch.device("meta")``, where they would not fit.
+        model: the architecture. Its values are not used and not changed, but for those that no file has (buffers with
+            ``persistent=False``, tensors in plain attributes); make it without any, under ``torch.device("meta")``,
+            where they would not fit.
         example_inputs: as in :func:`dagpath.trace`; tensors may be on the CPU though the model is on the meta device.
         weights: a file ``*.safetensors``, the index of several (``*.safetensors.index.json``), or their folder.
         out: where the new ones go: a file for a file, which is replaced if it exists; a folder that does not exist yet
@@ -189,8 +195,9 @@ def rescale_checkpoint(
         The :class:`Rescaling` of the model that was given; its ``apply_`` would multiply that, not the files.
 
     Raises:
-        ValueError: the files lack a parameter, or a buffer that eval mode uses and that has no values in the model
-            either, or hold a tensor that the model does not have, one of another shape, a parameter that is not of
+        ValueError: the files lack a parameter, or a buffer that the model reads and stores, or one that it does not
+            store and has no values for either; with a buffer of theirs other neurons would meet than with that of the
+            model; or they hold a tensor that the model does not have, one of another shape, a parameter that is not of
             floating-point numbers of 16 bits or more, or two copies of one that differ; or ``out`` is what is read.
         BalanceError: a weight is not finite, or a product leaves the range of its type.
         OSError: a file cannot be read or written, or ``out`` exists and may not be replaced; nothing is left behind.
@@ -273,8 +280,8 @@ def _names_in(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> dict[str
     more = [inside for inside in checkpoint.places if inside not in found | buffers.keys()]
     if more:
         raise ValueError(
-            f"{checkpoint.path} has {more[0]!r}, which the model does not have ({len(more)} such tensors): what reads "
-            f"it is not known, so nothing was rescaled ({hint})"
+            f"{checkpoint.path} has {more[0]!r}, which the model does not have "
+            f"({counted(len(more), 'such tensor')}): what reads it is not known, so nothing was rescaled ({hint})"
         )
     return names
 
@@ -290,20 +297,43 @@ def _with_values(
     traced: TracedModel, checkpoint: Checkpoint, names: Mapping[str, list[str]], prefix: str
 ) -> TracedModel:
     """The same trace, with the values of the files."""
-    captured = traced.captured.eval
-    tensors = dict(captured.tensors)
-    read = set(traced.buffers)
-    for place, name in captured.buffers.items():
-        if prefix + name in checkpoint.places:
-            tensors[place] = checkpoint.read(prefix + name)
-        elif name in read and tensors[place].is_meta:
+    read = buffers_read(traced.captured)
+    computed = _computed_buffers(traced.model)
+    modes = [graph for graph in (traced.captured.eval, traced.captured.train) if graph is not None]
+    buffers = {name for graph in modes for name in graph.buffers.values()}
+    stored = {name: checkpoint.read(prefix + name) for name in buffers if prefix + name in checkpoint.places}
+    for name, tensor in read.items():
+        if name in stored:
+            continue
+        if tensor.is_meta:
             raise ValueError(
                 f"the buffer {name!r} has no values: it is not in {checkpoint.path}, and the model is on the meta "
                 "device; put the values that the model computes for it in its place first"
             )
+        if name not in computed:
+            raise ValueError(
+                f"{checkpoint.path} has no {prefix + name!r}, a buffer that the model reads and stores: write the file "
+                "from all of model.state_dict(); or, if the model computes it, register it with persistent=False"
+            )
     values = Fetched(list(names), lambda name: checkpoint.read(names[name][0]), torch.device("cpu"))
-    captures = replace(traced.captured, eval=replace(captured, tensors=tensors))
-    return TracedModel(traced.model, captures, traced.graph, traced.seconds, traced.peers, values)
+    absent = {name: tensor for name, tensor in stored.items() if name in read and read[name].is_meta}
+    traced = with_values(traced, absent, values)
+    require_same_neurons(
+        traced,
+        stored,
+        str(checkpoint.path),
+        "Load the file into the model first, or make the model on the meta device; nothing was written",
+    )
+    return with_values(traced, stored, values)
+
+
+def _computed_buffers(model: nn.Module) -> set[str]:
+    """The names of the buffers that are not stored, since the model computes them."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _only(folder: Path) -> Path:
@@ -325,8 +355,7 @@ def _places(path: Path) -> dict[str, Place]:
     """The tensors of a file."""
     from safetensors import SafetensorError, safe_open  # an extra
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import json
 import math
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -23,16 +19,19 @@ from torch import Tensor, nn
 
 from dagpath.checkpoint import TORCH_FILES, Checkpoint, rescale_checkpoint, some
 from dagpath.errors import DagpathError
-from dagpath.files import written_whole
+from dagpath.factory import built, line_of
+from dagpath.files import require_regular, written_whole
 from dagpath.lifting import path_count, path_length_profile, path_metric, path_norm
 from dagpath.page import html_report
 from dagpath.paths.top import top_paths
 from dagpath.report import table
-from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.trace import require_finite, trace
+from dagpath.words import counted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _errors = Console(stderr=True)
+_MOST_ELEMENTS = 2**31
+"""Most elements of an example input."""
 _INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
@@ -105,7 +104,7 @@ def explain(
     elif weights is not None:
         raise typer.BadParameter("--weights is for --html: the text needs no values")
     else:
-        network = _built(model, torch.device("meta"))
+        network = built(model, torch.device("meta"))
     with _errors.status("tracing"):
         traced = trace(network, tuple(map(_example, inputs)))
     if html is not None:
@@ -229,9 +228,13 @@ def rescale(
         bool, typer.Option("--power-of-two", help="Factors that are powers of two: outputs stay bitwise the same.")
     ] = False,
     bound: Annotated[
-        float,
-        typer.Option(help="Largest factor, and the inverse of the smallest. Smaller where a half type overflows."),
-    ] = math.exp(DEFAULT_BOUND),
+        float | None,
+        typer.Option(
+            help="Largest factor, and the inverse of the smallest, above 1. By default as large as the types of the "
+            "weights hold.",
+            show_default=False,
+        ),
+    ] = None,
     prefix: Prefix = "",
     with_values: Annotated[
         bool,
@@ -248,8 +251,10 @@ def rescale(
     [bold]Example[/bold]: dagpath rescale torchvision.models:resnet50 --input 1,3,224,224 --weights in.safetensors
     --out out.safetensors
     """
+    if bound is not None and not bound > 1:
+        raise typer.BadParameter(f"--bound must be a factor above 1, got {bound}")
     _check_output(out, model, weights)
-    network = _built(model, None if with_values else torch.device("meta"))
+    network = built(model, None if with_values else torch.device("meta"))
     rescaling = rescale_checkpoint(
         network,
         tuple(map(_example, inputs)),
@@ -259,7 +264,7 @@ def rescale(
         prefix=prefix,
         progress=not as_json,
         power_of_two=power_of_two,
-        bound=math.log(bound) if bound > 1 else 0.0,
+        bound=None if bound is None else math.log(bound),
     )
     if as_json:
         found = {
@@ -286,8 +291,15 @@ def main() -> None:
             _errors.print("[bold red]interrupted[/bold red]: nothing was written")
         raise
     except (DagpathError, ValueError, TypeError, OSError, ImportError) as error:
-        _errors.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         raise SystemExit(1) from None
+    except Exception as error:  # of a type that nothing here raises on purpose
+        _say(f"{type(error).__name__}: {error} ({line_of(error)}); nothing was written")
+        raise SystemExit(1) from None
+
+
+def _say(message: str) -> None:
+    _errors.print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _check_output(out: Path, model: str, weights: Path | None) -> None:
@@ -296,31 +308,15 @@ def _check_output(out: Path, model: str, weights: Path | None) -> None:
     if weights is not None:
         checkpoint = None if weights.suffix in TORCH_FILES else Checkpoint.open(weights)
         read += [weights] if checkpoint is None else [*checkpoint.files, checkpoint.index or weights]
-    if any(path.is_file() and out.resolve() == path.resolve() for path in read):
+    if any(path.is_file() and os.path.realpath(out) == os.path.realpath(path) for path in read):
         raise ValueError(f"{out} is the file that is read: name another")
-
-
-def _built(spec: str, device: torch.device | None) -> nn.Module:
-    """The model that ``MODULE:FACTORY`` makes."""
-    made = _factory(spec)
-    try:
-        with device or contextlib.nullcontext():
-            model = made()
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"{spec} raised {type(error).__name__}: {error}\n  at {line.filename}:{line.lineno}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
 
 
 def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     """The model with the values of files, or with its own."""
     if weights is None and prefix:
         raise typer.BadParameter("--prefix is for --weights")
-    model = _built(spec, None)
+    model = built(spec, None)
     if weights is None:
         return model
     tensors = _tensors(weights)
@@ -329,12 +325,16 @@ def _loaded(spec: str, weights: Path | None, prefix: str) -> nn.Module:
     for name in expected:
         if name not in named:
             raise ValueError(f"{weights} has no {prefix + name!r} of {spec}; in it are {some(tensors)}")
+        if not isinstance(expected[name], Tensor):
+            raise ValueError(f"{spec} keeps {name!r}, which is no tensor: no file of tensors has it")
         if named[name].shape != expected[name].shape:
             shapes = tuple(named[name].shape), tuple(expected[name].shape)
             raise ValueError(f"{prefix + name!r} in {weights} has shape {shapes[0]}, that of {spec} has {shapes[1]}")
     more = [name for name in named if name not in expected]
     if more:
-        raise ValueError(f"{weights} has {prefix + more[0]!r}, which {spec} has not ({len(more)} such tensors)")
+        raise ValueError(
+            f"{weights} has {prefix + more[0]!r}, which {spec} has not ({counted(len(more), 'such tensor')})"
+        )
     model.load_state_dict(named)
     return model
 
@@ -344,6 +344,7 @@ def _tensors(weights: Path) -> Mapping[str, Tensor]:
     if weights.suffix not in TORCH_FILES:
         checkpoint = Checkpoint.open(weights)
         return {name: checkpoint.read(name) for name in checkpoint.places}
+    require_regular(weights)
     try:
         found = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # one of many types
@@ -363,29 +364,6 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return difference / size if size else difference
 
 
-def _factory(spec: str) -> Callable[[], Any]:
-    module, colon, name = spec.rpartition(":")
-    if not colon or not module or not name:
-        raise typer.BadParameter(f"{spec!r} is not of the form MODULE:FACTORY, such as torchvision.models:resnet18")
-    path = Path(module)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise typer.BadParameter(f"there is no file {module}")
-        found = importlib.util.spec_from_file_location(f"dagpath_model_{path.stem}", path)
-        assert found is not None
-        assert found.loader is not None
-        loaded = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = loaded
-        found.loader.exec_module(loaded)
-    else:
-        sys.path.insert(0, "")  # as ``python -m`` does
-        loaded = importlib.import_module(module)
-    if not callable(getattr(loaded, name, None)):
-        raise typer.BadParameter(f"{module} has no function {name!r}")
-    made: Callable[[], Any] = getattr(loaded, name)
-    return made
-
-
 def _example(spec: str) -> Tensor:
     """Zeros of a shape such as ``1,3,224,224`` or ``1,128:int64``."""
     sizes, _, kind = spec.partition(":")
@@ -396,4 +374,11 @@ def _example(spec: str) -> Tensor:
         shape = [-1]
     if not isinstance(dtype, torch.dtype) or min(shape) < 1:
         raise typer.BadParameter(f"--input {spec!r} is no shape such as 1,3,224,224 or 1,128:int64")
-    return torch.zeros(shape, dtype=dtype)
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise typer.BadParameter(
+            f"--input {spec!r} has {math.prod(shape):.3g} elements, more than {_MOST_ELEMENTS:,}: one example is enough"
+        )
+    try:
+        return torch.zeros(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--input {spec!r}: there is no tensor of zeros of {dtype}") from error

@@ -185,10 +185,10 @@ class EquiNorm:
 
     def problem(self, traced: TracedModel, bound: float, device: torch.device) -> Problem:
         """The criterion at the parameters' current values, as numbers."""
-        largest, masses = _magnitudes(traced, device)
+        largest, masses = _magnitudes(traced, device, self.p)
         summed = MassAggregator(traced.graph.num_groups, device)
         for values, dst, src in masses:
-            summed.add(values**self.p, dst, src)
+            summed.add(values, dst, src)
         return Problem(
             matrix=summed.matrix(),
             outer=LogOuter(1.0),
@@ -225,7 +225,7 @@ class RangeEqualization:
 
     def problem(self, traced: TracedModel, bound: float, device: torch.device) -> RangeProblem:
         """The criterion at the parameters' current values, as numbers."""
-        _, masses = _magnitudes(traced, device, divided=False)
+        _, masses = _magnitudes(traced, device)
         largest = MassAggregator(traced.graph.num_groups, device, largest=True)
         for values, dst, src in masses:
             largest.add(values, dst, src)
@@ -233,25 +233,27 @@ class RangeEqualization:
 
 
 def _magnitudes(
-    traced: TracedModel, device: torch.device, divided: bool = True
+    traced: TracedModel, device: torch.device, power: float | None = None
 ) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The largest absolute value, and all of them, divided by it or not, with their groups.
+    """The largest absolute value, and all of them with their groups; divided by it and to a power, if there is one.
 
-    Groups out of reach are fixed.
+    Groups out of reach are fixed: those that no chain of values that are not zero by now joins with a fixed neuron on
+    both sides.
     """
     graph = traced.graph
     parameters = {name: value.to(device, torch.float64).abs() for name, value in traced.values.items()}
     largest = max((float(values.max()) for values in parameters.values() if values.numel()), default=0.0)
+    unit = largest or 1.0 if power is not None else max(1.0, largest / 2.0**960)  # that sums stay finite
+    parameters = {name: (values / unit) ** (power or 1.0) for name, values in parameters.items()}
     ends = {name: (graph.ends[name].dst.to(device), graph.ends[name].src.to(device)) for name in parameters}
     links = [(values > 0, *ends[name]) for name, values in parameters.items()]
     forward = _reached(graph.num_groups, links)
     backward = _reached(graph.num_groups, [(live, src, dst) for live, dst, src in reversed(links)])
     within = forward & backward
-    unit = largest or 1.0 if divided else max(1.0, largest / 2.0**960)  # that sums stay finite
     masses = []
     for name, values in parameters.items():
         dst, src = (torch.where(within[end], end, 0) for end in ends[name])
-        masses.append((values / unit, dst, src))
+        masses.append((values, dst, src))
     return largest, masses
 
 

@@ -60,7 +60,7 @@ class BalanceError(DagpathError):
         ...     _ = net[2].weight[0, 1].fill_(torch.nan)
         >>> dagpath.balance(dagpath.trace(net, torch.zeros(1, 2)))
         Traceback (most recent call last):
-        dagpath.errors.BalanceError: parameter '2.weight' has 1 values that are not finite, the first at index (0, 1): \
+        dagpath.errors.BalanceError: parameter '2.weight' has 1 value that is not finite, the first at index (0, 1): \
 nan; nothing was changed
     """
 

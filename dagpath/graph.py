@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import warnings
@@ -19,6 +20,7 @@ from dagpath.flow.agreement import Grouped
 from dagpath.flow.neurons import UNKNOWN, Ends, NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.ties import Links
+from dagpath.words import counted
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,16 @@ class NeuronGraph:
         )
         self.cause_of: Tensor = torch.from_numpy(cause_of)
 
+    def reading(self, structure: Callable[[NeuronGraph], Structure]) -> NeuronGraph:
+        """The same graph, whose structure is found otherwise: at other values of the parameters."""
+        graph = copy.copy(self)
+        graph._structure = structure
+        return graph
+
     def __repr__(self) -> str:
         return (
-            f"NeuronGraph({self.num_neurons:,} neurons, {self.num_groups:,} free groups, "
-            f"{self.num_parameters:,} parameters)"
+            f"NeuronGraph({counted(self.num_neurons, 'neuron')}, {counted(self.num_groups, 'free group')}, "
+            f"{counted(self.num_parameters, 'parameter')})"
         )
 
     def digest(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,9 +97,7 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
     products = torch.empty_like(tensor)
     negligible = functools.cache(lambda: _negligible(tensor, dst, src))
     for rows in _row_chunks(tensor):
-        ratio = _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
-        product = tensor[rows].double() * ratio
-        stored = product.to(tensor.dtype)
+        ratio, product, stored = _multiplied(tensor, rows, dst, src)
         if not bool(torch.isfinite(stored).all()) and not bool(torch.isfinite(tensor[rows]).all()):
             raise BalanceError(f"{name} holds values that are not finite; nothing was changed")
         if moving.exact and not torch.equal(stored.double(), product):
@@ -113,16 +111,63 @@ def multiply_one_(moving: Moving, ends: Ends, scales: Tensor) -> None:
                 f"{name}: rescaled by up to {float(dst.max() / src.min()):.3g}, values leave the range of "
                 f"{tensor.dtype}; {_SMALLER}, or convert the model to a wider type first; nothing was changed"
             )
-        if moving.kept and bool(((stored.abs() < torch.finfo(tensor.dtype).tiny) & (tensor[rows] != 0)).any()):
-            lost = (stored.double() / ratio - tensor[rows].double()).abs()
-            if bool((lost > _rows_of(negligible(), rows, tensor)).any()):
-                raise BalanceError(
-                    f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
-                    f"range of {tensor.dtype} and lose digits that count beside their neighbours; {_SMALLER}, convert "
-                    "the model to a wider type first, or set to zero what is as good as zero; nothing was changed"
-                )
+        if moving.kept and bool(_lost(stored, tensor, rows, ratio, negligible).any()):
+            raise BalanceError(
+                f"{name}: rescaled by down to {float(dst.min() / src.max()):.3g}, values fall below the normal "
+                f"range of {tensor.dtype} and lose digits that count beside their neighbours; {_SMALLER}, convert "
+                "the model to a wider type first, or set to zero what is as good as zero; nothing was changed"
+            )
         products[rows] = stored
     tensor.copy_(products)
+
+
+@torch.no_grad()
+def beyond(tensor: Tensor, ends: Ends, scales: Tensor, exact: bool) -> Tensor:
+    """The groups whose factors make of an element what its type does not hold: where :func:`multiply_` would raise.
+
+    Args:
+        tensor: a parameter, which is not changed; all its values are finite.
+        ends: the groups at both ends of its elements.
+        scales: float64, λ of every group, the fixed group in front.
+        exact: should the products be exact?
+
+    Returns:
+        int64 [elements], group numbers: of the ends of each such element the one whose factor is further from 1.
+    """
+    dst, src = (scales[end].to(tensor.device) for end in (ends.dst, ends.src))
+    found = [torch.zeros(0, dtype=torch.long)]
+    negligible = functools.cache(lambda: _negligible(tensor, dst, src))
+    for rows in _row_chunks(tensor) if tensor.numel() else ():
+        ratio, product, stored = _multiplied(tensor, rows, dst, src)
+        bad = ~torch.isfinite(stored)
+        if exact:
+            bad |= stored.double() != product
+        else:
+            bad |= _lost(stored, tensor, rows, ratio, negligible)
+        if bool(bad.any()):
+            bad = bad.cpu()
+            to, start = (_rows_of(end, rows, tensor).cpu().expand(bad.shape)[bad] for end in (ends.dst, ends.src))
+            further = scales[to].log().abs() >= scales[start].log().abs()
+            found.append(torch.where(further, to, start))
+    return torch.cat(found)
+
+
+def _multiplied(tensor: Tensor, rows: slice | tuple[()], dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of some rows, the products in float64, and these in the tensor's type."""
+    ratio = _rows_of(dst, rows, tensor) / _rows_of(src, rows, tensor)
+    product = tensor[rows].double() * ratio
+    return ratio, product, product.to(tensor.dtype)
+
+
+def _lost(
+    stored: Tensor, tensor: Tensor, rows: slice | tuple[()], ratio: Tensor, negligible: Callable[[], Tensor]
+) -> Tensor:
+    """Where rounding below the normal range changes a value by more than what is negligible."""
+    values = tensor[rows]
+    small = (stored.abs() < torch.finfo(stored.dtype).tiny) & (values != 0)
+    if not bool(small.any()):
+        return small
+    return (stored.double() / ratio - values.double()).abs() > _rows_of(negligible(), rows, tensor)
 
 
 def _negligible(tensor: Tensor, dst: Tensor, src: Tensor) -> Tensor:

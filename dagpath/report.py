@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dagpath.graph import NeuronGraph, Site
+from dagpath.words import counted
 
 _ITSELF = "(the model itself)"
 _MOST_MODULES = 24
@@ -38,8 +39,8 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
     """What is free, tied and fixed in each module, and for everything fixed the operation, module and source line."""
     facts = explanation(title, graph, train_failure)
     lines = [
-        f"{title}: {graph.num_neurons:,} neurons, {facts['free']:,} free in {graph.num_groups:,} groups, "
-        f"{facts['fixed']:,} fixed; {graph.num_parameters:,} parameters",
+        f"{title}: {counted(graph.num_neurons, 'neuron')}, {facts['free']:,} free in "
+        f"{counted(graph.num_groups, 'group')}, {facts['fixed']:,} fixed; {counted(graph.num_parameters, 'parameter')}",
         "Free neurons may be rescaled, tied ones only together, by one factor a group; fixed ones keep their scale.",
     ]
     if train_failure:
@@ -57,12 +58,13 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
         headings = ("module", "neurons", "free", "of these tied", "fixed", "tied with")
         lines += ["", table(headings, rows[:_MOST_MODULES])]
         if len(rows) > _MOST_MODULES:
-            lines.append(f"... and {len(rows) - _MOST_MODULES} more modules; explain(format='dict') has them all")
-    lines += _section("Why neurons are fixed", _reasons(facts["causes"]), "reasons")
+            more = counted(len(rows) - _MOST_MODULES, "more module")
+            lines.append(f"... and {more}; explain(format='dict') has them all")
+    lines += _section("Why neurons are fixed", _reasons(facts["causes"]), "reason")
     operations = dict.fromkeys(entry["operation"] for entry in facts["without_rule"])
     calls = [_call(name, [e for e in facts["without_rule"] if e["operation"] == name]) for name in operations]
     lines += _section(
-        "Operations without a rule: what they touch is fixed (dagpath.register_op gives one)", calls, "operations"
+        "Operations without a rule: what they touch is fixed (dagpath.register_op gives one)", calls, "operation"
     )
     if facts["not_edges"]:
         lines += ["", f"Parameters that no rescaling multiplies: {_some(facts['not_edges'])}"]
@@ -73,7 +75,7 @@ def _section(title: str, entries: Sequence[str], name: str) -> list[str]:
     if not entries:
         return []
     more = len(entries) - _MOST_REASONS
-    rest = [f"... and {more} more {name}; explain(format='dict') has them all"] if more > 0 else []
+    rest = [f"... and {counted(more, f'more {name}')}; explain(format='dict') has them all"] if more > 0 else []
     return ["", title, *entries[:_MOST_REASONS], *rest]
 
 

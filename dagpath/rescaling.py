@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -12,28 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagpath.buffers import buffers_read, require_same_neurons
 from dagpath.distributed import Peers, reshard
-from dagpath.files import written_whole
 from dagpath.multiply import Moving, multiply_
 from dagpath.optimizer_state import moving_state
 from dagpath.report import table
+from dagpath.saved import FOUND, read, write
 from dagpath.state import unwrap
-from dagpath.trace import TracedModel
-
-_FOUND = (
-    "power_of_two",
-    "objective",
-    "optimality",
-    "measure",
-    "live",
-    "iterations",
-    "products",
-    "converged",
-    "seconds",
-    "bound",
-    "rounding_loss",
-)
-"""What is saved beside the factors."""
+from dagpath.trace import TracedModel, require_traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +39,13 @@ class Rescaling:
             value, but for themselves, meets (p in the formulas); for norms and ranges, those that are not zero.
         iterations: iterations of the solver.
         products: its Hessian products.
-        converged: did the solver reach its tolerance? True where none ran.
+        converged: did the solver reach its tolerance, and does the bound hold no group? True where none ran.
         seconds: time taken, all stages together.
         stages: the same, stage by stage.
-        bound: the largest ``|log λ|`` that was allowed.
+        bound: the largest ``|log λ|`` that was allowed to any group.
         rounding_loss: how much higher the objective is than at the minimum, for rounding to powers of two.
         difference: largest relative difference of the outputs, where it was verified.
+        held: bool [num_groups], which groups the bound holds away from the minimum.
 
     Example:
         >>> import torch, dagpath
@@ -85,13 +71,21 @@ class Rescaling:
     bound: float = math.inf
     rounding_loss: float = 0.0
     difference: float | None = None
+    held: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool), repr=False)
 
     def __post_init__(self) -> None:
+        if not len(self.held):
+            object.__setattr__(self, "held", torch.zeros(self.log_scales.shape, dtype=torch.bool))
         if self.log_scales.shape != (self.traced.graph.num_groups,):
             raise ValueError(
                 f"log_scales must have shape ({self.traced.graph.num_groups},), one for each free group, got "
                 f"{tuple(self.log_scales.shape)}"
             )
+
+    @property
+    def num_held(self) -> int:
+        """How many groups the bound holds away from the minimum."""
+        return int(self.held.sum())
 
     def multipliers(self) -> dict[str, Tensor]:
         """The factor of every element, ``λ[dst] / λ[src]``.
@@ -144,12 +138,8 @@ class Rescaling:
             >>> torch.equal(loaded.log_scales, rescaling.log_scales)
             True
         """
-        from safetensors.torch import save_file  # an extra
-
-        found = {name: getattr(self, name) for name in _FOUND}
-        metadata = {"dagpath.rescaling": json.dumps(found), "dagpath.graph": self.traced.graph.digest()}
-        with written_whole(path) as target:
-            save_file({"log_scales": self.log_scales}, target, metadata)
+        found = {name: getattr(self, name) for name in FOUND}
+        write(path, {"log_scales": self.log_scales, "held": self.held}, found, self.traced.graph.digest())
 
     @staticmethod
     def load(path: str | os.PathLike[str], traced: TracedModel) -> Rescaling:
@@ -163,23 +153,14 @@ class Rescaling:
             The :class:`Rescaling` of that model, not applied.
 
         Raises:
-            ValueError: the file holds something else, or a rescaling for another neuron graph.
+            ValueError: the file holds something else, a rescaling for another neuron graph, or a damaged one; the
+                message names the file and what is wrong in it.
+            OSError: there is no such file, or it cannot be read.
             ImportError: the package safetensors is not installed (``pip install 'dagpath[io]'``).
         """
-        from safetensors import SafetensorError, safe_open  # an extra
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "dagpath.rescaling" not in metadata:
-                    raise ValueError(f"{path} holds no rescaling")
-                log_scales = file.get_tensor("log_scales")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
-        if metadata["dagpath.graph"] != traced.graph.digest():
-            raise ValueError(f"the rescaling in {path} is for a model with another neuron graph")
-        found = json.loads(metadata["dagpath.rescaling"])
-        return Rescaling(traced, log_scales, **{**found, "objective": tuple(found["objective"])})
+        require_traced(traced)
+        tensors, found = read(path, traced.graph.num_groups, traced.graph.digest())
+        return Rescaling(traced, **{**tensors, **found, "objective": tuple(found["objective"])})
 
     def apply_(self, model: nn.Module | None = None, optimizers: Iterable[Optimizer] = ()) -> nn.Module:
         """Multiply the parameters in place. All or nothing: if it fails, every parameter is bitwise what it was.
@@ -198,7 +179,9 @@ class Rescaling:
             The model.
 
         Raises:
-            ValueError: the model's parameters have other names or shapes, or an optimizer has state that is not known.
+            ValueError: the model's parameters have other names or shapes; a buffer that the traced model reads (a table
+                of indices, a mask) has other values, with which other neurons meet (running statistics may differ: the
+                factors are exact for any); or an optimizer has state that is not known.
             BalanceError: a product leaves the range of its type. A parameter may not overflow; where all factors are
                 powers of two, its products must be exact (a subnormal number may not be); otherwise, rounding below the
                 normal range (6e-5 in float16, 1e-38 in bfloat16 and float32), to zero even, may change an element by no
@@ -292,6 +275,13 @@ class Rescaling:
     def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
         model = self.traced.model if model is None else unwrap(model)
         reshard(model)
+        if model is not self.traced.model:
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            advice = "Trace and balance that model itself; nothing was changed"
+            for name in buffers_read(self.traced.captured):
+                if name not in buffers:
+                    raise ValueError(f"the model is not the traced one: it has no buffer {name!r}")
+            require_same_neurons(self.traced, buffers, "this model", advice)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
         return parameters
@@ -324,7 +314,7 @@ class Rescaling:
             if self.rounding_loss:
                 rows.append(("lost by rounding to powers of two", f"{self.rounding_loss:,.3g}"))
         if not math.isnan(self.optimality):
-            state = "" if self.converged else "  NOT CONVERGED"
+            state = "  NOT CONVERGED" * (not self.converged and not self.num_held)
             when = " before rounding" if self.power_of_two else ""
             rows.append((f"optimality{when} ({self.measure})", f"{self.optimality:.1e}{state}"))
             if self.live is not None:
@@ -336,7 +326,7 @@ class Rescaling:
             rows.append(("scale factors, smallest", f"{float(spread.min()):.4g}"))
             rows.append(("scale factors, median", f"{float(spread.median()):.4g}"))
             rows.append(("scale factors, largest", f"{float(spread.max()):.4g}"))
-            rows.append(("groups at the bound", f"{self._at_bound(self.log_scales):,}"))
+            rows.append(("groups at the bound", f"{self.num_held:,}" + "  NOT THE MINIMUM" * bool(self.num_held)))
         if frozen:
             rows.append(("frozen parameters, rescaled too", f"{frozen} of {len(parameters)}"))
         if self.difference is not None:
@@ -364,6 +354,9 @@ class Rescaling:
             >>> [(name, len(log_scales)) for name, log_scales in rescaling.layers()]
             [('0', 8)]
         """
+        return list(self._by_layer(self.log_scales).items())
+
+    def _by_layer(self, per_group: Tensor) -> dict[str, Tensor]:
         graph = self.traced.graph
         found: dict[str, Tensor] = {}
         for index, site in enumerate(graph.sites):
@@ -371,25 +364,26 @@ class Rescaling:
             if bool((groups > 0).any()):
                 name = site.module or site.operation
                 again = sum(other == name or other.startswith(f"{name} #") for other in found)
-                found[f"{name} #{again + 1}" if again else name] = self.log_scales[groups[groups > 0] - 1]
-        return list(found.items())
+                found[f"{name} #{again + 1}" if again else name] = per_group[groups[groups > 0] - 1]
+        return found
 
     def _layer_table(self) -> str:
         rows = []
-        for name, z in self.layers():
+        for (name, z), held in zip(self.layers(), self._by_layer(self.held).values(), strict=True):
             low, median, high = (f"{float(part.exp()):.4g}" for part in (z.min(), z.median(), z.max()))
             spread = f"{float(z.std(correction=0)):.3f}"
-            rows.append((name, f"{len(z):,}", low, median, high, spread, f"{self._at_bound(z):,}"))
+            rows.append((name, f"{len(z):,}", low, median, high, spread, f"{int(held.sum()):,}"))
         return table(("layer", "free", "smallest", "median", "largest", "std of log", "at the bound"), rows)
-
-    def _at_bound(self, z: Tensor) -> int:
-        return int((z.abs() >= self.bound * (1 - 1e-12)).sum())
 
     def scales(self) -> Tensor:
         """λ of every group, float64 [num_groups + 1] on the CPU; 1 for the fixed group 0 in front."""
-        exact = torch.round(self.log_scales / math.log(2))
-        scales = torch.exp2(exact) if self.power_of_two else self.log_scales.exp()
-        return torch.cat([scales.new_ones(1), scales]).cpu()
+        return scales_of(self.log_scales, self.power_of_two)
+
+
+def scales_of(log_scales: Tensor, power_of_two: bool) -> Tensor:
+    """λ of every group from its logarithm, float64 [num_groups + 1] on the CPU; 1 for the fixed group 0 in front."""
+    scales = torch.exp2(torch.round(log_scales / math.log(2))) if power_of_two else log_scales.exp()
+    return torch.cat([scales.new_ones(1), scales]).cpu()
 
 
 def _figure(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.survey import Capture, survey
 from dagpath.unroll import UnrolledGraph
+from dagpath.words import not_finite
 
 Flow = TypeVar("Flow", bound=MassFlow)
 _ALONE = Peers()
@@ -187,9 +188,43 @@ class TracedModel:
         raise ValueError(f"format must be 'text' or 'dict', got {format!r}")
 
 
+def structure_of(
+    model: nn.Module, captured: Capture, values: Mapping[str, Tensor] | None = None
+) -> Callable[[NeuronGraph], Structure]:
+    """What finds the structure of a model's graph, at the values given, or at the model's current ones."""
+    return functools.partial(_structure, model, captured, values)
+
+
 @plain_computation()
-def _structure(model: nn.Module, captured: Capture, graph: NeuronGraph) -> Structure:
-    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept).structure()
+def _structure(
+    model: nn.Module, captured: Capture, values: Mapping[str, Tensor] | None, graph: NeuronGraph
+) -> Structure:
+    weights = values_of(model) if values is None else values
+    return StructureFlow(model, captured, operation_of, Unknown, graph.cut, graph.kept, weights).structure()
+
+
+@plain_computation()
+def neurons_of(model: nn.Module, captured: Capture) -> NeuronGraph:
+    """The graph of neurons of a captured model: what all of its graphs have in common."""
+    families = [
+        [grouped(_flow_of(model, graph)) for graph in (first, *others)]
+        for first, others in ((captured.eval, captured.others), (captured.train, captured.train_others))
+        if first is not None and others
+    ]
+    found = reconciled(_flow_of(model, *captured.graphs), families)
+    return NeuronGraph(found, structure_of(model, captured))
+
+
+@plain_computation()
+def _agree(model: nn.Module, graph: CapturedGraph, other: CapturedGraph) -> bool:
+    return agree(grouped(_flow_of(model, graph)), grouped(_flow_of(model, other)))
+
+
+def _flow_of(model: nn.Module, *graphs: CapturedGraph) -> NeuronFlow:
+    flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, graphs))
+    for graph in graphs:
+        flow.run_graph(graph)
+    return flow
 
 
 def require_traced(traced: object) -> None:
@@ -207,8 +242,7 @@ def require_finite(traced: TracedModel) -> None:
         if len(bad):
             first = tuple(bad[0].tolist())
             raise ValueError(
-                f"the parameter {name!r} has {len(bad)} values that are not finite, the first at {first}: "
-                f"{parameter[first].item()}"
+                f"the parameter {name!r} has {not_finite(len(bad))}, the first at {first}: {parameter[first].item()}"
             )
 
 
@@ -287,25 +321,8 @@ def trace(
 def _captured(
     model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], more: Sequence[Any]
 ) -> tuple[Capture, NeuronGraph]:
-    def flow_of(*graphs: CapturedGraph) -> NeuronFlow:
-        flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, graphs))
-        for graph in graphs:
-            flow.run_graph(graph)
-        return flow
-
-    def agrees(graph: CapturedGraph, other: CapturedGraph) -> bool:
-        with plain_computation():
-            return agree(grouped(flow_of(graph)), grouped(flow_of(other)))
-
-    captured = survey(model, given, more, is_compound, agrees)
-    with plain_computation():
-        families = [
-            [grouped(flow_of(graph)) for graph in (first, *others)]
-            for first, others in ((captured.eval, captured.others), (captured.train, captured.train_others))
-            if first is not None and others
-        ]
-        found = reconciled(flow_of(*captured.graphs), families)
-        return captured, NeuronGraph(found, functools.partial(_structure, model, captured))
+    captured = survey(model, given, more, is_compound, functools.partial(_agree, model))
+    return captured, neurons_of(model, captured)
 
 
 def inputs_of(example: object, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,6 +22,7 @@ from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
 from dagpath.flow.powers import checked_power
 from dagpath.graph import Site, site_of
 from dagpath.state import plain_computation
+from dagpath.words import counted
 
 _LIMB = 32
 """Bits of a digit of an exact count: sums of 2**31 digits fit into int64."""
@@ -50,7 +51,8 @@ class Level:
     weights: Tensor
 
     def __repr__(self) -> str:
-        return f"Level(nodes {self.nodes.start} to {self.nodes.stop - 1}, {self.weights.values().numel():,} edges)"
+        edges = counted(self.weights.values().numel(), "edge")
+        return f"Level(nodes {self.nodes.start} to {self.nodes.stop - 1}, {edges})"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class UnrolledGraph:
         self.cuts = flow.cuts
 
     def __repr__(self) -> str:
-        return f"UnrolledGraph({self.num_nodes:,} nodes, {self.num_edges:,} edges, {len(self._bounds) - 1} levels)"
+        nodes, edges = counted(self.num_nodes, "node"), counted(self.num_edges, "edge")
+        return f"UnrolledGraph({nodes}, {edges}, {counted(len(self._bounds) - 1, 'level')})"
 
     @property
     def device(self) -> torch.device:

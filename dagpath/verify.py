@@ -17,6 +17,7 @@ from dagpath.errors import CaptureError, VerificationError
 from dagpath.rescaling import Rescaling
 from dagpath.sizes import common_batch, resized, with_batch
 from dagpath.trace import TracedModel
+from dagpath.words import counted
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest difference in a channel relative to its largest entry, by the narrowest type on the way to the output."""
@@ -107,8 +108,8 @@ class Verification:
             finite, undefined = (sum(int(t(o).sum()) for o in outputs) for t in (torch.isfinite, torch.isnan))
             if check.before is not None and not check.optional and (undefined or not finite):
                 warnings.warn(
-                    f"of {total} outputs in {_mode(check)} on the example inputs {undefined} are NaN and {finite} "
-                    f"finite, before and after rescaling: {'the others were' if finite else 'nothing was'} compared; "
+                    f"of {counted(total, 'output')} in {_mode(check)} on the example inputs {undefined} are NaN and "
+                    f"{finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} compared; "
                     "pass example inputs on which the outputs are finite",
                     stacklevel=4,
                 )
@@ -151,8 +152,8 @@ class Verification:
         shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(check.inputs) if isinstance(t, Tensor))
         return VerificationError(
             f"after rescaling, the outputs in {_mode(check)} on inputs of shape {shapes} differ by {worst:.2e} "
-            f"relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. {remark} "
-            "Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
+            f"relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. "
+            f"{remark} Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
             worst,
             tolerance,
         )

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
         ({name: good[name] for name in list(good)[1:]}, ValueError, "has no '0.weight', a parameter of the model"),
         ({**good, "extra": torch.zeros(2)}, ValueError, r"has 'extra', which the model does not have \(1 such"),
         ({**good, "0.bias": torch.zeros(3)}, ValueError, r"'0.bias' in .* has shape \(3,\), the model's \(4,\)"),
-        (nan, dagpath.BalanceError, r"'0.bias' has 1 values that are not finite, the first at index \(2,\): nan"),
+        (nan, dagpath.BalanceError, r"'0.bias' has 1 value that is not finite, the first at index \(2,\): nan"),
     ]
     for tensors, kind, message in cases:
         save_file(tensors, tmp_path / "in.safetensors")

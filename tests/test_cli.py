@@ -1,6 +1,7 @@
 """The command line does what the library does, and says what went wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,11 +191,12 @@ def test_files_that_hold_code_are_not_run(folder, capsys, monkeypatch):
 
 
 def test_a_bound_limits_the_factors(folder, capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, *RESCALE, "--bound", "1.01")
+    with pytest.warns(UserWarning, match="held by the bound"):
+        code, out, _ = run(capsys, monkeypatch, *RESCALE, "--bound", "1.01")
     assert code == 0
     assert "groups at the bound" in out
     code, _, error = run(capsys, monkeypatch, *RESCALE, "--bound", "0.5")
-    assert (code, "bound must be positive" in error) == (1, True)
+    assert (code, "--bound must be a factor above 1, got 0.5" in words_of(error)) == (2, True)
 
 
 def test_a_file_may_be_called_like_a_module_of_python(folder, capsys, monkeypatch):
@@ -310,3 +312,189 @@ def test_weights_that_are_not_finite_are_not_compared(folder, capsys, monkeypatc
     code, out, errors = run(capsys, monkeypatch, "compare", *arguments)
     assert (code, out) == (1, "")
     assert "0.weight" in errors
+
+
+# -- bad input: every message names the cause, and none is a traceback -------------------------------------------------
+
+BAD_MODULES = {
+    "syntax.py": ("def f(:", r"syntax.py cannot be imported: its own code raised SyntaxError: .*syntax.py:1"),
+    "bytes.py": (b'x = "\xff"', "bytes.py cannot be imported: its own code raised SyntaxError"),
+    "null.py": ("a\0b", "null.py cannot be imported: its own code raised SyntaxError"),
+    "needs.py": ("import nowhere_at_all", r"needs.py:1\); install 'nowhere_at_all', which it needs"),
+    "zero.py": ("1 / 0", r"its own code raised ZeroDivisionError: division by zero \(at .*zero.py:1\)"),
+    "leaves.py": ("raise SystemExit(2)", "its own code raised SystemExit: 2"),
+    "typed.py": (
+        "import torch\ntorch.library.register_fake('nothing::there')(print)",
+        "its own code raised RuntimeError",
+    ),
+    "lazy.py": ("def __getattr__(name): raise KeyError(name)", "its own code raised KeyError"),
+    "raises.py": ("def f(): raise KeyError('boom')", r"raises.py:f raised KeyError: 'boom' at .*raises.py:1"),
+    "stops.py": ("def f(): raise SystemExit(3)", r"stops.py:f raised SystemExit: 3"),
+    "deep.py": ("def f(): return f()", "deep.py:f raised RecursionError"),
+    "asks.py": ("def f(x): return x", "asks.py:f raised TypeError: .*missing 1 required positional argument"),
+    "kind.py": (
+        "from torch.nn import Linear\ndef f(): return Linear",
+        "kind.py:f returned type, not a torch.nn.Module",
+    ),
+    "value.py": ("f = 3", "value.py has no function 'f'"),
+    "branch.py": (
+        "from torch import nn\nclass N(nn.Module):\n    def forward(self, x): return x if x.sum() > 0 else -x\nf = N",
+        "N cannot be captured as a graph: .*branch.py:3",
+    ),
+}
+
+
+def words_of(error: str) -> str:
+    return " ".join(error.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", BAD_MODULES)
+def test_a_module_that_fails_is_named_with_its_line_and_what_to_do(name, folder, capsys, monkeypatch):
+    content, words = BAD_MODULES[name]
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, error = run(capsys, monkeypatch, "paths", f"{name}:f", "--input", "1,4")
+    assert (code in (1, 2), out) == (True, "")
+    assert re.search(words, words_of(error)), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (
+            "nowhere.inside:f",
+            "No module named 'nowhere': install its package, run from the folder that has it, or name a",
+        ),
+        ("torch.nowhere:f", "No module named 'torch.nowhere': install"),
+        ("..:f", "a module's name has no dots in front"),
+        ("a..b:f", "no two in a row"),
+        ("pipe.py:f", "pipe.py is no regular file"),
+        ("one.py:f", "'one.py' cannot be read: Too many levels of symbolic links"),
+        ("folder.py:f", "folder.py is a folder"),
+        (":f", "is not of the form MODULE:FACTORY"),
+        ("nets.py:", "is not of the form MODULE:FACTORY"),
+        ("os:getcwd", "os:getcwd returned str, not a torch.nn.Module"),
+    ],
+)
+def test_a_module_that_is_none_is_refused(module, words, folder, capsys, monkeypatch):
+    os.mkfifo("pipe.py")
+    Path("one.py").symlink_to("two.py")
+    Path("two.py").symlink_to("one.py")
+    Path("folder.py").mkdir()
+    code, out, error = run(capsys, monkeypatch, "paths", module, "--input", "1,4")
+    assert (code in (1, 2), out) == (True, "")
+    assert words in words_of(error)
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ("-1,4", "is no shape such as"),
+        ("0,4", "is no shape such as"),
+        ("", "is no shape such as"),
+        ("1e3,4", "is no shape such as"),
+        ("nan", "is no shape such as"),
+        ("1;4", "is no shape such as"),
+        ("1,4:float32:x", "is no shape such as"),
+        ("1,4:Tensor", "is no shape such as"),
+        ("1," + "9" * 5000, "is no shape such as"),
+        ("1000000,1000000", "has 1e+12 elements, more than 2,147,483,648"),
+        ("99999999999999999999,4", "has 4e+20 elements"),
+        ("1,4:qint8", "there is no tensor of zeros of torch.qint8"),
+        ("1,4:complex64", "forward raised on the example inputs"),
+    ],
+)
+def test_an_absurd_input_is_refused(shape, words, folder, capsys, monkeypatch):
+    code, out, error = run(capsys, monkeypatch, "explain", "nets.py:build", "--input", shape)
+    if "complex" in shape:  # which the text does not run
+        code, out, error = run(capsys, monkeypatch, "paths", "nets.py:build", "--input", shape)
+    assert (code in (1, 2), out) == (True, "")
+    assert words in words_of(error)
+
+
+@pytest.mark.parametrize("command", ["paths", "rescale", "compare"])
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("pipe.safetensors", "pipe.safetensors is no regular file"),
+        ("/dev/zero", "/dev/zero is no regular file"),
+        ("one.safetensors", "Too many levels of symbolic links"),
+        ("folder", r"folder has no \*.safetensors"),
+        ("deep.safetensors.index.json", "is no index of safetensors files: RecursionError"),
+        ("null.safetensors.index.json", "cannot be read: embedded null byte"),
+        ("number.safetensors.index.json", "is no index of safetensors files: TypeError"),
+        ("empty.safetensors", "is no safetensors file"),
+        ("deep.safetensors", "is no safetensors file"),
+        ("nets.py", "is no safetensors file"),
+    ],
+)
+def test_weights_that_are_none_are_refused_and_never_waited_for(weights, words, command, folder, capsys, monkeypatch):
+    os.mkfifo("pipe.safetensors")
+    Path("one.safetensors").symlink_to("two.safetensors")
+    Path("two.safetensors").symlink_to("one.safetensors")
+    Path("folder").mkdir()
+    Path("deep.safetensors.index.json").write_text("[" * 100_000)
+    Path("null.safetensors.index.json").write_text('{"weight_map": {"a": "\\u0000"}}')
+    Path("number.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    Path("empty.safetensors").write_bytes(b"")
+    header = b'{"a":' * 10_000
+    Path("deep.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    arguments = {
+        "paths": ["paths", "nets.py:build", "--weights", weights],
+        "rescale": ["rescale", "nets.py:build", "--weights", weights, "--out", "out.safetensors"],
+        "compare": ["compare", "in.safetensors", weights, "--model", "nets.py:build"],
+    }[command]
+    code, out, error = run(capsys, monkeypatch, *arguments, "--input", "1,4")
+    assert (code, out) == (1, "")
+    assert re.search(words, words_of(error)), error
+    assert not Path("out.safetensors").exists()
+
+
+@pytest.mark.parametrize("out", ["pipe.safetensors", "/dev/null", "one.safetensors"])
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_what_is_no_file_is_not_replaced(option, out, folder, capsys, monkeypatch):
+    os.mkfifo("pipe.safetensors")
+    Path("one.safetensors").symlink_to("two.safetensors")
+    Path("two.safetensors").symlink_to("one.safetensors")
+    command = "rescale" if option == "--out" else "explain"
+    weights = "--weights", "in.safetensors"
+    code, _, error = run(capsys, monkeypatch, command, "nets.py:build", "--input", "1,4", *weights, option, out)
+    assert code == 1
+    assert re.search("is no regular file|is a link that leads back to itself", words_of(error)), error
+    assert Path("pipe.safetensors").is_fifo()
+    assert Path("one.safetensors").is_symlink()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_pipe_of_torch_save_is_not_waited_for(folder, capsys, monkeypatch):
+    os.mkfifo("pipe.pt")
+    code, _, error = run(capsys, monkeypatch, "paths", "nets.py:build", "--input", "1,4", "--weights", "pipe.pt")
+    assert (code, "pipe.pt is no regular file" in error) == (1, True)
+
+
+@pytest.mark.parametrize("bound", ["nan", "0", "-3", "1", "-inf"])
+def test_a_bound_that_is_no_factor_is_refused(bound, folder, capsys, monkeypatch):
+    code, _, error = run(capsys, monkeypatch, *RESCALE, "--bound", bound)
+    assert (code, "--bound must be a factor above 1" in words_of(error)) == (2, True)
+
+
+@pytest.mark.parametrize("layer", ["nn.Sigmoid()", "nn.ReLU6()", "nn.Softmax(1)", "nn.GELU()"])
+def test_paths_of_a_model_with_a_barrier_are_counted_and_weighed(layer, folder, capsys, monkeypatch):
+    parts = f"nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), {layer}, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)"
+    Path("barrier.py").write_text(f"from torch import nn\ndef f(): return nn.Sequential({parts})")
+    code, out, error = run(capsys, monkeypatch, "paths", "barrier.py:f", "--input", "1,4", "--json")
+    assert code == 0, error
+    lengths = json.loads(out)["lengths"]
+    assert set(lengths) == {"1", "2"}
+    assert sum(lengths.values()) == pytest.approx(1)
+
+
+def test_an_error_that_nobody_expected_is_one_line_too(folder, capsys, monkeypatch):
+    def failing(traced, *_, **__):
+        raise ArithmeticError("of a type that nothing raises on purpose")
+
+    monkeypatch.setattr(cli, "path_count", failing)
+    code, out, error = run(capsys, monkeypatch, "paths", "nets.py:build", "--input", "1,4")
+    assert (code, out) == (1, "")
+    assert re.search(r"error ArithmeticError: of a type that .* \(at .*test_cli.py:\d+\); nothing was", words_of(error))

@@ -283,7 +283,12 @@ def test_a_deep_perceptron_has_the_gram_diagonal_of_its_layers(std):
         for name, values in dagpath.gram_diagonal(traced, log=True, dtype=dtype).items():
             whole = np.broadcast_to(expected[name], values.shape)
             np.testing.assert_allclose(values.numpy(), whole, rtol=tolerance, atol=tolerance)
-    assert dagpath.balance(traced).live == traced.graph.num_parameters
+    if std == 0.5:
+        rescaling = dagpath.balance(traced)
+    else:
+        with pytest.warns(UserWarning, match="groups are held by the bound"):  # float32 holds no factors like these
+            rescaling = dagpath.balance(traced)
+    assert rescaling.live == traced.graph.num_parameters
 
 
 def test_deep_networks_are_balanced_counted_and_explained():

@@ -458,14 +458,15 @@ def test_groups_at_the_bound_are_reported():
     net = mlp(2, 3, 2).double()
     with torch.no_grad():
         net[2].weight.mul_(1e-3)
-    rescaling = dagpath.rescale_(net, torch.randn(2, 2, dtype=torch.float64), bound=0.1)
+    with pytest.warns(UserWarning, match="groups are held by the bound"):
+        rescaling = dagpath.rescale_(net, torch.randn(2, 2, dtype=torch.float64), bound=0.1)
     assert float(rescaling.log_scales.abs().max()) == 0.1
     assert "groups at the bound" in rescaling.summary()
 
 
 def test_stopping_early_warns_with_the_numbers():
     traced = dagpath.trace(mlp(3, 9, 8, 2), torch.zeros(1, 3))
-    with pytest.warns(UserWarning, match=r"stopped after 1 iterations at an optimality of .* tolerance of 1.0e-09"):
+    with pytest.warns(UserWarning, match=r"stopped after 1 iteration at an optimality of .* tolerance of 1.0e-09"):
         rescaling = dagpath.balance(traced, max_iter=1)
     assert not rescaling.converged
     assert "NOT CONVERGED" in rescaling.summary()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.distributed import values_of
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.neurons import NeuronFlow
@@ -37,12 +36,13 @@ class StructureFlow(NeuronFlow):
     so that every rule decides as it does in the flow of neurons.
 
     Args:
-        model: the model; its current values weigh the edges.
+        model: the model.
         captured: its graphs.
         rule: finds the rule of a call's target.
         unknown: makes the rule of an operation that fixes what it touches, from the reason.
         cut: calls through which no path goes.
         kept: which factor paths go through, for calls that multiply two activations.
+        values: the values of the parameters by name, which weigh the edges.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class StructureFlow(NeuronFlow):
         unknown: Callable[[str], Any],
         cut: Container[fx.Node],
         kept: Mapping[fx.Node, int],
+        values: Mapping[str, Tensor],
     ) -> None:
         super().__init__(model, rule, unknown)
-        self.parameters: dict[str, Tensor] = dict(values_of(model))
+        self.parameters: dict[str, Tensor] = dict(values)
         self._captured = captured
         self._known_cut = cut
         self._known_kept = kept

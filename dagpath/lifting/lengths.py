@@ -116,7 +116,7 @@ class _Linear:
     def __call__(self, given: Mapping[int, Tensor]) -> Sequence[Tensor]:
         """Where it takes these inputs, the others being zero."""
         live = [(self._slopes[key], part) for key, part in given.items() if self._slopes[key].requires_grad]
-        if not live:
+        if not (live and self._feeds):  # a barrier has no output that its inputs reach
             return [torch.zeros_like(feed) for feed in self._feeds]
         slopes, parts = zip(*live, strict=True)
         return torch.autograd.grad(slopes, self._feeds, parts, retain_graph=True, materialize_grads=True)

@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.optim.groups import check_rates, check_steps, evaluate, inverse_of, parameter_groups, trained_edges
-from dagpath.optim.skeleton import Skeleton
+from dagpath.optim.groups import (
+    check_rates,
+    check_state,
+    check_steps,
+    evaluate,
+    inverse_of,
+    is_count,
+    parameter_groups,
+    trained_edges,
+)
+from dagpath.optim.skeleton import Skeleton, require_skeleton
 from dagpath.optimizer_state import register_state
 from dagpath.paths.basis import ElementOrder, choose_skeleton, element_order
 from dagpath.trace import TracedModel, require_traced
+from dagpath.words import counted
 
 _ATTRIBUTES = {
     *("_max_ratio", "_refresh", "_order", "_ends", "_skeleton"),
@@ -268,17 +278,36 @@ class GSGD(Optimizer):
         """Take over the state of another GSGD of the same architecture.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is the state of something else, of another architecture, or a damaged one. Nothing is
+                changed.
         """
-        state = dict(state_dict)
-        own = state.pop("skeleton", None)
-        size = self._order.num_groups + 1
-        if own is None or own["entering"].shape != (size,) or own["leaving"].shape != (size,):
-            raise ValueError(f"this is no state of a GSGD of a network with {size - 1} free scale groups")
-        super().load_state_dict(state)
-        self._skeleton = Skeleton(self._order, own["entering"].cpu(), own["leaving"].cpu(), self._parameters)
-        device = self._skeleton.class_of.device
-        self._momentum = None if own["momentum"] is None else own["momentum"].to(device, copy=True)
+        own = state_dict.get("skeleton") if isinstance(state_dict, Mapping) else None
+        parts = ("entering", "leaving", "momentum", "steps", "chosen_at", "any_zero")
+        if not isinstance(own, Mapping) or any(part not in own for part in parts):
+            raise ValueError(
+                f"this is no state of a GSGD of a network with {counted(self._order.num_groups, 'free scale group')}: "
+                f"it has no 'skeleton' with {', '.join(map(repr, parts))}"
+            )
+        check_state(self, state_dict, {"momentum_buffer": Tensor})
+        if not (is_count(own["steps"]) and is_count(own["chosen_at"]) and own["chosen_at"] <= own["steps"]):
+            raise ValueError(f"the state's numbers of steps are none: {own['steps']!r}, {own['chosen_at']!r}")
+        if not isinstance(own["any_zero"], bool):
+            raise ValueError(f"'any_zero' of the state must be a bool, got {own['any_zero']!r}")
+        require_skeleton(self._order, own["entering"], own["leaving"])
+        skeleton = Skeleton(self._order, own["entering"].cpu(), own["leaving"].cpu(), self._parameters)
+        momentum = own["momentum"]
+        if momentum is not None and not (
+            isinstance(momentum, Tensor)
+            and momentum.dtype == torch.float64
+            and momentum.shape == (skeleton.num_classes,)
+        ):
+            raise ValueError(
+                f"'momentum' of the state must be a float64 tensor with one entry for each of the "
+                f"{skeleton.num_classes:,} paths of its skeleton, got {getattr(momentum, 'shape', momentum)}"
+            )
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "skeleton"})
+        self._skeleton, device = skeleton, skeleton.class_of.device
+        self._momentum = None if momentum is None else momentum.to(device, copy=True)
         self._steps, self._chosen_at, self._any_zero = own["steps"], own["chosen_at"], own["any_zero"]
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dagpath.flow.values import ldexp_
 from dagpath.lifting.gram import visit_gram_diagonal
-from dagpath.optim.groups import check_rates, check_steps, evaluate, inverse_of, parameter_groups
+from dagpath.optim.groups import check_rates, check_state, check_steps, evaluate, inverse_of, parameter_groups
 from dagpath.optimizer_state import register_state
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
@@ -120,10 +120,12 @@ class PathSGD(Optimizer):
         """Take over the state of another PathSGD of the same architecture.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is the state of something else, or a damaged one. Nothing is changed.
         """
-        if not all(self.defaults.keys() <= group.keys() for group in state_dict["param_groups"]):
-            raise ValueError("this is no state of a PathSGD")
+        check_state(self, state_dict, {"inverse_gram": Tensor, "exponent": int})
+        for number, entries in state_dict["state"].items():
+            if entries and len(entries) != 2:
+                raise ValueError(f"the state of parameter {number!r} lacks one of 'inverse_gram' and 'exponent'")
         super().load_state_dict(state_dict)
 
 

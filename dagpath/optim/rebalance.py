@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion, EquiNorm
 from dagpath.distributed import reshard, warn_if_alone
-from dagpath.optim.groups import check_steps
+from dagpath.optim.groups import check_steps, is_count
 from dagpath.optimizer_state import moving_state
 from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, require_traced
@@ -114,11 +114,14 @@ class Rebalance:
         """Go on counting where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else. Nothing is changed.
         """
-        if set(state_dict) != {"steps"}:
-            raise ValueError(f"expected a dictionary with the key 'steps' alone, got {sorted(state_dict)}")
-        self.steps = int(state_dict["steps"])
+        if not isinstance(state_dict, Mapping) or set(state_dict) != {"steps"}:
+            found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"expected a dictionary with the key 'steps' alone, got {found}")
+        if not is_count(state_dict["steps"]):
+            raise ValueError(f"'steps' must be a number of steps, got {state_dict['steps']!r}")
+        self.steps = state_dict["steps"]
 
     def _before_step(self, *_: object) -> None:
         self._stepping = True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dagpath.paths.basis import ElementOrder, identified
+from dagpath.words import counted
 
 
 class Skeleton:
@@ -116,6 +117,38 @@ class Skeleton:
             arriving = sums.index_add(0, ends, own)
             result.index_add_(0, step, _accumulated(arriving, parents))
         return result[:-1]
+
+
+def require_skeleton(order: ElementOrder, entering: object, leaving: object) -> None:
+    """Raise ValueError for what is no skeleton of a network: chains through other elements, or without an end."""
+    size = order.num_groups + 1
+    for name, chosen, near, far in (
+        ("entering", entering, order.dst, order.src),
+        ("leaving", leaving, order.src, order.dst),
+    ):
+        where = f"{name!r} of the state's skeleton"
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.shape != (size,):
+            raise ValueError(f"{where} is not of a network with {counted(size - 1, 'free scale group')}")
+        chosen = chosen.cpu()
+        if bool(((chosen < -1) | (chosen >= len(near))).any()) or int(chosen[0]) != -1:
+            raise ValueError(f"{where} names elements that the network does not have")
+        groups = torch.nonzero(chosen >= 0)[:, 0]
+        elements = chosen[groups]
+        if bool((near[elements].long() != groups).any()) or bool((order.entry[elements] < 0).any()):
+            raise ValueError(
+                f"{where} is that of another architecture: elements are not at the groups that they are for"
+            )
+        parents = _other_end(far, chosen)
+        if bool((parents > 0).logical_and(chosen[parents] < 0).any()):
+            raise ValueError(f"{where} has chains that break off before they reach a fixed end")
+        for _ in range(size.bit_length()):
+            parents = parents[parents]
+        if bool(parents.any()):
+            raise ValueError(f"{where} has chains that go in a circle")
+    assert isinstance(entering, Tensor)
+    assert isinstance(leaving, Tensor)
+    if not torch.equal(entering.cpu() >= 0, leaving.cpu() >= 0):
+        raise ValueError("the state's skeleton enters other groups than it leaves")
 
 
 def _accumulated(sums: Tensor, parents: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from dagpath.flow.structure import Edges, Links, Structure
 from dagpath.paths.alive import alive_elements
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
+from dagpath.words import counted
 
 _NEVER = torch.iinfo(torch.int32).max
 
@@ -62,7 +63,7 @@ class BasisPaths:
     signs: Tensor
 
     def __repr__(self) -> str:
-        return f"BasisPaths({self.num_paths:,} paths of {len(self.class_of):,} parameters)"
+        return f"BasisPaths({counted(self.num_paths, 'path')} of {counted(len(self.class_of), 'parameter')})"
 
     @property
     def num_paths(self) -> int:

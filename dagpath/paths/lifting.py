@@ -21,6 +21,7 @@ from dagpath.sparse import csr_tensor
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 from dagpath.unroll import UnrolledGraph, describe
+from dagpath.words import counted
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class PathLifting:
         self.values: Tensor = self._along(self.graph.weights).prod(1)
 
     def __repr__(self) -> str:
-        return f"PathLifting({len(self):,} paths, at most {self.edges.shape[1]} edges long)"
+        return f"PathLifting({counted(len(self), 'path')}, at most {counted(self.edges.shape[1], 'edge')} long)"
 
     def __len__(self) -> int:
         return len(self.starts)

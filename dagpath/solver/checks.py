@@ -8,9 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def check_bound(bound: float) -> None:
-    if not bound > 0:
-        raise ValueError(f"bound must be positive, got {bound}")
+def check_bound(bound: float | NDArray[np.float64], num_groups: int | None = None) -> None:
+    """A ValueError for a bound, or bounds group by group, that are not positive."""
+    if isinstance(bound, np.ndarray) and bound.shape != (num_groups,):
+        raise ValueError(f"bounds must have shape ({num_groups},), one for each group, got {bound.shape}")
+    if not np.all(bound > 0):
+        raise ValueError(f"bound must be positive, got {np.min(bound)}")
 
 
 def check_limits(tol: float, max_iter: int | None) -> None:

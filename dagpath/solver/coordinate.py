@@ -63,7 +63,8 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
         )
     start = time.perf_counter()
     kappa, bound = problem.kappa, problem.bound
-    largest = math.exp(abs(kappa) * bound) * (1 + 1e-12)  # a little above, so that what is at the bound is cut to it
+    limits = np.broadcast_to(np.asarray(bound, dtype=np.float64), problem.costs.shape)
+    largest = np.exp(abs(kappa) * limits) * (1 + 1e-12)  # a little above, so that what is at the bound is cut to it
     surplus = -problem.costs / kappa
     batches = list(_batches(problem.matrix))
     first = problem.at(np.zeros(problem.num_groups))
@@ -81,26 +82,28 @@ def solve_coordinate(problem: Problem, tol: float = 1e-9, max_iter: int | None =
                 inflow,
                 outflow,
                 surplus[batch.first - 1 :],
-                largest,
+                largest[batch.first - 1 :],
             )
-            z[part] = np.clip(-np.log(x) / kappa, -bound, bound)
+            here = limits[batch.first - 1 :][: len(x)]
+            z[part] = np.clip(-np.log(x) / kappa, -here, here)
         point, sweeps = problem.at(z[1:]), sweeps + 1
     reached, seconds = point.optimality, time.perf_counter() - start
-    return Solution(torch.from_numpy(point.z), (first.value, point.value), reached, sweeps, 0, reached <= tol, seconds)
+    found, held = torch.from_numpy(point.z), torch.from_numpy(point.held)
+    return Solution(found, (first.value, point.value), reached, sweeps, 0, reached <= tol, seconds, held)
 
 
 def _minimize_in_turn(
-    p: float, total: float, x: Array, inflow: Array, outflow: Array, surplus: Array, largest: float
+    p: float, total: float, x: Array, inflow: Array, outflow: Array, surplus: Array, largest: Array
 ) -> tuple[Array, float]:
     """Minimize over groups that share no element; their new x, and the new total."""
     found = x.copy()
-    for index, (old, mass_in, mass_out, a) in enumerate(
-        zip(x.tolist(), inflow.tolist(), outflow.tolist(), surplus.tolist(), strict=False)
+    for index, (old, mass_in, mass_out, a, most) in enumerate(
+        zip(x.tolist(), inflow.tolist(), outflow.tolist(), surplus.tolist(), largest.tolist(), strict=False)
     ):
         if mass_in == 0 and mass_out == 0:
             continue
         rest = max(total - mass_in / old - mass_out * old, 0.0)
-        best = found[index] = _best_factor(p, a, mass_in, mass_out, rest, largest)
+        best = found[index] = _best_factor(p, a, mass_in, mass_out, rest, most)
         total = mass_in / best + mass_out * best + rest
     return found, total
 

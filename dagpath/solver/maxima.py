@@ -46,7 +46,7 @@ class RangeProblem:
 
     Attributes:
         matrix: the largest a of every pair of groups.
-        bound: largest ``|z|``.
+        bound: largest ``|z|``, a number, or a NumPy array [num_groups] with one for each group.
         live: number of live elements, those of positive mass, for the report.
         measure: what the optimality is, in words, for the report.
 
@@ -66,14 +66,14 @@ class RangeProblem:
     """
 
     matrix: GroupMatrix
-    bound: float = DEFAULT_BOUND
+    bound: float | Array = DEFAULT_BOUND
     live: int | None = None
     measure: str = "largest |log max in − log max out|"
 
     def __post_init__(self) -> None:
         if not isinstance(self.matrix, GroupMatrix):
             raise TypeError(f"matrix must be what GroupMatrix.of returns, got {type(self.matrix).__name__}")
-        check_bound(self.bound)
+        check_bound(self.bound, self.num_groups)
 
     @property
     def num_groups(self) -> int:
@@ -129,7 +129,8 @@ class RangeProblem:
             play.choose_()
         seconds = time.perf_counter() - start
         z = torch.from_numpy(lowest[1:].clip(-self.bound, self.bound))
-        return Solution(z, (before, reached), reached, iterations, 0, reached <= tol, seconds)
+        held = torch.from_numpy(self._held(np.append(0.0, z.numpy())))
+        return Solution(z, (before, reached), reached, iterations, 0, reached <= tol, seconds, held)
 
     @cached_property
     def _logs(self) -> list[tuple[Index, Index, Array]]:
@@ -144,6 +145,12 @@ class RangeProblem:
         for entering in (True, False):
             both &= self._largest(np.zeros(len(both)), entering).mass > -np.inf
         return np.flatnonzero(both)
+
+    @cached_property
+    def bounds(self) -> Array:
+        """The bound of each of these groups."""
+        array: Array = np.broadcast_to(np.asarray(self.bound, dtype=np.float64), (self.num_groups,))[self.groups - 1]
+        return array
 
     def largest(self, z: Array, entering: bool) -> _Elements:
         """Of these groups the elements that are the largest at z of those that enter it, or of those that leave it."""
@@ -168,8 +175,16 @@ class RangeProblem:
 
     def _imbalance(self, z: Array) -> float:
         middle = _middle(z, self.largest(z, True), self.largest(z, False))
-        away = 2 * (middle.clip(-self.bound, self.bound) - z[self.groups])
+        away = 2 * (middle.clip(-self.bounds, self.bounds) - z[self.groups])
         return float(np.abs(away).max(initial=0.0))
+
+    def _held(self, z: Array) -> Any:
+        """Which groups would be further out, for equal maxima, if the bound did not stop them; bool [num_groups]."""
+        middle, here = _middle(z, self.largest(z, True), self.largest(z, False)), z[self.groups]
+        beyond = np.abs(middle) - self.bounds > _SLACK * (1 + np.abs(middle))
+        held = np.zeros(len(z), dtype=np.bool_)
+        held[self.groups] = beyond & (np.abs(here) >= self.bounds) & (middle * here > 0)
+        return held[1:]
 
 
 def _middle(z: Array, entering: _Elements, leaving: _Elements) -> Array:
@@ -198,8 +213,9 @@ class _Play:
         moving = ~(self.low | self.high)
         entering, leaving = (elements.at(moving) for elements in (self.entering, self.leaving))
         groups, every = self.problem.groups[moving], np.arange(len(self.z))
-        bound, ones, diagonal = self.problem.bound, np.ones(len(groups)), np.ones(len(self.z))
-        right = self.z.clip(-bound, bound)  # which is where stopped groups stay
+        bounds, ones, diagonal = self.problem.bounds, np.ones(len(groups)), np.ones(len(self.z))
+        right = self.z.copy()
+        right[self.problem.groups] = right[self.problem.groups].clip(-bounds, bounds)  # where stopped groups stay
         right[groups] = _RIDGE * right[groups] + leaving.mass - entering.mass
         diagonal[groups] = 2 + _RIDGE
         rows = np.concatenate([every, groups, groups])
@@ -210,7 +226,7 @@ class _Play:
     def stop_(self) -> bool:
         """Either player stops at its bound where these choices lead beyond it; is there such a group, a new one?"""
         values = self.z[self.problem.groups]
-        low, high = (values < -self.problem.bound) & ~self.low, (values > self.problem.bound) & ~self.high
+        low, high = (values < -self.problem.bounds) & ~self.low, (values > self.problem.bounds) & ~self.high
         self.low, self.high = self.low | low, self.high | high
         return bool(low.any() or high.any())
 

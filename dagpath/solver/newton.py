@@ -89,6 +89,7 @@ def solve_newton(problem: Problem, tol: float = 1e-9, max_iter: int | None = Non
         run.products,
         run.point.optimality <= tol,
         time.perf_counter() - began,
+        torch.from_numpy(run.point.held),
     )
 
 

@@ -126,7 +126,7 @@ class SeparableHessian:
 def _held(point: Point, alone: Array) -> Any:
     """The groups at the bound, or so near that their own step takes them there (Bertsekas 1982)."""
     bound = point.problem.bound
-    if not len(point.z) or np.abs(point.z).max() < bound - _NEAR:
+    if (np.abs(point.z) < bound - _NEAR).all():
         return False
     near = min(_NEAR, float(np.abs((point.z + alone).clip(-bound, bound) - point.z).max()))
     return ((point.z >= bound - near) & (alone > 0)) | ((point.z <= near - bound) & (alone < 0))

@@ -27,9 +27,9 @@ from dagpath.solver.aggregate import MassAggregator
 from dagpath.solver.checks import check_bound, checked_z
 from dagpath.solver.matrix import Array, GroupMatrix, Masses, SeparableMatrix
 
-DEFAULT_BOUND = 20 * math.log(2)
-"""Largest |log λ|: a factor of 2**20 up or down."""
 _LARGEST_EXPONENT = 350.0
+DEFAULT_BOUND = _LARGEST_EXPONENT
+"""Largest |log λ|: beyond it float64 does not hold the ratio of two factors."""
 _SMALL = 1e-100
 """Masses that are all smaller than this, or a mass larger than its inverse, are divided by the largest: the squares of
 their sum would leave the range of float64."""
@@ -135,7 +135,8 @@ class Problem:
         kappa: κ, not zero; under a rescaling ``λ = exp(z)`` a mass is multiplied by ``(λ_dst / λ_src)**κ``.
         linear: c, [num_groups]; kept in float64.
         scale: what the gradient is divided by: ``optimality = ‖∇F‖∞ / scale``.
-        bound: largest ``|z|``; cut to ``350 / |κ|``, beyond which ``exp(κ z)`` leaves the range of float64.
+        bound: largest ``|z|``, a number, or a NumPy array [num_groups] with one for each group; cut to ``350 / |κ|``,
+            beyond which ``exp(κ z)`` leaves the range of float64.
         offset: constant added to F.
         live: number of live elements, those of positive mass, for the report.
         measure: what the optimality is, in words, for the report.
@@ -159,7 +160,7 @@ class Problem:
     kappa: float
     linear: Tensor
     scale: float
-    bound: float = DEFAULT_BOUND
+    bound: float | Array = DEFAULT_BOUND
     offset: float = 0.0
     live: int | None = None
     measure: str = "largest |∇F| / scale"
@@ -172,11 +173,11 @@ class Problem:
         missing = [name for name in ("value", "slope", "curvature") if not hasattr(self.outer, name)]
         if missing:
             raise TypeError(f"outer must have methods value, slope and curvature; {self.outer!r} has no {missing[0]}")
-        check_bound(self.bound)
         object.__setattr__(self, "linear", torch.as_tensor(self.linear, dtype=torch.float64).detach())
         if self.linear.shape != (self.matrix.layout.size - 1,):
             groups = self.matrix.layout.size - 1
             raise ValueError(f"linear must have shape ({groups},), one for each group, got {tuple(self.linear.shape)}")
+        check_bound(self.bound, len(self.linear))
         if not bool(torch.isfinite(self.linear).all()):
             raise ValueError("linear must be finite")
         if not (math.isfinite(self.kappa) and self.kappa):
@@ -185,7 +186,9 @@ class Problem:
             raise ValueError(f"offset must be finite, got {self.offset}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive and finite, got {self.scale}")
-        object.__setattr__(self, "bound", min(self.bound, _LARGEST_EXPONENT / abs(self.kappa)))
+        widest = _LARGEST_EXPONENT / abs(self.kappa)
+        one = not isinstance(self.bound, np.ndarray)
+        object.__setattr__(self, "bound", min(self.bound, widest) if one else np.minimum(self.bound, widest))
         if isinstance(self.outer, LogOuter) and not _SMALL < self.matrix.largest < 1 / _SMALL:
             object.__setattr__(self, "offset", self.offset + self.outer.value(self.matrix.largest))
             object.__setattr__(self, "matrix", self.matrix.divided(self.matrix.largest))
@@ -406,11 +409,15 @@ class Point:
     @cached_property
     def projected_gradient(self) -> Array:
         """∇F, but zero where the bound stops the descent; float64 [num_groups]."""
+        return np.where(self.held, 0.0, self.gradient)
+
+    @cached_property
+    def held(self) -> Any:
+        """Which groups the bound stops, bool [num_groups]: the objective falls beyond it."""
         bound = self.problem.bound
-        if not len(self.z) or np.abs(self.z).max() < bound:
-            return self.gradient
-        stopped = ((self.z >= bound) & (self.gradient < 0)) | ((self.z <= -bound) & (self.gradient > 0))
-        return np.where(stopped, 0.0, self.gradient)
+        if (np.abs(self.z) < bound).all():
+            return np.zeros(len(self.z), dtype=np.bool_)
+        return ((self.z >= bound) & (self.gradient < 0)) | ((self.z <= -bound) & (self.gradient > 0))
 
     @cached_property
     def optimality(self) -> float:
@@ -447,6 +454,7 @@ class Solution:
         products: Hessian products.
         converged: is ``optimality`` at most the tolerance?
         seconds: time taken.
+        held: bool [num_groups], which groups the bound stops; with them further out the objective would be lower.
 
     Example:
         >>> import torch
@@ -464,3 +472,4 @@ class Solution:
     products: int
     converged: bool
     seconds: float
+    held: Tensor

@@ -47,7 +47,7 @@ def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array | Tensor) -
         >>> round(float(solution.z.exp()), 4), (z / math.log(2)).tolist(), objective > solution.objective[1]
         (0.4273, [-1.0], True)
     """
-    most, z = math.floor(problem.bound / _UNIT), checked_z(z, problem.num_groups, math.inf)
+    most, z = np.floor(problem.bound / _UNIT), checked_z(z, problem.num_groups, math.inf)
     starts = np.rint(z / _UNIT).clip(-most, most) * _UNIT, np.zeros_like(z)
     if isinstance(problem, RangeProblem):
         return min(((start, problem.value(start)) for start in starts), key=lambda pair: pair[1])
@@ -56,7 +56,7 @@ def round_to_powers_of_two(problem: Problem | RangeProblem, z: Array | Tensor) -
     return min(((point.z, point.value) for point in points), key=lambda pair: pair[1])
 
 
-def _improve(point: Point, most: int) -> Point:
+def _improve(point: Point, most: float | Array) -> Point:
     """Double or halve groups, none more than ``most`` times in all, as long as the objective falls."""
     for _ in range(_ROUNDS):
         change, sign = _best_changes(point, most)
@@ -75,7 +75,7 @@ def _improve(point: Point, most: int) -> Point:
     return point
 
 
-def _best_changes(point: Point, most: int) -> tuple[Array, Array]:
+def _best_changes(point: Point, most: float | Array) -> tuple[Array, Array]:
     """For each group the change of the objective if it alone is doubled or halved, whichever is better, and which."""
     problem = point.problem
     changes = []

@@ -17,7 +17,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dagpath.report import table
-from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.study.prediction import Effect, predict
 from dagpath.study.schemes import checked_scheme, initialize_
 from dagpath.trace import trace
@@ -168,7 +167,7 @@ def initialization(
     gains: Iterable[float] = (0.5, 1.0, 2.0),
     seeds: int | Iterable[int] = 20,
     schemes: Iterable[str] = ("default",),
-    bound: float = DEFAULT_BOUND,
+    bound: float | None = None,
     progress: bool = True,
 ) -> InitializationStudy:
     """Compare the prediction of path conditioning with networks that are drawn.

@@ -16,7 +16,6 @@ from dagpath.lifting import expected_gram_diagonal, gram_diagonal
 from dagpath.report import table
 from dagpath.rescaling import Rescaling
 from dagpath.solver import MassAggregator, Problem
-from dagpath.solver.problem import DEFAULT_BOUND
 from dagpath.study.schemes import checked_scheme, second_moments
 from dagpath.trace import TracedModel, trace
 
@@ -51,7 +50,7 @@ class Effect:
     rescaling: Rescaling | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(traced: TracedModel, log_gram: Mapping[str, Tensor], bound: float = DEFAULT_BOUND) -> Effect:
+    def of(traced: TracedModel, log_gram: Mapping[str, Tensor], bound: float | None = None) -> Effect:
         """The effect on a traced model of the given diagonal of the path Gram matrix.
 
         Args:
@@ -72,7 +71,7 @@ class Effect:
         )
 
     @staticmethod
-    def on(traced: TracedModel, bound: float = DEFAULT_BOUND) -> Effect:
+    def on(traced: TracedModel, bound: float | None = None) -> Effect:
         """The effect on a traced model as it is.
 
         Args:
@@ -131,7 +130,7 @@ def predict(
     scheme: str = "default",
     gain: float = 1.0,
     moments: Mapping[str, float | Tensor] | None = None,
-    bound: float = DEFAULT_BOUND,
+    bound: float | None = None,
 ) -> Effect:
     """The factors that path conditioning will choose at initialization, layer by layer, without sampling.
 
