@@ -124,7 +124,7 @@ class ConstantPad(Movement):
         filled = flow.number(value)
         exponent = flow.common([mass, filled])
         values = flow.at(mass, exponent)
-        fill = float(flow.at(filled, exponent))
+        fill = float(flow.at(filled, exponent).detach())  # the same number in any two networks
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
