@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from dagpath import views
+from dagpath.errors import UnsupportedOpError
 from dagpath.flow.agreement import Grouped
 from dagpath.flow.neurons import UNKNOWN, Ends, NeuronFlow
 from dagpath.flow.structure import Structure
+from dagpath.flow.structure_nodes import NoEdgesError
 from dagpath.flow.ties import Links
 from dagpath.words import counted
 
@@ -219,9 +221,16 @@ class NeuronGraph:
     def structure(self) -> Structure:
         """Which neuron reads which, through which parameter elements, at the model's current values.
 
+        Raises:
+            UnsupportedOpError: a weight is made of parameters in a way that no edges have; the message names the
+                operation, its module and its source line.
+
         Cost: a pass over the captured graph, in which what lies between layers is run on ones: 1 s for ResNet-50.
         """
-        return self._structure(self)
+        try:
+            return self._structure(self)
+        except NoEdgesError as error:
+            raise UnsupportedOpError(f"{describe(error.node)} {error.reason}") from None
 
     def layers(self, structure: Structure) -> list[views.Layer]:
         """The calls that made the nodes of a structure, with readable names."""
@@ -378,6 +387,14 @@ def site_of(node: fx.Node) -> Site:
     name = getattr(packet, "_qualified_op_name", getattr(packet, "__name__", str(packet)))
     operation = name.removeprefix("aten::") if node.op == "call_function" else node.op
     return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))
+
+
+def describe(node: fx.Node) -> str:
+    """An operation, its module and its source line, in words."""
+    site = site_of(node)
+    module = f" in {site.module!r}" if site.module else ""
+    source = f" at {site.source}" if site.source else ""
+    return f"{site.operation}{module}{source}"
 
 
 def _source_line(stack_trace: str) -> str:

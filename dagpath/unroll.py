@@ -19,8 +19,9 @@ from dagpath.capture import CapturedGraph
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.blocks import Run
 from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
+from dagpath.flow.level_masses import Masses, backward_masses, forward_masses, squares_by_element
 from dagpath.flow.powers import checked_power
-from dagpath.graph import Site, site_of
+from dagpath.graph import Site, describe, site_of
 from dagpath.state import plain_computation
 from dagpath.words import counted
 
@@ -310,89 +311,87 @@ class UnrolledGraph:
 
     # -- path quantities -------------------------------------------------------------------------------------------
 
-    def forward_mass(self, p: float = 1) -> Tensor:
+    def forward_mass(self, p: float = 1, log: bool = False) -> Tensor:
         """``Σ |Π w|^p`` over all paths from a start to each node.
 
         Args:
             p: at least 1, and finite.
+            log: return natural logarithms, which are finite where the sums leave float64.
 
         Returns:
-            float64 tensor [num_nodes].
+            float64 tensor [num_nodes]; 0 or inf (not their logarithms) where a sum leaves the range of float64.
 
         Raises:
             ValueError: p is below 1 or not finite.
 
-        Cost: one product of a sparse matrix and a vector per level.
+        Cost: one pass over the edges.
         """
-        return self._forward_mass(checked_power(p))
+        masses = self._forward(checked_power(p))
+        return masses.logarithms() if log else masses.numbers()
 
     @plain_computation()
-    def _forward_mass(self, p: float) -> Tensor:
-        mass = torch.zeros(self.num_nodes, dtype=torch.float64, device=self.device)
-        mass[self.starts] = 1.0
-        for first, last in self._spans[1:]:
-            mass[first:last] = self._weights.tensor(first, last, lambda values: values.abs() ** p) @ mass
-        return mass
+    def _forward(self, p: float) -> Masses:
+        return forward_masses(self._weights, self._spans[1:], self.starts, p)
 
-    def backward_mass(self, p: float = 1) -> Tensor:
+    def backward_mass(self, p: float = 1, log: bool = False) -> Tensor:
         """``Σ |Π w|^p`` over all paths from each node to an end.
 
         Args:
             p: at least 1, and finite.
+            log: return natural logarithms, which are finite where the sums leave float64.
 
         Returns:
-            float64 tensor [num_nodes].
-
-        Raises:
-            ValueError: p is below 1 or not finite.
-
-        Cost: one product of a sparse matrix and a vector per level.
-        """
-        return self._backward_mass(checked_power(p))
-
-    @plain_computation()
-    def _backward_mass(self, p: float) -> Tensor:
-        mass = torch.bincount(self.ends, minlength=self.num_nodes).double()
-        for first, last in reversed(self._spans[1:]):
-            self._weights.scatter_(mass, first, last, mass[first:last], lambda values: values.abs() ** p)
-        return mass
-
-    def path_norm(self, p: float = 1) -> float:
-        """The path-norm ``(Σ |Φ|^p)^(1/p)``, as :func:`dagpath.path_norm` gives it by another way.
-
-        Args:
-            p: at least 1, and finite.
-
-        Returns:
-            The norm; inf where the sum leaves float64.
+            float64 tensor [num_nodes], as :meth:`forward_mass`.
 
         Raises:
             ValueError: p is below 1 or not finite.
 
         Cost: that of :meth:`forward_mass`.
         """
-        norm: float = float(self.forward_mass(p)[self.ends].sum()) ** (1 / p)
-        return norm
+        masses = self._backward(checked_power(p))
+        return masses.logarithms() if log else masses.numbers()
 
     @plain_computation()
-    def gram_diagonal(self) -> dict[str, Tensor]:
+    def _backward(self, p: float) -> Masses:
+        return backward_masses(self._weights, self._spans[1:], self.ends, p)
+
+    def path_norm(self, p: float = 1, log: bool = False) -> float:
+        """The path-norm ``(Σ |Φ|^p)^(1/p)``, as :func:`dagpath.path_norm` gives it by another way.
+
+        Args:
+            p: at least 1, and finite.
+            log: return the natural logarithm, which is finite where the norm itself leaves float64.
+
+        Returns:
+            The norm, or its logarithm; -inf is the logarithm of a norm of zero, inf a norm above the float64 range.
+
+        Raises:
+            ValueError: p is below 1 or not finite.
+
+        Cost: that of :meth:`forward_mass`.
+        """
+        p = checked_power(p)
+        total = self._forward(p).at(self.ends).total()
+        return float(total.logarithms()) / p if log else float(total.root(p))
+
+    @plain_computation()
+    def gram_diagonal(self, log: bool = False) -> dict[str, Tensor]:
         """The diagonal of the path Gram matrix, as :func:`dagpath.gram_diagonal` gives it by another way.
 
         ``G_ee = Σ (∂w/∂θ_e)² · forward(src) · backward(dst)`` over all edges that depend on the element e, with masses
         of p = 2.
+
+        Args:
+            log: return natural logarithms (-inf for zero), which are finite where G itself leaves float64.
 
         Returns:
             parameter name -> float64 tensor of its shape.
 
         Cost: that of :meth:`forward_mass` and :meth:`backward_mass`, and a pass over the edges.
         """
-        forward, backward = self._forward_mass(2), self._backward_mass(2)
-        result = torch.zeros(self.num_parameters, dtype=torch.float64, device=self.device)
-        for first, last in self._spans[1:]:
-            span = self._weights.span(first, last)
-            sources = self._weights.columns[span]
-            mass = forward[sources] * backward[first:last].repeat_interleave(self._weights.lengths(first, last))
-            self._derivative.scatter_(result, span.start, span.stop, mass, torch.square)
+        ways = self._forward(2), self._backward(2)
+        found = squares_by_element(self._weights, self._derivative, self._spans[1:], *ways)
+        result = found.logarithms() if log else found.numbers()
         parts, start = {}, 0
         for name, shape in self.shapes.items():
             parts[name] = result[start : start + shape.numel()].view(shape)
@@ -439,11 +438,3 @@ class UnrolledGraph:
 
 def _brackets(index: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, index))}]" if index else ""
-
-
-def describe(node: fx.Node) -> str:
-    """An operation, its module and its source line, in words."""
-    site = site_of(node)
-    module = f" in {site.module!r}" if site.module else ""
-    source = f" at {site.source}" if site.source else ""
-    return f"{site.operation}{module}{source}"

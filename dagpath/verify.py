@@ -109,8 +109,8 @@ class Verification:
             if check.before is not None and not check.optional and (undefined or not finite):
                 warnings.warn(
                     f"of {counted(total, 'output')} in {_mode(check)} on the example inputs {undefined} are NaN and "
-                    f"{finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} compared; "
-                    "pass example inputs on which the outputs are finite",
+                    f"{finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
+                    "compared; pass example inputs on which the outputs are finite",
                     stacklevel=4,
                 )
 

@@ -53,9 +53,13 @@ def neurons_of(structure: Structure) -> np.ndarray:
     """The neuron that each node is, in the order of the graph's neurons; -1 for nodes that are none."""
     result, count = np.full(structure.num_nodes, -1), 0
     for segment in structure.segments:
-        if segment.role == "hidden":
+        if segment.role == "hidden" and segment.again is None:
             result[segment.start : segment.start + segment.count] = np.arange(count, count + segment.count)
             count += segment.count
+    for segment in structure.segments:
+        if segment.again is not None:
+            first = result[segment.again]
+            result[segment.start : segment.start + segment.count] = np.arange(first, first + segment.count)
     return result
 
 
@@ -168,7 +172,9 @@ def to_networkx(
     neuron_of = neurons_of(structure)
     groups = _groups(structure, neuron_of, group_of.numpy())
     masses = np.zeros(structure.num_nodes)
-    masses[neuron_of >= 0] = 0.0 if mass is None else mass.cpu().numpy()
+    if mass is not None:
+        neurons, first = np.unique(neuron_of, return_index=True)  # a neuron that is met again has its mass once
+        masses[first[neurons >= 0]] = mass.cpu().numpy()[neurons[neurons >= 0]]
     layer_of = np.repeat(np.arange(len(layers)), [layer.count for layer in layers])
     graph = nx.DiGraph()
     if level == "neuron":
@@ -238,7 +244,7 @@ def _add_edge(
 def _groups(structure: Structure, neuron_of: np.ndarray, group_of: np.ndarray) -> np.ndarray:
     """The scale group of each node: a join has that of what it joins."""
     groups = np.zeros(structure.num_nodes, np.int64)
-    groups[neuron_of >= 0] = group_of
+    groups[neuron_of >= 0] = group_of[neuron_of[neuron_of >= 0]]
     for links in structure.links:
         groups[links.dst.numpy()] = np.maximum(groups[links.dst.numpy()], groups[links.src.numpy()])
     return groups

@@ -296,6 +296,10 @@ class MassFlow(fx.Interpreter):
             return self.result([mass], values, mass.exponent)
         return self.result([mass], values * weight.values, mass.exponent + weight.exponent)
 
+    def inverse(self, mass: Mass) -> Mass:
+        """The masses of edges that divide by a constant weight, or by a parameter, which is a constant there."""
+        return Mass(1 / mass.values.detach(), -mass.exponent)
+
     def linear(self, call: Call) -> Any:
         """Run an operation that is linear in all its operands together, on masses brought to one exponent."""
         parents = call.leaves(Mass)

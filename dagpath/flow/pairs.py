@@ -100,6 +100,12 @@ class PairFlow(MassFlow):
         known = (tensor.detach().masked_fill(~tensor.isfinite(), 0.0) for tensor in (first, second))
         return self._pair(*map(self.scaled_of, known))
 
+    def inverse(self, mass: Mass) -> Mass:
+        if mass.data or mass.node is None:  # a gate, a number: the same in both networks
+            return super().inverse(mass)
+        values = (constants(find(mass.node)) for find, constants, _ in self._readers)
+        return self._pair(*(self.scaled_of(1 / value.detach().to(torch.float64)) for value in values))
+
     def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
         first, second = (self.scaled_of(self._value(parts, *reader)) for reader in self._readers)
         return self._pair(first, second)
@@ -128,6 +134,7 @@ class PairFlow(MassFlow):
 
 def scaled(tensor: Tensor, dtype: torch.dtype) -> Scaled:
     """A copy of a tensor in another type, and the power of two beside it; 0 where its size is even."""
+    tensor = tensor if tensor.is_floating_point() else tensor.to(dtype)
     top = MassFlow.exponent_of(tensor)
     exponent = top if top != NOTHING and abs(top) > _EVEN[dtype] else 0
     wide = tensor.double() if exponent else tensor

@@ -19,12 +19,15 @@ class Segment:
         call: the call; None for the constant neuron.
         start: the first node.
         count: how many there are.
+        again: the first of the nodes whose neurons these are once more: those between the factors of a weight that is
+            used repeatedly; None for neurons of their own.
     """
 
     role: str
     call: fx.Node | None
     start: int
     count: int
+    again: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Edges:
     """
 
     call: fx.Node
-    order: int
+    order: float
     parameter: str
     index: Tensor | None
     dst: Tensor
@@ -53,7 +56,7 @@ class Edges:
 class Links:
     """Edges without a parameter: ``dst[i]`` reads ``src[i]`` times ``factor[i]``. One-dimensional tensors."""
 
-    order: int
+    order: float
     dst: Tensor
     src: Tensor
     factor: Tensor
@@ -68,6 +71,8 @@ class Structure:
         edges: those through parameters, by order.
         links: those without: into joins, and into nodes that stand for a constant factor.
         ends: those into outputs and barriers, where paths end.
+        inexact: a call that multiplies what it adds up by constants that differ, and what it does in words, where no
+            channel has one such constant; None where there is none. Links have the largest of them.
     """
 
     num_nodes: int
@@ -75,3 +80,4 @@ class Structure:
     edges: tuple[Edges, ...]
     links: tuple[Links, ...]
     ends: tuple[Links, ...]
+    inexact: tuple[fx.Node, str] | None = None

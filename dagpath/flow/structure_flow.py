@@ -8,8 +8,7 @@ masses, so each operation's facts stay in one place.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,23 +16,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.errors import UnsupportedOpError
 from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.neurons import NeuronFlow
 from dagpath.flow.responses import Response, Responses
-from dagpath.flow.structure import CONSTANT, Edges, Links, Segment, Structure
+from dagpath.flow.structure import CONSTANT, Links, Structure
+from dagpath.flow.structure_nodes import OFFSET, NoEdgesError, has_nodes, largest, nodes_of
+from dagpath.flow.structure_weights import WeightFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
+from dagpath.flow.weights import Magnitudes, WeightMasses
 from dagpath.survey import Capture
 
-_OFFSET = 2
-"""Node n has number n + 2, or minus that: smaller numbers say fixed, always zero and not used."""
+_MOST_SOURCES = 4096
+"""Sources of a constant matrix are told apart one by one, up to here."""
 
 
-class StructureFlow(NeuronFlow):
+class StructureFlow(WeightFlow):
     """Runs the graphs of a model on node numbers and records who reads whom in the eval graph.
-
-    A node's number is positive where it carries a scale and negative where it does not (inputs, results of barriers),
-    so that every rule decides as it does in the flow of neurons.
 
     Args:
         model: the model.
@@ -55,52 +52,45 @@ class StructureFlow(NeuronFlow):
         kept: Mapping[fx.Node, int],
         values: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(model, rule, unknown)
-        self.parameters: dict[str, Tensor] = dict(values)
+        parameters: dict[str, Tensor] = dict(values)
+        super().__init__(model, rule, unknown, kept, WeightMasses(captured.eval, parameters, rule, cut, kept))
+        self.parameters = parameters
         self._captured = captured
         self._known_cut = cut
-        self._known_kept = kept
-        self._values = Constants(captured.eval, self.parameters)
-        self._responses = Responses(captured.eval, self._values, rule, cut, kept)
-        self._recording = True
-        self.num_numbers = _OFFSET
-        self._segments = [Segment("constant", None, CONSTANT, 1)]
-        self._edges: list[Edges] = []
-        self._links: list[Links] = []
+        self._values = Constants(captured.eval, parameters)
+        self._responses = Responses(captured.eval, self._values, self.masses, rule, cut, kept)
         self._path_ends: list[Links] = []
-        self._num_records = 0
-        self._spread_order: dict[fx.Node, int] = {}
         self._with_params: dict[fx.Node, bool] = {}
-        self._part_nodes: dict[int, fx.Node] = {}
-        self._start_call()
+        self._inexact: tuple[fx.Node, str] | None = None
 
     def _start_call(self) -> None:
-        """Forget what concerned the last call."""
-        self._operands: dict[fx.Node, Any] = {}
-        self._first_number = self.num_numbers + 1
+        super()._start_call()
         self._first_edge = len(self._edges)
+        self._first_use = len(self._uses)
+        self._first_link = len(self._links)
         self._used = False
         self._reads: tuple[int, Tensor] | None = None
-        self._moved: dict[int, int] = {}
-        self._biased: Tensor | None = None
         self._barrier: Tensor | None = None
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def structure(self) -> Structure:
-        """Run both graphs (in the train graph neurons are only counted) and assemble the records."""
+        """Run both graphs (in the train graph neurons are only counted) and assemble the records.
+
+        Raises:
+            NoEdgesError: paths go through a call in a way that no edges have.
+        """
         self.run_graph(self._captured.eval)
         self._recording = False
         if self._captured.train is not None:
             self.run_graph(self._captured.train)
+        self.spread_computed()
         self._recording = True
         self._start_call()
-        in_order = len(self._edges)
-        self.spread_computed()
-        # the parts of a computed weight come from its outputs to its inputs
-        edges = sorted([*self._edges[:in_order], *reversed(self._edges[in_order:])], key=lambda record: record.order)
+        self.expand_uses()
+        edges = sorted(self._edges, key=lambda record: record.order)
         records = (tuple(self._segments), tuple(edges), tuple(self._links), tuple(self._path_ends))
-        return Structure(self.num_numbers - _OFFSET + 1, *records)
+        return Structure(self.num_numbers - OFFSET + 1, *records, self._inexact)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -116,11 +106,13 @@ class StructureFlow(NeuronFlow):
         self._operands = {node: self.env[node] for node in self.node.all_input_nodes}
         self._with_params[self.node] = any(self._with_params.get(node, False) for node in self._operands)
         call = Call(target, args, dict(kwargs), self.node)
+        if self._is_constant_of_weights():
+            return self._unrecorded(call)
         cut = self.node in self._known_cut
         numbers = self._cut(call, "") if cut else self._rule(target).neurons(self, call)
         if self._moved:
             numbers = mapped(numbers, Tensor, self._replaced)
-        data = {node: self._with_params[node] for node, value in self._operands.items() if _has_nodes(value)}
+        data = self._data()
         if not data:
             is_input = not leaves(numbers, Weight) and not self._is_constant()
             return mapped(numbers, Tensor, self._sourced) if is_input else numbers
@@ -129,10 +121,32 @@ class StructureFlow(NeuronFlow):
         return self._responded(numbers, data, self._responses(self.node, data))
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        tensors = leaves(args, Tensor)
-        if self._recording:
-            for number, leaf in zip(self._allocate("output", len(tensors)), tensors, strict=True):
-                self._end(number, leaf)
+        if not self._recording:
+            return
+        self._start_call()
+        self._operands = {node: self.env[node] for node in self.node.all_input_nodes}
+        returned = [node for node in leaves(self.node.args, fx.Node) if leaves(self.env[node], (Tensor, Weight))]
+        for number, node in zip(self._allocate("output", len(returned)), returned, strict=True):
+            value = self.env[node]
+            self._end(number, self.joined(value) if isinstance(value, Weight) else self._with_constants(node, value))
+
+    def _with_constants(self, node: fx.Node, numbers: Tensor) -> Tensor:
+        """The numbers of an output, with a join that has the largest of its constants where there are any."""
+        constant = compact(numbers) == FIXED
+        try:
+            values = self._values(node) if bool(constant.any()) else None
+        except NotConstantError:
+            values = None
+        if not isinstance(values, Tensor) or not values.numel():
+            return numbers
+        magnitudes = values.detach().to("cpu", torch.float64).abs()
+        join = self._allocate("join", 1)
+        self._link(join, torch.tensor(FIXED), magnitudes.masked_fill(magnitudes.isinf(), 0.0).amax())
+        return join
+
+    def _data(self) -> dict[fx.Node, bool]:
+        """The operands of the call that are activations -> do they depend on a parameter?"""
+        return {node: self._with_params[node] for node, value in self._operands.items() if has_nodes(value)}
 
     def _is_constant(self) -> bool:
         """Has the current node a value that does not depend on the input?"""
@@ -150,13 +164,20 @@ class StructureFlow(NeuronFlow):
         if self._reads is not None:
             self._normalize(leaves(numbers, object)[0], response)
             return numbers
+        self._check_weights(data, response)
         (operand, *others) = (self._operands[node] for node in data)
+        if self._mixed and not self._is_plain_sum(numbers, operand, response):
+            exact = self._rows(numbers, operand, response)
+            if exact is not None:
+                return exact
         flat, spec = pytree.tree_flatten(numbers)
         for index, (leaf, is_data) in enumerate(zip(flat, response.data, strict=False)):
             if not is_data:
                 continue
             found = leaf
-            if not _has_nodes(leaf):  # its scale is fixed, but do paths go on?
+            if isinstance(leaf, Weight):  # times a gate
+                continue
+            if not has_nodes(leaf):  # its scale is fixed, but do paths go on?
                 goes_on = not response.ended and not others and isinstance(operand, Tensor)
                 found = -operand.abs() if goes_on and operand.shape == leaf.shape else self._sourced(leaf)
             if response.factors:
@@ -164,17 +185,72 @@ class StructureFlow(NeuronFlow):
             flat[index] = found
         return pytree.tree_unflatten(flat, spec)
 
-    # -- nodes -------------------------------------------------------------------------------------------------------
+    def _is_constant_of_weights(self) -> bool:
+        """Is the call one on parameters alone whose result is a constant to paths?"""
+        is_weighted = any(isinstance(value, Weight) or has_nodes(value) for value in self._operands.values())
+        return is_weighted and self.masses.is_inputless(self.node) and self.masses.are_constants(self.node)
 
-    def _new_numbers(self, count: int, maker: fx.Node | None) -> Tensor:
-        return self._allocate("join" if maker is None else "hidden", count)
+    def _unrecorded(self, call: Call) -> Any:
+        """Constants, and the neurons that the rule makes, which no path crosses."""
+        self._recording = False
+        numbers = super().call_function(call.target, call.args, call.kwargs)
+        self._recording = True
+        return mapped(numbers, Tensor, lambda tensor: torch.where(tensor == ZERO, ZERO, FIXED))
 
-    def _allocate(self, role: str, count: int) -> Tensor:
-        start = self.num_numbers + 1
-        self.num_numbers += count
-        if count:
-            self._segments.append(Segment(role, self.node, start - _OFFSET, count))
-        return torch.arange(start, start + count)
+    def _is_plain_sum(self, numbers: Any, operand: Any, response: Response) -> bool:
+        """Does every join of the call read all of its sources with the same constant, wherever it stands?
+
+        Masses that are drawn at random tell.
+        """
+        if not response.sums:
+            return True
+        if not (response.is_even and isinstance(numbers, Tensor) and isinstance(operand, Tensor)):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self.num_numbers + 1, generator=generator, dtype=torch.float64) + 0.5
+        table, links = drawn.clone(), self._links[self._first_link :]
+        for link in links:
+            joins, inverse, counts = torch.unique(link.dst + OFFSET, return_inverse=True, return_counts=True)
+            totals = torch.zeros(len(joins), dtype=torch.float64).index_add_(0, inverse, table[link.src + OFFSET])
+            table[joins] = totals / counts
+        (node,) = self._data()
+        given = torch.where(operand.abs() > OFFSET, drawn[operand.abs()], 0.0)
+        found = self._responses.of_entries(self.node, node, given)
+        expected = response.sums[0] * torch.where(numbers.abs() > OFFSET, table[numbers.abs()], 0.0)
+        return torch.allclose(found, expected, rtol=1e-9, atol=0)
+
+    def _check_weights(self, data: Mapping[fx.Node, bool], response: Response) -> None:
+        """Raise NoEdgesError if a weight that stands as an activation is multiplied by one that depends on the input.
+
+        To the passes over paths it is still a weight; the rule of neurons saw two activations, and let paths go through
+        one of them.
+        """
+        weights = [node for node in data if self.masses.is_inputless(node)]
+        if weights and len(weights) < len(data) and not response.ended and not self._responses.adds(self.node, data):
+            raise NoEdgesError(weights[0], "makes a weight of parameters that is no plain choice of their elements")
+
+    def _rows(self, numbers: Any, operand: Any, response: Response) -> Any:
+        """Joins that read each of their sources with a constant of its own; None where a source stands repeatedly."""
+        alike = isinstance(numbers, Tensor) and isinstance(operand, Tensor) and response.data == (True,)
+        there = operand.abs() > OFFSET if alike else torch.zeros(0, dtype=torch.bool)
+        sources = operand[there] if alike else torch.zeros(0, dtype=torch.long)
+        if not alike or len(sources) > _MOST_SOURCES or len(torch.unique(sources.abs())) < len(sources):
+            reason = "adds up channels with constant weights that differ: no channel has one factor for its paths"
+            self._inexact = self._inexact or (self.node, reason)
+            return None
+        (node,) = self._data()
+        rows = self._responses.rows(self.node, node, there)  # [sources, *shape]
+        flat = torch.cat([rows.flatten(1), response.constants[0].expand(numbers.shape).reshape(1, -1)]).t()
+        any_free = bool((sources > FIXED).any())
+        made, first = self._joins(flat, torch.full((len(flat),), 1 if any_free else -1))
+        is_path = (flat > 0).any(1)
+        joins, weights = made[first], flat[first]
+        dst, column = torch.nonzero(weights, as_tuple=True)
+        src = torch.cat([sources, torch.tensor([FIXED])])[column]
+        self._link(joins[dst], src, weights[dst, column])
+        return torch.where(is_path, made, ZERO).view(numbers.shape)
+
+    # -- where paths start and end -------------------------------------------------------------------------------------
 
     def _source(self, role: str) -> Tensor:
         return -self._allocate(role, 1)[0]
@@ -189,243 +265,55 @@ class StructureFlow(NeuronFlow):
         self._with_params[self.node] = False
         return self._barrier_number().expand(numbers.shape)
 
-    def _replaced(self, numbers: Tensor) -> Tensor:
-        """``numbers`` with those that got a bias replaced by the joins that have it."""
-        table = torch.arange(self.num_numbers + 1)
-        table[list(self._moved)] = torch.tensor(list(self._moved.values()))
-        small = compact(numbers)
-        return torch.where(small > FIXED, table[small.clamp(min=0)], small).expand(numbers.shape)
-
     def _end(self, end: Tensor, numbers: Tensor) -> None:
-        sources = torch.unique(_nodes(compact(numbers)))
+        sources = torch.unique(nodes_of(compact(numbers)))
         sources = sources[sources > CONSTANT]
-        self._path_ends.append(
-            Links(
-                self._next(), _nodes(end).expand(len(sources)), sources, torch.ones(len(sources), dtype=torch.float64)
-            )
-        )
+        ones = torch.ones(len(sources), dtype=torch.float64)
+        self._path_ends.append(Links(self._next(), nodes_of(end).expand(len(sources)), sources, ones))
 
-    def _next(self) -> int:
-        self._num_records += 1
-        return self._spread_order.get(self.node, self._num_records)
+    # -- weights that depend on what a call does to its other operands ---------------------------------------------
 
-    def _link(self, dst: Tensor, src: Tensor, factor: Tensor | float = 1.0) -> None:
-        dst, src, factors = broadcast(dst, src, torch.as_tensor(factor, dtype=torch.float64))
-        known = (src != ZERO) & (factors > 0)
-        if known.any():
-            self._links.append(Links(self._next(), _nodes(dst[known]), _nodes(src[known]), factors[known]))
+    def added(self, weight: Weight) -> Magnitudes:
+        weights = [value for value in self._operands.values() if isinstance(value, Weight)]
+        if len(weights) > 1:
+            found = self.found(weight)
+            return Magnitudes.of(self.own_values(weight)) if found is None else found
+        return self._responses.constants(self.node, self._data())
 
-    def _joins(self, keys: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """A new join for each distinct row of ``keys``; returns the numbers of the rows, and one row of each join."""
-        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-        first = torch.full((len(unique),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
-        numbers = self._allocate("join", len(unique))
-        return (numbers * signs[first])[inverse], first
-
-    def join(self, a: Tensor, b: Tensor, reason: str, scale: float = 1.0) -> Tensor:
-        if not self._recording:
-            return super().join(a, b, reason)
-        if self._biased is not None and (a is self._biased or b is self._biased):
-            return self._biased
-        a, b = (self._replaced(value) if self._moved else value for value in (a, b))
-        a, b = broadcast(compact(a), compact(b))
-        result = torch.where((a == ZERO) | ((a == FIXED) & (b < ZERO)), b, a)
-        differ = (a != b) & (a != ZERO) & (b != ZERO) & ((a > FIXED) | (a < ZERO)) & ((b > FIXED) | (b < ZERO))
-        hidden = (a == FIXED) & (b > FIXED)
-        for chosen, factor in ((differ, 1.0), (hidden, 0.0)):
-            if not chosen.any():
-                continue
-            signs = torch.where(a[chosen] > FIXED, 1, -1)
-            numbers, first = self._joins(torch.stack([a[chosen], b[chosen]], 1), signs)
-            self._link(numbers[first], a[chosen][first], factor)
-            self._link(numbers[first], b[chosen][first], abs(scale))
-            result = result.masked_scatter(chosen, numbers)
-        return result
-
-    def mix(self, numbers: Tensor, dims: Iterable[int], reason: str) -> Tensor:
-        dims = list(dims)
-        if not self._recording:
-            return super().mix(numbers, dims, reason)
-        numbers = compact(numbers, dims)
-        dims = [dim for dim in dims if numbers.shape[dim] > 1]
-        if not dims or not numbers.numel():
-            return numbers
-        kept = [dim for dim in range(numbers.ndim) if dim not in dims]
-        shape = [1 if dim in dims else size for dim, size in enumerate(numbers.shape)]
-        narrow = compact(numbers, kept)
-        narrow_shape = [1 if dim in dims else size for dim, size in enumerate(narrow.shape)]
-        rows = narrow.permute(*kept, *dims).reshape(-1, math.prod(narrow.shape[dim] for dim in dims))
-        is_node = rows.abs() > _OFFSET
-        most, least = (rows.masked_fill(~is_node, fill) for fill in (-self.num_numbers - 1, self.num_numbers + 1))
-        most, least = most.amax(1), least.amin(1)
-        result = torch.where(is_node.any(1), most, rows.amax(1))
-        several = most > least
-        if several.any():
-            joins = self._allocate("join", int(several.sum()))
-            chosen = rows[several]
-            row, column = torch.nonzero(is_node[several], as_tuple=True)
-            pairs = torch.unique(torch.stack([joins[row], chosen[row, column]], 1), dim=0)
-            self._link(pairs[:, 0], pairs[:, 1])
-            result[several] = torch.where(most[several] > FIXED, joins, -joins)
-        return result.view(narrow_shape).expand(shape)
-
-    def _multiplied(self, numbers: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
-        """Numbers of nodes that read these times a factor, plus a constant; entries with 1 and 0 stay as they are."""
-        small = compact(numbers)
-        factor, constant = (_largest(value, numbers.shape, small.shape) for value in (factor, constant))
-        is_node = small.abs() > _OFFSET
-        factor = torch.where(is_node, factor, 0.0)
-        chosen = (is_node & (factor != 1)) | (constant > 0)
-        if not chosen.any():
-            return numbers
-        keys = torch.stack([small[chosen].double(), factor[chosen], constant[chosen]], 1)
-        made, first = self._joins(keys, torch.where(small[chosen] > FIXED, 1, -1))
-        self._link(made[first], small[chosen][first], factor[chosen][first])
-        self._link(made[first], torch.tensor(FIXED), constant[chosen][first])
-        return small.masked_scatter(chosen, made).expand(numbers.shape)
-
-    def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
-        may_be_free = [bool((compact(factor) > FIXED).any()) for factor in factors]
-        index = self._known_kept.get(self.node, int(may_be_free[1]))
-        kept, other = (compact(results[i]) for i in (index, 1 - index))
-        shape = torch.broadcast_shapes(*(result.shape for result in results))  # type: ignore[no-untyped-call]
-        if all(may_be_free):
-            kept = torch.where(other == ZERO, ZERO, kept)
-        return kept.expand(shape)
-
-    # -- ties, which are of no interest here -------------------------------------------------------------------------
-
-    def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
-        return
-
-    def fix(self, numbers: Tensor, reason: str) -> None:
-        return
-
-    def pin(self, weight: Weight, reason: str = "") -> None:
-        return
-
-    # -- edges -------------------------------------------------------------------------------------------------------
-
-    def bias(self, numbers: Tensor, weight: Weight) -> Tensor:
-        if not self._recording:
-            return super().bias(numbers, weight)
-        elements = self.elements(weight)
-        small, elements = broadcast(compact(numbers), compact(elements))
-        keys = torch.stack([small.reshape(-1), elements.reshape(-1)], 1)
-        made, first = self._joins(keys, torch.where(keys[:, 0] > FIXED, 1, -1))
-        self._link(made[first], torch.where(keys[first, 0] == FIXED, ZERO, keys[first, 0]))
-        self._record(Weight(first.shape, elements=keys[first, 1]), made[first].abs(), torch.tensor(FIXED), None)
-        self._biased = made.view(small.shape)
-        return self._biased
-
-    def use(self, weight: Weight, dst: Tensor, src: Tensor, reads: Tensor | None = None) -> None:
-        super().use(weight, dst, src, reads)
-        if not self._recording:
-            return
-        old = compact(dst)
-        old = torch.unique(old[(old > FIXED) & (old < self._first_number)])
-        old = old[[number not in self._moved for number in old.tolist()]]
-        if len(old) and not self._spread_order.get(self.node):
-            joins = self._allocate("join", len(old))
-            self._link(joins, old)
-            self._moved |= dict(zip(old.tolist(), joins.tolist(), strict=True))
-        if self._moved:
-            dst = self._replaced(dst)
-        if reads is not None:
-            self._reads = (len(self._edges), reads)
-        node = next((node for node, value in self._operands.items() if value is weight), None)
-        self._record(weight, dst, src, node or self._part_nodes.get(id(weight)))
-
-    def _record(self, weight: Weight, dst: Tensor, src: Tensor, node: fx.Node | None) -> None:
-        """Record the edges of a weight, whose values are those of ``node``, or else those of its parameters."""
-        self._used = True
-        order = self._next()
-        values = None if node is None else self._values(node).detach().expand(weight.shape)
-        name = self._elements.name_of(weight)
-        if name is not None and name not in self._computed:
-            shape = self._elements.shapes[name]
-            if weight.shape != shape:
-                dst, src = (compact(end.expand(weight.shape).reshape(shape)) for end in (dst, src))
-            values = self.parameters[name] if values is None else values.reshape(shape)
-            self._edges.append(Edges(self.node, order, name, None, _nodes(dst), _nodes(src), values))
-            return
-        for owner, inside, local in self._elements.by_parameter(self.elements(weight)):
-            if owner in self._computed:
-                self._check_plain(owner, node)
-                self._spread_order.setdefault(self._computed[owner].node, order)
-                continue
-            to, of = (_nodes(end.expand(weight.shape)[inside]) for end in (dst, src))
-            found = self.parameters[owner].reshape(-1)[local] if values is None else values[inside]
-            self._edges.append(Edges(self.node, order, owner, local, to, of, found))
+    def read(self, reads: Tensor) -> None:
+        self._reads = (len(self._edges), reads)
 
     def _normalize(self, numbers: Tensor, response: Response) -> None:
         """Let the edges of a normalization's gain read its input, or a barrier where its statistics are the input's."""
         assert self._reads is not None
+        if len(self._uses) > self._first_use:
+            raise NoEdgesError(self.node, "has a gain or a shift that is computed from several parameters")
         at, reads = self._reads
         gain = self._edges[at]
         added = [index for index in range(self._first_edge, len(self._edges)) if index != at]
         if response.ended:
-            self._edges[at] = replace(gain, src=_nodes(self._barrier_number()), order=self._next())
+            self._edges[at] = replace(gain, src=nodes_of(self._barrier_number()), order=self._next())
             return
         dst, src = broadcast(compact(numbers), compact(reads))
         given = (response.factors[:1] or (torch.ones(()),)) + (response.constants[:1] or (torch.zeros(()),))
-        factor, constant = (_largest(value, numbers.shape, dst.shape).reshape(-1) for value in given)
+        factor, constant = (largest(value, numbers.shape, dst.shape).reshape(-1) for value in given)
         dst, src = dst.reshape(-1), src.reshape(-1)
         tables = torch.zeros(2, self.num_numbers + 1, dtype=torch.float64)
         for table, value in zip(tables, (factor, constant), strict=True):
-            table.scatter_reduce_(0, _nodes(dst), value, "amax")
-        pairs = torch.unique(torch.stack([dst, src], 1)[src.abs() > _OFFSET], dim=0)
+            table.scatter_reduce_(0, nodes_of(dst), value, "amax")
+        pairs = torch.unique(torch.stack([dst, src], 1)[src.abs() > OFFSET], dim=0)
         read, inverse, counts = torch.unique(pairs[:, 0], return_inverse=True, return_counts=True)
         several = counts > 1
         sources = torch.full((self.num_numbers + 1,), ZERO)
-        sources[_nodes(pairs[:, 0])] = _nodes(pairs[:, 1])
+        sources[nodes_of(pairs[:, 0])] = nodes_of(pairs[:, 1])
         joins = torch.zeros_like(read)
         joins[several] = self._allocate("join", int(several.sum()))
         chosen = several[inverse]
         self._link(joins[inverse[chosen]], pairs[chosen, 1])
-        sources[_nodes(read[several])] = _nodes(joins[several])
+        sources[nodes_of(read[several])] = nodes_of(joins[several])
         self._edges[at] = replace(
             gain, order=self._next(), src=sources[gain.dst], values=tables[0][gain.dst].expand(gain.values.shape)
         )
         for index in added:
             edges = self._edges[index]
             self._edges[index] = replace(edges, values=tables[1][edges.dst].expand(edges.values.shape))
-
-    def computed(
-        self, formula: str, shape: torch.Size, parts: Sequence[Weight], spread: Callable[[Tensor, Tensor], None]
-    ) -> Weight:
-        for part in parts:
-            node = next((node for node, value in self._operands.items() if value is part), None)
-            if node is not None:
-                self._part_nodes[id(part)] = node
-        return super().computed(formula, shape, parts, spread)
-
-    def _check_plain(self, name: str, node: fx.Node | None) -> None:
-        """Raise UnsupportedOpError if a computed weight is multiplied by constants before it is used."""
-        computed = self._computed[name]
-        if node is None or node is computed.node:
-            return
-        ones = torch.ones(self._elements.shapes[name], device=next(iter(self.parameters.values())).device)
-        factor = Constants(self._captured.eval, self.parameters, known={computed.node: ones})(node)
-        if not bool((factor == 1).all()):
-            raise UnsupportedOpError(
-                f"the {name} is multiplied by constants ({node.name}) before it is used as a weight: no edge of the "
-                "neuron graph has that value; multiply one of its factors by them"
-            )
-
-
-def _nodes(numbers: Tensor) -> Tensor:
-    """Node of each number; -1 where there is none."""
-    nodes = numbers.abs() - _OFFSET
-    return torch.where(numbers == FIXED, CONSTANT, torch.where(nodes > 0, nodes, ZERO))
-
-
-def _has_nodes(value: Any) -> bool:
-    return any(bool((compact(leaf).abs() > _OFFSET).any()) for leaf in leaves(value, Tensor))
-
-
-def _largest(value: Tensor, shape: torch.Size, narrow: Sequence[int]) -> Tensor:
-    """The largest entries of what broadcasts to ``shape``, along the dimensions that are of size 1 in ``narrow``."""
-    dims = [dim for dim, size in enumerate(narrow) if size == 1 and shape[dim] > 1]
-    whole = value.expand(shape).to(torch.float64)
-    return whole.amax(dims, keepdim=True) if dims else whole

@@ -116,7 +116,8 @@ def path_length_profile(traced: TracedModel, p: float | None = None, progress: b
     """How many paths of each length there are, or how much of the path-norm they carry.
 
     The length of a path is the number of parametrized linear layers on it: convolutions, matrix products, embeddings. A
-    normalization acts on each channel alone and does not count; its bias starts paths.
+    normalization acts on each channel alone and does not count; its bias starts paths. A product of parameters is one
+    weight, and no layer of its own.
 
     Args:
         traced: the traced model.

@@ -44,7 +44,7 @@ class LengthFlow(PowerFlow):
         top = max((sink.magnitude for sink in self.sinks), default=NOTHING)
         sums: dict[int, float] = {}
         for sink in self.sinks:
-            for length, part in getattr(sink, "parts", {}).items():
+            for length, part in getattr(sink, "parts", {0: sink.values}).items():
                 sums[length] = sums.get(length, 0.0) + float(self.shifted(part, sink.exponent - top).sum())
         total = sum(sums.values())
         return {length: sums[length] / total if total else 0.0 for length in sorted(sums)}
@@ -85,8 +85,10 @@ class LengthFlow(PowerFlow):
         with torch.enable_grad():
             reached = [(found, mass.values) for found, mass in zip(parts, run(at_points), strict=True)]
             reached = [(found, values) for found, values in reached if values.requires_grad]
-            move = _Linear([values for _, values in reached], points)
+            move = _Linear([values for _, values in reached], points) if reached else None
         for length in sorted({length for mass in entering for length in mass.parts}):
+            if move is None:  # no path goes on
+                break
             given = {id(mass): mass.parts[length] for mass in entering if length in mass.parts}
             for (found, _), part in zip(reached, move(given), strict=True):
                 if bool(part.any()):

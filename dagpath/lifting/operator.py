@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor, fx
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dagpath.fetched import device_of
@@ -19,6 +18,7 @@ from dagpath.flow.masses import MassFlow
 from dagpath.flow.pairs import PairFlow, scaled
 from dagpath.flow.values import LARGEST_STEP, NOTHING, is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
+from dagpath.lifting.repeated import used_repeatedly
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
@@ -171,7 +171,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         its elements more.
         """
         values = gram_diagonal(self._traced)
-        shared = self._used_repeatedly()
+        shared = used_repeatedly(self._traced)
         start, parts = 0, []
         for name, value in values.items():
             if name in shared:
@@ -188,23 +188,6 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             units[rows, torch.arange(len(rows), device=self._device)] = 1.0
             found.append(self._products(units)[rows].diagonal())
         return torch.cat(found)
-
-    def _used_repeatedly(self) -> set[str]:
-        """Parameters that reach activations more than once, directly or in what is computed of parameters alone."""
-        graph = self._traced.captured.eval
-        nodes = list(graph.module.graph.nodes)
-        constant: set[fx.Node] = set()
-        for node in nodes:
-            given = node.name in graph.parameters or node.name in graph.tensors
-            if given if node.op == "placeholder" else all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-        uses: dict[fx.Node, int] = {}
-        for node in (node for node in reversed(nodes) if node in constant):
-            each = [_occurrences(node, user) * uses.get(user, 1) for user in node.users]
-            is_split = all(user.target is operator.getitem for user in node.users)
-            uses[node] = max(each, default=0) if is_split else sum(each)
-        placeholders = {node.name: node for node in nodes if node.op == "placeholder"}
-        return {name for key, name in graph.parameters.items() if uses[placeholders[key]] > 1}
 
     def trace(self) -> float:
         """The sum of the diagonal, which is that of all eigenvalues. It costs as much as :meth:`diagonal`."""
@@ -314,13 +297,6 @@ def _multiplied(values: Tensor, exponents: Tensor) -> Tensor:
         values = values * torch.pow(2.0, now.to(values.dtype))
         exponents = exponents - now
     return values
-
-
-def _occurrences(operand: fx.Node, call: fx.Node) -> int:
-    """How often a call has this operand."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((call.args, call.kwargs), found.append)
-    return found.count(operand)
 
 
 def _chunks(count: int) -> Iterator[slice]:

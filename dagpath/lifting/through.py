@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dagpath.errors import UnsupportedOpError
 from dagpath.flow.powers import PowerFlow, checked_power
 from dagpath.flow.values import Mass, leaves
+from dagpath.lifting.repeated import used_repeatedly
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
@@ -82,6 +84,8 @@ def path_mass(traced: TracedModel, p: float = 2) -> Tensor:
 
     Raises:
         ValueError: p is below 1 or not finite.
+        UnsupportedOpError: a parameter that is used more than once leads into neurons without a place of their own,
+            such as those between the factors of a weight.
 
     Cost: one forward and one backward pass in float64 at batch 1.
 
@@ -99,6 +103,12 @@ def path_mass(traced: TracedModel, p: float = 2) -> Tensor:
     """
     require_traced(traced)
     graph = traced.graph
+    repeated = sorted(used_repeatedly(traced).intersection(graph.fed))
+    if repeated:
+        raise UnsupportedOpError(
+            f"the parameter {repeated[0]!r} leads into neurons between the factors of a weight, or that stand for its "
+            "own elements, and is used more than once: the paths through them are not told apart by their use"
+        )
     options = {"places": graph.places, "fed": graph.fed, "num_neurons": graph.num_neurons}
     flow = traced.masses(NeuronMassFlow, exponent=checked_power(p), **options)
     total = flow.total()

@@ -337,7 +337,8 @@ class Quotient(Product):
             return flow.barrier(call)
         if divisor.data:
             divisor = flow.barrier_input(divisor)
-        return flow.result([a], a.values / divisor.values.detach(), a.exponent - divisor.exponent)
+        inverse = flow.inverse(divisor)
+        return flow.result([a], a.values * inverse.values, a.exponent + inverse.exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         a, divisor = call["input"], flow.operand(call, "other")

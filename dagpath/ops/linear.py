@@ -49,7 +49,7 @@ def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[M
     else:
         alone = Mass(run(through_a.values, torch.zeros_like(added)), product)
         values = flow.at(alone, exponent) + run(torch.zeros_like(through_a.values), added)
-    layer = any(part.params and not part.data for part in (a, b))
+    layer = any(part.params and not part.data for part in (a, b)) and (a.data or b.data)
     return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
 

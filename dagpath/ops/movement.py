@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.flow.constants import NotConstantError
-from dagpath.flow.edge_values import EdgeWeights, Nodes
+from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
 from dagpath.flow.edges import EdgeFlow, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
@@ -170,15 +170,19 @@ class ConstantPad(Movement):
         filled = flow.number(value)
         exponent = flow.common([mass, filled])
         values = flow.at(mass, exponent)
-        fill = float(flow.at(filled, exponent))
+        fill = float(flow.at(filled, exponent).detach())  # the same number in any two networks
         return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         fill = call.get("value") or 0
         if call.get("mode", "constant") != "constant" or fill == 0:
             return super().edges(flow, call)
-        x = flow.nodes(call["input"])
         value = flow.number(fill, "value")
+        if isinstance(call["input"], EdgeWeights) and isinstance(value, EdgeWeights):
+            weight, places = call["input"], all_places(call["input"].shape)
+            both = stacked([weight.taken(places.flatten()), value.taken(torch.ones(1, dtype=torch.int64))], -1)
+            return both.taken(torch.nn.functional.pad(places, call["pad"], value=places.numel() + 1))
+        x = flow.nodes(call["input"])
         filled = flow.nodes(value)
         return Nodes(torch.nn.functional.pad(x, call["pad"], value=int(filled)), call["input"].params)
 

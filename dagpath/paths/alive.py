@@ -30,10 +30,7 @@ def alive_elements(traced: TracedModel, structure: Structure) -> dict[str, Tenso
     """
     parameters = dict(traced.values)
     names = {edges.parameter: None for edges in structure.edges}
-    even = {
-        name: torch.full_like(parameters[name], 1 / max(parameters[name].shape[1:].numel(), 1), dtype=torch.float64)
-        for name in names
-    }
+    even = {name: torch.full_like(parameters[name], 1 / max(parameters[name].shape[1:].numel(), 1)) for name in names}
     found = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in names}
 
     def visit(name: str, gradient: Tensor, exponent: int) -> None:

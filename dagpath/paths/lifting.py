@@ -13,14 +13,17 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.errors import UnsupportedOpError
+from dagpath.flow.level_masses import numbers_of, product_of_each, running_products
 from dagpath.flow.real import RealFlow, widened
+from dagpath.graph import describe
 from dagpath.lifting import path_count
 from dagpath.paths.basis import BasisPaths, basis_paths
+from dagpath.paths.independence import require_independent
 from dagpath.paths.inputs import examples
 from dagpath.sparse import csr_tensor
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
-from dagpath.unroll import UnrolledGraph, describe
+from dagpath.unroll import UnrolledGraph
 from dagpath.words import counted
 
 
@@ -124,7 +127,7 @@ class PathLifting:
         values |= {**captured.tensors, **captured.state}
         self._given = {place: widened(tensor).clone() for place, tensor in values.items()}
         self.edges, self.starts, self.ends = _enumerated(self.graph)
-        self.values: Tensor = self._along(self.graph.weights).prod(1)
+        self.values: Tensor = product_of_each(self._along(self.graph.weights))
 
     def __repr__(self) -> str:
         return f"PathLifting({counted(len(self), 'path')}, at most {counted(self.edges.shape[1], 'edge')} long)"
@@ -156,11 +159,12 @@ class PathLifting:
     @cached_property
     def _jacobian(self) -> sparse.csr_array:
         weights = self._along(self.graph.weights)
-        before = torch.cumprod(torch.nn.functional.pad(weights, (1, 0), value=1.0), 1)[:, :-1]
-        behind = torch.cumprod(torch.nn.functional.pad(weights, (0, 1), value=1.0).flip(1), 1).flip(1)[:, 1:]
+        before, behind = running_products(weights), running_products(weights.flip(1))
+        values = before[0][:, :-1] * behind[0][:, :-1].flip(1)
+        rest = numbers_of(values, before[1][:, :-1] + behind[1][:, :-1].flip(1))
         inside = self.edges >= 0
         rows = inside.nonzero()[:, 0]
-        entries = (before * behind)[inside].numpy(), (rows.numpy(), self.edges[inside].numpy())
+        entries = rest[inside].numpy(), (rows.numpy(), self.edges[inside].numpy())
         of_edges = sparse.csr_array(entries, shape=(len(self), self.graph.num_edges))
         jacobian = sparse.csr_array(of_edges @ self.graph.derivative_to_scipy())
         jacobian.sum_duplicates()
@@ -214,7 +218,8 @@ class PathLifting:
             ValueError: an input has another shape than the traced one, or another kind of type (integers for real
                 numbers), or no example; the message says which.
             TypeError: ``x`` is neither a tensor nor a tuple.
-            UnsupportedOpError: an operation cuts paths; the message says which and where.
+            UnsupportedOpError: an operation cuts paths, or the examples mix (``h - h.mean(0)``), so that an example
+                alone gives another output than in the batch; the message says where.
         """
         return torch.stack([self._activation(values) for values in self._runs(x, kwargs)])
 
@@ -267,6 +272,8 @@ class PathLifting:
                 f"x must be a Tensor or a tuple of the model's positional arguments, got {type(x).__name__}"
             )
         inputs = examples(self._captured, args, kwargs or {})
+        if len(inputs) > 1:
+            require_independent(self.traced.model, self._captured, self._given, args, kwargs or {})
         return [RealFlow(self._captured).values({**self._given, **one}) for one in inputs]
 
     def _activation(self, values: Mapping[fx.Node, Any]) -> Tensor:

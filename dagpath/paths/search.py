@@ -28,6 +28,7 @@ class Step:
         parameter: whose element the edge is; empty for an edge without one.
         element: flat position in the parameter, -1 without one.
         log_value: natural logarithm of what it multiplies by.
+        record: tells apart edges through one element between the same nodes, of a weight that has it in two terms.
     """
 
     dst: int
@@ -35,6 +36,7 @@ class Step:
     parameter: str
     element: int
     log_value: float
+    record: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class Search:
             record = None if suffix is None else self._records[ways.record[rank]]
             parameter = record.parameter if isinstance(record, Edges) else ""
             src, log_value = ways.src[rank], ways.log_value[rank]
-            longer = (Step(ways.dst[rank], src, parameter, ways.element[rank], log_value), suffix)
+            step = Step(ways.dst[rank], src, parameter, ways.element[rank], log_value, ways.record[rank])
+            longer = (step, suffix)
             if self._sources[src]:
                 yield _unrolled(longer)
             else:

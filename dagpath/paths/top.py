@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dagpath.errors import UnsupportedOpError
 from dagpath.flow.structure import CONSTANT, Structure
 from dagpath.flow.values import is_count
+from dagpath.graph import describe
 from dagpath.lifting import path_norm
 from dagpath.paths.alive import alive_elements, masses_with
 from dagpath.paths.search import Search, Step
@@ -107,7 +109,9 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Channe
 
     Raises:
         ValueError: k is no integer or below 1, or a parameter is not finite.
-        UnsupportedOpError: a weight is made of parameters in a way that no edges have.
+        UnsupportedOpError: a weight is made of parameters in a way that no edges between channels have (a padded
+            weight, one row of a product twice), or channels with several positions are added up with constants that
+            differ.
 
     Cost: one pass over all parameters (the heaviest path to each neuron, vectorized per layer), a search whose steps
     are as many as the edges of the paths found, and one float32 forward pass per path, which tells whether it fits on
@@ -131,6 +135,9 @@ def top_paths(traced: TracedModel, k: int, progress: bool = True) -> list[Channe
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
     require_finite(traced)
     structure = traced.graph.structure()
+    if structure.inexact is not None:
+        node, reason = structure.inexact
+        raise UnsupportedOpError(f"{describe(node)} {reason}")
     layers = traced.graph.layers(structure)
     log_norm = path_norm(traced, 2, log=True)
     starts = [layer.start for layer in layers]
@@ -169,7 +176,7 @@ def _that_fit(traced: TracedModel, structure: Structure) -> Iterator[list[Step]]
     alive: dict[str, Tensor] | None = None
     while True:
         for steps in Search(structure, alive):
-            elements = ((step.dst, step.parameter, step.element) for step in steps if step.parameter)
+            elements = ((step.dst, step.record, step.element) for step in steps if step.parameter)
             key = (steps[0].src, steps[-1].dst, *elements)
             if key in known:
                 continue
@@ -191,7 +198,7 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
     """
     parameters = dict(traced.values)
     names = {edges.parameter for edges in structure.edges}
-    marked = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    marked = {name: torch.zeros_like(parameters[name], dtype=_wide(parameters[name])) for name in names}
     expected = -_MARK / 2
     for step in steps:
         log_constant = step.log_value
@@ -203,3 +210,8 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
         expected += log_constant / math.log(2)
     total = masses_with(traced, marked, torch.float32).total()
     return bool(total.values > 0) and math.log2(float(total.values)) + total.exponent > expected
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    """The type of a parameter, which the graph may ask for; a wider one where that has not the range for marks."""
+    return parameter.dtype if torch.finfo(parameter.dtype).max > 2.0 ** (2 * _MARK) else torch.float32
