@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.survey import Capture
 from dagpath.distributed import whole
-from dagpath.survey import Capture
 from dagpath.trace import TracedModel, neurons_of, structure_of
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture import CapturedGraph, shared_parameters
+from dagpath.capture.graph import CapturedGraph, shared_parameters
+from dagpath.capture.survey import Capture, survey
 from dagpath.distributed import Peers, values_of, whole
 from dagpath.flow.agreement import agree, grouped, reconciled
 from dagpath.flow.masses import MassFlow
@@ -23,7 +24,6 @@ from dagpath.ops.base import Unknown, operation_of
 from dagpath.ops.compound import is_compound
 from dagpath.report import explain, explanation
 from dagpath.state import one_thread, plain_computation, uncollected, unwrap
-from dagpath.survey import Capture, survey
 from dagpath.unroll import UnrolledGraph
 from dagpath.words import not_finite
 

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.blocks import Run
 from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source

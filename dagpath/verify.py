@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import CapturedGraph, run
+from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.running import run
+from dagpath.capture.sizes import common_batch, resized, with_batch
 from dagpath.distributed import computed_types, has_all_values
 from dagpath.errors import CaptureError, VerificationError
 from dagpath.rescaling import Rescaling
-from dagpath.sizes import common_batch, resized, with_batch
 from dagpath.trace import TracedModel
 from dagpath.words import counted
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.alike import alike, same
-from dagpath.dry_run import dry_runs
+from dagpath.capture.alike import alike, same
+from dagpath.capture.dry_run import dry_runs
 
 from networks import Net
 

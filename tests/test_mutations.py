@@ -14,7 +14,7 @@ from test_fetched import assert_same_quantities
 from torch import Tensor, fx, nn
 
 import dagpath
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.edges import EdgeFlow
 from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph

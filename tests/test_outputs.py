@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.capture import run
+from dagpath.capture.running import run
 from dagpath.ops import Operation, base
 
 

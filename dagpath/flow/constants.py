@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OperatorBase
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.distributed import whole
 from dagpath.flow.values import Call
 

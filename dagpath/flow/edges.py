@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.blocks import Blocks, Edges
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked

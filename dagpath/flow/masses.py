@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.fetched import Fetched, device_of
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.values import LARGEST_STEP, NOTHING, Call, Later, Mass, is_fetched, leaves, mapped, plain

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.elements import Elements
 from dagpath.flow.products import Product, settle

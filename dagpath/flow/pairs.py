@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.values import NOTHING, Mass

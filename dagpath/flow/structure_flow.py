@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dagpath.capture.survey import Capture
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.responses import Response, Responses
 from dagpath.flow.structure import CONSTANT, Links, Structure
@@ -23,7 +24,6 @@ from dagpath.flow.structure_nodes import OFFSET, NoEdgesError, has_nodes, larges
 from dagpath.flow.structure_weights import WeightFlow
 from dagpath.flow.values import FIXED, ZERO, Call, Weight, broadcast, compact, leaves, mapped
 from dagpath.flow.weights import Magnitudes, WeightMasses
-from dagpath.survey import Capture
 
 _MOST_SOURCES = 4096
 """Sources of a constant matrix are told apart one by one, up to here."""

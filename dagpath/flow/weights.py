@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.constants import _OF_A_SHAPE, NotConstantError
 from dagpath.flow.powers import PowerFlow
 from dagpath.flow.values import Call, Mass, ldexp_, leaves, mapped

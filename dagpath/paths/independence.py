@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import CapturedGraph
-from dagpath.containers import opened
+from dagpath.capture.containers import opened
+from dagpath.capture.graph import CapturedGraph
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.real import widened
 from dagpath.state import mode, without_autocast

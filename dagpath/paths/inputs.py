@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dagpath.capture import CapturedGraph
+from dagpath.capture.graph import CapturedGraph
 
 
 def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from dagpath.dry_run import Called, Place, Record, writes
+from dagpath.capture.dry_run import Called, Place, Record, writes
 
 Shape = tuple[int, ...]
 

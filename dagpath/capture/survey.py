@@ -15,22 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.alike import alike, same
-from dagpath.capture import (
-    CapturedGraph,
-    capture_error,
-    check_model,
-    export,
-    headline,
-    outputs_have_batch,
-    run,
-    user_line,
+from dagpath.capture.alike import alike, same
+from dagpath.capture.dry_run import Record, dry_runs
+from dagpath.capture.export import export
+from dagpath.capture.graph import CapturedGraph, outputs_have_batch
+from dagpath.capture.running import capture_error, check_model, headline, run, user_line
+from dagpath.capture.sizes import (
+    Dim,
+    batch_sizes,
+    common_batch,
+    copies,
+    larger,
+    other_lengths,
+    resized,
+    smaller,
+    with_batch,
 )
 from dagpath.distributed import has_all_values
-from dagpath.dry_run import Record, dry_runs
 from dagpath.errors import CaptureError
 from dagpath.reach import Reach
-from dagpath.sizes import Dim, batch_sizes, common_batch, copies, larger, other_lengths, resized, smaller, with_batch
 from dagpath.state import mode, without_autocast
 
 MANY = 13

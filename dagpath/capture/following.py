@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dagpath.containers import opened
+from dagpath.capture.containers import opened
 from dagpath.reach import Reach
 
 

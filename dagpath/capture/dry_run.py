@@ -2,8 +2,8 @@
 
 Every tensor that the model's code hands to a function of PyTorch is replaced by a twin on the meta device, so that a
 dry run takes a fraction of a forward pass and changes no tensor. Its record tells which calls of a model are provably
-alike (:mod:`dagpath.alike`): the graph of one of them is then a graph of the others. What a dry run cannot see through
-(values, random decisions, arguments of unknown types) makes it fail.
+alike (:mod:`dagpath.capture.alike`): the graph of one of them is then a graph of the others. What a dry run cannot see
+through (values, random decisions, arguments of unknown types) makes it fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dagpath.containers import opened
+from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
 from dagpath.reach import Reach
 from dagpath.state import mode, random_states, without_autocast

@@ -1,0 +1,1 @@
+"""From a model to functional ``torch.fx`` graphs of ATen operations, with the model left as it was."""

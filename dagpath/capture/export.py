@@ -1,0 +1,162 @@
+"""The graph of one call, from :func:`torch.export.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from dagpath.capture.following import exported_with_what_is_left, followed
+from dagpath.capture.functional import constants_of, functional_graph, take_out
+from dagpath.capture.graph import CapturedGraph, storage_of
+from dagpath.capture.sizes import copies
+from dagpath.distributed import has_all_values, stand_in
+from dagpath.errors import CaptureError
+from dagpath.state import mode, random_states
+
+_NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
+
+
+def export(
+    model: nn.Module,
+    inputs: Any,
+    training: bool,
+    is_compound: Callable[[Any], bool],
+    batch: int | None = None,
+    call: str = "",
+    made_before: Collection[Tensor] = (),
+) -> CapturedGraph:
+    """The graph of one call of a model.
+
+    Args:
+        model: the model, which is left as it was.
+        inputs: positional and keyword arguments.
+        training: in train mode?
+        is_compound: operations for which this holds are replaced by those that PyTorch makes them of.
+        batch: number of examples, for the result.
+        call: which call it is, for the result.
+        made_before: tensors that an earlier call left behind.
+
+    Raises:
+        CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
+            types.
+    """
+    with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
+        args, kwargs = stand_in(model, inputs)
+        before = random_states()
+        with exported_with_what_is_left(model) as left, followed():
+            program = torch.export.export(model, args, kwargs, strict=False)
+        if random_states() != before:
+            raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
+        module, written = functional_graph(program, is_compound)
+        take_out(module, list(left.tensors), constants_of(program))
+        module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
+        module.recompile()
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    live = dict(model.named_buffers(remove_duplicate=False))
+    parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        placeholder = getattr(spec.arg, "name", "")
+        if spec.kind == InputKind.PARAMETER and str(spec.target) not in owners:
+            raise CaptureError(f"the forward makes the parameter {spec.target!r}: run the model once before tracing it")
+        if spec.kind == InputKind.PARAMETER:
+            parameters[placeholder] = names[id(owners[str(spec.target)])]
+        elif spec.kind == InputKind.BUFFER and spec.target in live:
+            buffers[placeholder] = spec.target
+            tensors[placeholder] = live[spec.target]
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            tensors[placeholder] = program.constants[str(spec.target)]
+    moving = {storage_of(tensor) for tensor in (*left.gone, *made_before)}
+    state = {place: t for place, t in tensors.items() if place in written or storage_of(t) in moving}
+    graph = CapturedGraph(
+        module,
+        parameters,
+        {place: name for place, name in buffers.items() if place not in state},
+        {place: tensor for place, tensor in tensors.items() if place not in state},
+        state,
+        batch,
+        left.structure,
+        call,
+        left.changed or bool(written),
+    )
+    _make_shapes_known(graph, model, inputs)
+    return graph
+
+
+def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
+    """Shapes that depend on the values of the inputs become those that they have for these inputs.
+
+    Raises:
+        CaptureError: there are such shapes, and no values.
+    """
+    unknown = next((node for node in graph.module.graph.nodes if not _has_known_shape(node)), None)
+    if unknown is None:
+        return
+    if not has_all_values(model):
+        raise CaptureError(f"the shape of {unknown.name} depends on the values of the input: {_call_line(unknown)}")
+    owners = dict(model.named_parameters())
+    known = {**graph.tensors, **graph.state, **{place: owners[name] for place, name in graph.parameters.items()}}
+    given = iter(pytree.tree_leaves(copies(inputs)))
+    places = [node.name for node in graph.module.graph.nodes if node.op == "placeholder"]
+    values = [known[name].detach().clone() if name in known else next(given) for name in places]
+    with torch.no_grad():
+        _WithShapes(graph.module).run(*values, enable_io_processing=False)
+
+
+def _has_known_shape(node: fx.Node) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
+
+def _call_line(node: fx.Node) -> str:
+    """The line of the user's that made a call."""
+    return " ".join(line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:])
+
+
+class _WithShapes(fx.Interpreter):
+    """Runs a graph, and writes down the shapes that its values have."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._fakes = FakeTensorMode()
+
+    def run_node(self, n: fx.Node) -> Any:
+        with n.meta.get("context", contextlib.nullcontext)():
+            result = super().run_node(n)
+        if not _has_known_shape(n) or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            n.meta["val"] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
+        return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own log of what goes wrong, and the unfinished graph that it prints: the error says it."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    held, graph = io.StringIO(), None
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with contextlib.redirect_stderr(held):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        sys.stderr.write(held.getvalue() if graph is None else held.getvalue().replace(f"{graph}\n", ""))

@@ -1,0 +1,72 @@
+"""A captured call of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dagpath.distributed import own
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One call of a model as a functional graph.
+
+    Attributes:
+        module: the graph; every node is an ATen operation whose ``meta["val"]`` holds its shape. Where its result
+            outlives the call, ``meta["escapes"]`` says how.
+        parameters: placeholder name -> name in ``model.named_parameters()``.
+        buffers: placeholder name -> name in ``model.named_buffers()``.
+        tensors: placeholder name -> buffer or constant tensor (the live one, not a copy).
+        state: as ``tensors``, those that calls write to: what one call leaves there, the next one reads.
+        batch: number of examples that it was captured with; None where the inputs were used as given.
+        structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
+        call: which call it is, in words; empty for the one that the others are compared with.
+        leaves_state: does it leave anything behind that the next call may read?
+    """
+
+    module: fx.GraphModule
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    batch: int | None
+    structure: pytree.TreeSpec
+    call: str = ""
+    leaves_state: bool = False
+
+
+def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[str]:
+    """Names of parameters whose storage other tensors of the model use too, or whose own entries share memory.
+
+    Multiplying one of them in place would change the others.
+    """
+    tensors = {id(tensor): own(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    for graph in graphs:
+        tensors |= {id(tensor): own(tensor) for tensor in (*graph.tensors.values(), *graph.state.values())}
+    users = Counter(storage_of(tensor) for tensor in tensors.values())
+    return {
+        name
+        for name, parameter in ((name, tensors[id(parameter)]) for name, parameter in model.named_parameters())
+        if users[storage_of(parameter)] > 1
+        or any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True))
+    }
+
+
+def storage_of(tensor: Tensor) -> tuple[str, int]:
+    """What tells the memory of tensors apart: its address, or the storage itself where there is none."""
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError:  # sparse tensors
+        return "tensor", id(tensor)
+    return ("address", storage.data_ptr()) if storage.data_ptr() else ("storage", storage._cdata)
+
+
+def outputs_have_batch(graph: CapturedGraph, size: int) -> bool:
+    output = next(node for node in graph.module.graph.nodes if node.op == "output")
+    values = [node.meta.get("val") for node in output.all_input_nodes]
+    return all(value.shape[0] == size for value in values if isinstance(value, Tensor) and value.ndim)
