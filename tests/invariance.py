@@ -40,8 +40,8 @@ def rescale_alike_(net: nn.Module, x: Any, found: dagpath.Rescaling, *args: Any,
     """Rescale a model in memory by factors that were found for its values elsewhere: in files, in other processes.
 
     They must be the model's own: the same numbers for powers of two, otherwise the same minimum. Two computations of it
-    round apart, since a matrix library may sum in another order where memory is laid out otherwise; the tolerance is
-    ten times that of the solver. What the factors make of the values is then bitwise the same everywhere.
+    round apart on some processors, since tensors that are fetched one by one are not summed as those that are held; the
+    tolerance is ten times that of the solver. What the factors make of the values is then bitwise the same everywhere.
     """
     expected = dagpath.rescale_(copy.deepcopy(net), x, *args, **options)
     tolerance = 0 if expected.power_of_two else 1e-8
