@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-with contextlib.suppress(RuntimeError):  # torchvision's compiled operators are not needed; their names are
-    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_OPERATORS: list[torch.library.Library] = []  # an operator exists as long as the library that defines it
 
-from torchvision import models
+
+def _import_models() -> ModuleType:
+    """Import ``torchvision.models``, also where torchvision's compiled operators cannot be loaded.
+
+    Its models do not need them, but importing torchvision there fails for want of their names. The names are defined
+    only after such a failure: an operator that is defined twice aborts Python.
+    """
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # what was imported before the failure
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _OPERATORS.append(library)
+    return importlib.import_module("torchvision.models")
+
+
+models = _import_models()
 
 
 def build(name: str) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import dagpath
 from dagpath import files
 
+from invariance import rescale_alike_
 from networks import Net, RandomNet, mlp
 
 
@@ -63,8 +64,7 @@ def test_a_file_is_rescaled_as_the_model_is(seed, tmp_path):
     found = dagpath.rescale_checkpoint(
         on_meta(net), net.example(), tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     )
-    expected = dagpath.rescale_(net, net.example())
-    assert torch.equal(found.log_scales, expected.log_scales)
+    rescale_alike_(net, net.example(), found)
     assert_holds(load_file(tmp_path / "out.safetensors"), net)
     assert (tmp_path / "in.safetensors").read_bytes() == before
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
@@ -80,8 +80,7 @@ def test_shards_are_rescaled_as_the_model_is(given, tmp_path):
     before = contents(folder)
     weights = folder if given == "folder" else folder / "model.safetensors.index.json"
     found = dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 4), weights, tmp_path / "out", power_of_two=True)
-    rescaling = dagpath.rescale_(net, torch.zeros(1, 4), power_of_two=True)
-    assert torch.equal(found.log_scales, rescaling.log_scales)
+    rescale_alike_(net, torch.zeros(1, 4), found, power_of_two=True)
     assert_holds(load_all(tmp_path / "out"), net)
     assert contents(folder) == before
     assert contents(tmp_path / "out").keys() == before.keys()
@@ -94,8 +93,9 @@ def test_types_stay_whatever_the_model_is_made_of(dtype, tmp_path):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(dtype).eval()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
     meta = on_meta(net).float()
-    dagpath.rescale_checkpoint(meta, torch.zeros(2, 4), tmp_path / "in.safetensors", tmp_path / "out.safetensors")
-    dagpath.rescale_(net, torch.zeros(2, 4, dtype=dtype))
+    paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    found = dagpath.rescale_checkpoint(meta, torch.zeros(2, 4), *paths)
+    rescale_alike_(net, torch.zeros(2, 4, dtype=dtype), found)
     assert_holds(load_file(tmp_path / "out.safetensors"), net)
 
 
@@ -109,7 +109,7 @@ def test_other_criteria_are_minimized_too(criterion, tmp_path):
     save_file(net.state_dict(), tmp_path / "in.safetensors")
     paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     found = dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 4), *paths, criterion=criterion)
-    assert torch.equal(found.log_scales, dagpath.rescale_(net, torch.zeros(1, 4), criterion).log_scales)
+    rescale_alike_(net, torch.zeros(1, 4), found, criterion)
     assert_holds(load_file(tmp_path / "out.safetensors"), net)
 
 
@@ -134,8 +134,8 @@ def test_a_parameter_that_is_used_twice_may_be_stored_once_or_twice(kept, tmp_pa
     paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     with torch.device("meta"):
         empty = Tied()
-    dagpath.rescale_checkpoint(empty, torch.zeros(1, 5), *paths)
-    dagpath.rescale_(net, torch.zeros(1, 5))
+    found = dagpath.rescale_checkpoint(empty, torch.zeros(1, 5), *paths)
+    rescale_alike_(net, torch.zeros(1, 5), found)
     for name, tensor in load_file(tmp_path / "out.safetensors").items():
         assert torch.equal(tensor, net.state_dict()[name])
 
@@ -147,8 +147,8 @@ def test_names_may_have_a_prefix(tmp_path):
     paths = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match=r"has no '0.0.weight', .* in the files are 'module.0.0.bias', .*\.\.\."):
         dagpath.rescale_checkpoint(on_meta(net), torch.zeros(2, 4), *paths)
-    dagpath.rescale_checkpoint(on_meta(net), torch.zeros(2, 4), *paths, prefix="module.")
-    dagpath.rescale_(net, torch.zeros(2, 4))
+    found = dagpath.rescale_checkpoint(on_meta(net), torch.zeros(2, 4), *paths, prefix="module.")
+    rescale_alike_(net, torch.zeros(2, 4), found)
     rescaled = load_file(tmp_path / "out.safetensors")
     assert_holds({name.removeprefix("module."): tensor for name, tensor in rescaled.items()}, net)
 
@@ -165,7 +165,7 @@ def test_constants_that_are_computed_and_not_stored_are_those_of_the_model(tmp_p
     partly = on_meta(net)
     partly.gate = net.gate
     found = dagpath.rescale_checkpoint(partly, torch.zeros(1, 4), *paths)
-    assert torch.equal(found.log_scales, dagpath.rescale_(net, torch.zeros(1, 4)).log_scales)
+    rescale_alike_(net, torch.zeros(1, 4), found)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
@@ -332,7 +332,7 @@ def steps_of_writing(monkeypatch, fail_at: int, error: BaseException) -> list[st
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_failure_at_any_step_leaves_the_files_as_they_were(kind, tmp_path):
     torch.manual_seed(0)
-    net, rescaled = mlp(3, 4, 5, 2), None
+    net = mlp(3, 4, 5, 2)
     where = tmp_path / "files"
     where.mkdir()
     if kind == "file":
@@ -342,8 +342,8 @@ def test_a_failure_at_any_step_leaves_the_files_as_they_were(kind, tmp_path):
     else:
         weights, out = save_sharded(net, where / "in", 3), where / "out"
     before, source = contents(where), on_meta(net)
-    rescaled = copy.deepcopy(net)
-    dagpath.rescale_(rescaled, torch.zeros(1, 3))
+    found = dagpath.rescale_checkpoint(source, torch.zeros(1, 3), weights, tmp_path / "expected")
+    rescale_alike_(net, torch.zeros(1, 3), found)
     full, stopped = OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()
     steps = 9 if kind == "file" else 16
     for number in range(1, steps + 1):
@@ -354,7 +354,7 @@ def test_a_failure_at_any_step_leaves_the_files_as_they_were(kind, tmp_path):
         if number < steps:
             assert contents(where) == before, done
     assert done[-2:] == ["replace", "fsync"]  # what fails after the name is given finds everything new
-    assert_holds(load_file(out) if kind == "file" else load_all(out), rescaled)
+    assert_holds(load_file(out) if kind == "file" else load_all(out), net)
     assert not list(where.glob(".dagpath*"))
 
 
@@ -405,7 +405,8 @@ def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(tmp_path):
     source, out = folder / "in.safetensors", folder / "out.safetensors"
     save_file(net.state_dict(), source)
     before = source.read_bytes()
-    dagpath.rescale_(net, torch.zeros(1, 3))
+    found = dagpath.rescale_checkpoint(on_meta(net), torch.zeros(1, 3), source, tmp_path / "expected.safetensors")
+    rescale_alike_(net, torch.zeros(1, 3), found)
 
     def run(last: int) -> subprocess.CompletedProcess:
         out.write_bytes(b"older")

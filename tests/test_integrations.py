@@ -135,8 +135,9 @@ def by_hand(steps=STEPS, **options):
     handle = Rebalance(dagpath.trace(net, X), optimizer, EVERY, **options)
     for step in range(steps):
         batch = slice(step % EPOCH * BATCH, (step % EPOCH + 1) * BATCH)
+        x, y = X[batch].clone(), Y[batch].clone()  # in memory of their own, as loaders make them
         optimizer.zero_grad()
-        nn.functional.mse_loss(net(X[batch]), Y[batch]).backward()
+        nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
     return net, handle
 

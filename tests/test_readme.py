@@ -64,3 +64,15 @@ def test_the_reasons_that_the_documentation_explains_are_those_that_the_rules_gi
     for reason in reasons:
         for part in reason.split("; "):
             assert f'"{part}"' in rules or part.startswith("tied by"), part
+
+
+def test_the_versions_that_are_promised_are_the_oldest_and_the_pinned_ones_that_were_tested():
+    page, project = ((ROOT / name).read_text() for name in ("docs/start/installation.rst", "pyproject.toml"))
+    tested = [row.split("\n     - ") for row in re.findall(r"   \* - (\d.*(?:\n     - \d.*)+)", page)]
+    bounds = ('"torch>=', 'requires-python = ">=', '"numpy>=', '"scipy>=', '"networkx>=')
+    promised = [re.search(rf"{bound}([\d.]+)", project)[1] for bound in bounds]
+    assert len(tested) > 1
+    assert all(f"{found}.".startswith(f"{least}.") for found, least in zip(tested[0], promised, strict=True))
+    assert set(re.findall(r"Python :: (3\.\d+)", project)) == {python for _, python, *_ in tested}
+    pinned = re.search(r"torch==(.*)", (ROOT / "constraints.txt").read_text())[1]
+    assert pinned in {torch for torch, *_ in tested}

@@ -199,6 +199,7 @@ def test_training_resumes_bitwise_from_the_states(kind):
         handle.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of PyTorch 2.6 warns of itself
 def test_schedulers_closures_clipping_and_parameter_groups_work_as_ever():
     torch.manual_seed(0)
     net, outside = mlp(3, 8, 6, 2).double(), nn.Linear(2, 2).double()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagpath.solver import Problem, solve_coordinate, solve_newton
+from dagpath.solver import Problem, matrix, solve_coordinate, solve_newton
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian
 
@@ -124,6 +124,20 @@ def test_the_size_of_all_masses_does_not_matter(size):
     assert there.iterations == here.iterations
     torch.testing.assert_close(there.z, here.z, rtol=0, atol=1e-8)
     assert there.objective[1] == pytest.approx(here.objective[1] + len(masses) * math.log(size), rel=1e-12)
+
+
+def test_spanning_trees_are_asked_for_with_the_indices_that_every_scipy_takes(monkeypatch):
+    asked = []
+
+    def spanning_tree(graph):
+        asked.append({index.dtype for index in (graph.row, graph.col, graph.tocsr().indices)})
+        return spanning_tree.real(graph)
+
+    spanning_tree.real = matrix.minimum_spanning_tree
+    monkeypatch.setattr(matrix, "minimum_spanning_tree", spanning_tree)
+    links = np.array([2.0, 8.0, 5.0, 45.0, 3.0, 7.0]), np.array([1, 2, 3, 0, 2, 3]), np.array([0, 1, 2, 3, 1, 1])
+    assert solve_newton(Elements(3, [links]).path_conditioning()).converged
+    assert asked == [{np.dtype(np.int32)}]
 
 
 def test_groups_that_touch_nothing_fixed_still_converge():

@@ -146,7 +146,8 @@ def _without_cycles(dst: Index, src: Index, size: int) -> Index:
         return np.zeros(0, dtype=np.int64)
     low, high = np.minimum(dst, src), np.maximum(dst, src)
     _, first = np.unique(low * size + high, return_index=True)
-    numbered = coo_array((first + 1.0, (low[first], high[first])), shape=(size, size))
+    ends = low[first].astype(np.int32), high[first].astype(np.int32)  # SciPy before 1.17 refuses others
+    numbered = coo_array((first + 1.0, ends), shape=(size, size))
     return np.sort(minimum_spanning_tree(numbered).data.astype(np.int64) - 1)
 
 

@@ -303,7 +303,7 @@ class Problem:
         matrix.eliminate_zeros()
         masses = matrix.tocoo()
         rows = np.arange(masses.nnz)
-        dst, src = masses.coords
+        dst, src = masses.row, masses.col
         ends = [(rows[dst > 0], dst[dst > 0] - 1, 1.0), (rows[src > 0], src[src > 0] - 1, -1.0)]
         shape = (masses.nnz, self.num_groups)
         entering, leaving = (coo_array((np.full(len(r), v), (r, c)), shape=shape) for r, c, v in ends)
