@@ -383,7 +383,8 @@ def _origins(nodes: Iterable[fx.Node], inputs: Collection[fx.Node], sources: Col
 def site_of(node: fx.Node) -> Site:
     """Where in the model's source the call of a node stands."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    packet = getattr(node.target, "overloadpacket", node.target)
+    written = node.meta.get("original_aten") or node.target  # what the user called, where that was decomposed
+    packet = getattr(written, "overloadpacket", node.target)
     name = getattr(packet, "_qualified_op_name", getattr(packet, "__name__", str(packet)))
     operation = name.removeprefix("aten::") if node.op == "call_function" else node.op
     return Site(operation, stack[-1][0] if stack else "", _source_line(node.meta.get("stack_trace") or ""))

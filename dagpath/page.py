@@ -92,7 +92,9 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
     layers = traced.graph.to_networkx(mass=path_mass(traced))
     layers.remove_nodes_from([node for node, role in layers.nodes(data="role") if role == "constant"])
     rows = list(_rows(rescaling, layers))
-    facts = explanation(type(traced.model).__name__, traced.graph, traced.captured.train_failure)
+    facts = explanation(
+        type(traced.model).__name__, traced.graph, traced.captured.train_failure, traced.captured.covers
+    )
     lines, width = _drawing(layers)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("dagpath", ""), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(

@@ -35,14 +35,15 @@ def _is_number(cell: str) -> bool:
     return bool(cell) and cell[0] in "-+0123456789" and not cell.endswith(")")
 
 
-def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
+def explain(title: str, graph: NeuronGraph, train_failure: str, covers: Sequence[str]) -> str:
     """What is free, tied and fixed in each module, and for everything fixed the operation, module and source line."""
-    facts = explanation(title, graph, train_failure)
+    facts = explanation(title, graph, train_failure, covers)
     lines = [
         f"{title}: {counted(graph.num_neurons, 'neuron')}, {facts['free']:,} free in "
         f"{counted(graph.num_groups, 'group')}, {facts['fixed']:,} fixed; {counted(graph.num_parameters, 'parameter')}",
         "Free neurons may be rescaled, tied ones only together, by one factor a group; fixed ones keep their scale.",
     ]
+    lines += [f"Holds for {line}." for line in covers]
     if train_failure:
         lines.append(f"train mode could not be captured, so only eval mode is accounted for: {train_failure}")
     modules = module_summary(graph, _depth_that_fits(graph))
@@ -66,6 +67,11 @@ def explain(title: str, graph: NeuronGraph, train_failure: str) -> str:
     lines += _section(
         "Operations without a rule: what they touch is fixed (dagpath.register_op gives one)", calls, "operation"
     )
+    if facts["unknown"]:
+        lines += [
+            "",
+            f"Parameters with elements that read zeros alone, which are left as they are: {_some(facts['unknown'])}",
+        ]
     if facts["not_edges"]:
         lines += ["", f"Parameters that no rescaling multiplies: {_some(facts['not_edges'])}"]
     return "\n".join(lines)
@@ -79,8 +85,8 @@ def _section(title: str, entries: Sequence[str], name: str) -> list[str]:
     return ["", title, *entries[:_MOST_REASONS], *rest]
 
 
-def explanation(title: str, graph: NeuronGraph, train_failure: str) -> dict[str, Any]:
-    """The same for programs: nothing is left out."""
+def explanation(title: str, graph: NeuronGraph, train_failure: str, covers: Sequence[str]) -> dict[str, Any]:
+    """The explanation as a dictionary for programs: nothing is left out."""
     fixed = int((graph.group_of == 0).sum())
     counts = torch.bincount(graph.cause_of[graph.cause_of >= 0], minlength=len(graph.causes)).tolist()
     causes = [
@@ -98,6 +104,8 @@ def explanation(title: str, graph: NeuronGraph, train_failure: str) -> dict[str,
         "causes": causes,
         "without_rule": [_site(site) for site in graph.without_rule],
         "not_edges": list(graph.not_edges),
+        "unknown": list(graph.unknown),
+        "covers": list(covers),
         "train_failure": train_failure,
     }
 

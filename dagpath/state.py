@@ -74,9 +74,10 @@ def one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put ``model`` in train or eval mode; afterwards every object that its code can reach, every tensor and every
-    random state is what it was.
+def mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Put ``model`` in train or eval mode, or leave it in its own (None).
+
+    Afterwards every object that its code can reach, every tensor and every random state is what it was.
 
     One thread at a time; others wait.
     """
@@ -85,7 +86,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     reshard(model)
     modules = list(model.modules())
     reach = Reach(model)
@@ -93,13 +94,15 @@ def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
     own_train = [module for module in modules if type(module).train is not nn.Module.train]  # it may merge weights
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
     others = {id(parameter) for parameter in model.parameters()}
-    held = [tensor for key, (_, tensor) in reach.tensors.items() if key not in others and _is_copied(tensor)]
-    values = [(tensor, tensor.detach().clone()) for tensor in (*parameters.values(), *held)]
+    plain = {key: tensor for key, (_, tensor) in reach.tensors.items() if key not in others and _is_copied(tensor)}
+    written = {**parameters, **{id(buffer): buffer for buffer in model.buffers()}, **plain}
+    values = [(tensor, tensor.detach().clone()) for tensor in written.values()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), python_random_state():
         try:
-            with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
-                model.train(training)
+            if training is not None:
+                with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
+                    model.train(training)
             yield
         finally:
             reshard(model)
@@ -109,6 +112,8 @@ def _changed_mode(model: nn.Module, training: bool) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in values:
                     if not tensor.is_meta and not _is_equal(tensor, value):
+                        if tensor.shape != value.shape:
+                            tensor.resize_(value.shape)
                         tensor.copy_(value)
 
 
@@ -116,8 +121,13 @@ _MOST_BYTES = 1 << 28
 
 
 def _is_copied(tensor: Tensor) -> bool:
-    """Is a tensor that is no parameter put back? All buffers are; a plain tensor may be a whole data set."""
+    """Are the values of a tensor kept that is neither parameter nor buffer? It may be a whole data set."""
     return not tensor.is_meta and (tensor.numel() * tensor.element_size() <= _MOST_BYTES)
+
+
+def has_mixed_modes(model: nn.Module) -> bool:
+    """Are some modules in train mode, and others in eval mode?"""
+    return len({module.training for module in model.modules()}) > 1
 
 
 def _is_equal(tensor: Tensor, other: Tensor) -> bool:

@@ -161,6 +161,8 @@ class TracedModel:
                   fixed for their own sake), and where: ``operation``, ``module``, ``source``;
                 - ``without_rule``: ``operation``, ``module`` and ``source`` of operations that dagpath does not know;
                 - ``not_edges``: parameters that no rescaling multiplies;
+                - ``unknown``: parameters with elements that read zeros alone in all calls that were looked at;
+                - ``covers``: what the trace holds for: numbers of examples, sizes of inputs;
                 - ``train_failure``: why train mode could not be captured, or empty.
 
         Returns:
@@ -180,7 +182,7 @@ class TracedModel:
             ...
         """
 
-        facts = type(self.model).__name__, self.graph, self.captured.train_failure
+        facts = type(self.model).__name__, self.graph, self.captured.train_failure, self.captured.covers
         if format == "text":
             return explain(*facts)
         if format == "dict":

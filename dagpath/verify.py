@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
-from dagpath.capture.running import run
+from dagpath.capture.running import mode_text, run
 from dagpath.capture.sizes import common_batch, resized, with_batch
 from dagpath.distributed import computed_types, has_all_values
 from dagpath.errors import CaptureError, VerificationError
 from dagpath.rescaling import Rescaling
+from dagpath.state import has_mixed_modes
 from dagpath.trace import TracedModel
 from dagpath.words import counted
 
@@ -34,13 +35,13 @@ class Check:
 
     Attributes:
         inputs: its inputs.
-        training: in train mode?
+        training: in train mode? None for the modes that its modules are in.
         optional: may it be left out if the model does not take the inputs?
         before: the outputs before; None where it is left out.
     """
 
     inputs: Any
-    training: bool
+    training: bool | None
     optional: bool = False
     before: list[Tensor] | None = field(default=None, repr=False)
 
@@ -63,6 +64,8 @@ class Verification:
         if captured.train is not None or captured.train_failure:
             trained = given if common_batch(given) != 1 else with_batch(given, 2)
             self._checks.append(Check(trained, True, optional=bool(captured.train_failure)))
+        if has_mixed_modes(self._model):
+            self._checks.append(Check(given, None, optional=True))
         if captured.sizes:
             smallest = min((resized(given, sizes) for sizes in captured.sizes), key=_num_entries)
             self._checks.append(Check(smallest, False, optional=True))
@@ -109,8 +112,8 @@ class Verification:
             finite, undefined = (sum(int(t(o).sum()) for o in outputs) for t in (torch.isfinite, torch.isnan))
             if check.before is not None and not check.optional and (undefined or not finite):
                 warnings.warn(
-                    f"of {counted(total, 'output')} in {_mode(check)} on the example inputs {undefined} are NaN and "
-                    f"{finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
+                    f"of {counted(total, 'output')} in {mode_text(check.training)} on the example inputs {undefined} "
+                    f"are NaN and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
                     "compared; pass example inputs on which the outputs are finite",
                     stacklevel=4,
                 )
@@ -152,7 +155,7 @@ class Verification:
             remark = "If the model merely amplifies rounding errors, power_of_two=True is exact."
         shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(check.inputs) if isinstance(t, Tensor))
         return VerificationError(
-            f"after rescaling, the outputs in {_mode(check)} on inputs of shape {shapes} differ by {worst:.2e} "
+            f"after rescaling, the outputs in {mode_text(check.training)} on inputs of shape {shapes} differ by {worst:.2e} "
             f"relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. "
             f"{remark} Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
             worst,
@@ -228,7 +231,3 @@ def _num_leaves(graph: CapturedGraph, outputs: list[fx.Node]) -> int:
 
 def _num_entries(inputs: Any) -> int:
     return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def _mode(check: Check) -> str:
-    return f"{'train' if check.training else 'eval'} mode"

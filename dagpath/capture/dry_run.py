@@ -106,14 +106,14 @@ class Record:
 
 
 @contextlib.contextmanager
-def dry_runs(model: nn.Module, training: bool) -> Iterator[Callable[[Any], Record | None]]:
+def dry_runs(model: nn.Module, training: bool | None) -> Iterator[Callable[[Any], Record | None]]:
     """Yields a function that makes dry runs of a model, which is left as it was after each.
 
     Given positional and keyword arguments, the function returns a record, or None where the dry run fails.
 
     Args:
         model: the model.
-        training: in train mode?
+        training: in train mode? None for the modes that its modules are in.
     """
     with mode(model, training), without_autocast(), torch.enable_grad():
         stand_in(model)

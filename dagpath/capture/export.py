@@ -30,7 +30,7 @@ _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shape
 def export(
     model: nn.Module,
     inputs: Any,
-    training: bool,
+    training: bool | None,
     is_compound: Callable[[Any], bool],
     batch: int | None = None,
     call: str = "",
@@ -41,7 +41,7 @@ def export(
     Args:
         model: the model, which is left as it was.
         inputs: positional and keyword arguments.
-        training: in train mode?
+        training: in train mode? None for the modes that its modules are in.
         is_compound: operations for which this holds are replaced by those that PyTorch makes them of.
         batch: number of examples, for the result.
         call: which call it is, for the result.

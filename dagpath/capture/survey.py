@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.alike import alike, same
+from dagpath.capture.causes import check_model
 from dagpath.capture.dry_run import Record, dry_runs
 from dagpath.capture.export import export
 from dagpath.capture.graph import CapturedGraph, outputs_have_batch
-from dagpath.capture.running import capture_error, check_model, headline, run, user_line
+from dagpath.capture.running import capture_error, headline, run, user_line
 from dagpath.capture.sizes import (
     Dim,
     batch_sizes,
@@ -34,7 +35,7 @@ from dagpath.capture.sizes import (
 from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
 from dagpath.reach import Reach
-from dagpath.state import mode, without_autocast
+from dagpath.state import has_mixed_modes, mode, without_autocast
 
 MANY = 13
 """A number of examples that few models have as a size."""
@@ -133,6 +134,8 @@ class _Survey:
         graphs = self._graphs(others, training=False)
         if graph.leaves_state:
             graphs += self._second_call(first)
+        if has_mixed_modes(self._model):
+            graphs += self._mixed_graphs(calls)
         train, train_graphs, failure = self._train_graphs(graph, calls)
         sizes = tuple(call.sizes for call in calls if call.sizes)
         return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, self._covers(graph, calls), sizes)
@@ -188,13 +191,13 @@ class _Survey:
             run(self._model, self._given, training=False, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
 
-    def _exported(self, call: _Call, batch: int | None = None, training: bool = False) -> CapturedGraph | None:
+    def _exported(self, call: _Call, batch: int | None = None, training: bool | None = False) -> CapturedGraph | None:
         try:
             return export(self._model, call.inputs, training, self._is_compound, batch, call.name)
         except Exception:  # a call that cannot be captured is none that others are compared with
             return None
 
-    def _graphs(self, calls: Sequence[_Call], training: bool) -> list[CapturedGraph]:
+    def _graphs(self, calls: Sequence[_Call], training: bool | None) -> list[CapturedGraph]:
         """The graphs of calls that no other graph stands for."""
         found = []
         for call in calls:
@@ -207,7 +210,7 @@ class _Survey:
                     found.append(graph)
         return found
 
-    def _required(self, call: _Call, training: bool) -> CapturedGraph:
+    def _required(self, call: _Call, training: bool | None) -> CapturedGraph:
         try:
             return export(self._model, call.inputs, training, self._is_compound, None, call.name)
         except Exception as failure:
@@ -234,6 +237,15 @@ class _Survey:
             except Exception as failure:
                 raise capture_error(self._model, failure) from failure
         return [graph] if names.issuperset(graph.parameters.values()) else []
+
+    def _mixed_graphs(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
+        """The graph of the model with its modules in the modes that they are in."""
+        call = next(call for call in calls if call.inputs is self._given or _text(call.inputs) == _text(self._given))
+        with dry_runs(self._model, training=None) as dry_run:
+            if same(dry_run(call.inputs), call.record):
+                return []
+        graph = self._exported(replace(call, name="the modes that its modules are in"), training=None)
+        return [] if graph is None else [graph]
 
     def _train_graphs(
         self, graph: CapturedGraph, calls: Sequence[_Call]
