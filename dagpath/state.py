@@ -97,6 +97,7 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     plain = {key: tensor for key, (_, tensor) in reach.tensors.items() if key not in others and _is_copied(tensor)}
     written = {**parameters, **{id(buffer): buffer for buffer in model.buffers()}, **plain}
     values = [(tensor, tensor.detach().clone()) for tensor in written.values()]
+    derived = {key for key, tensor in written.items() if tensor.grad_fn is not None}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), python_random_state():
         try:
@@ -111,6 +112,8 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
             with torch.no_grad():
                 for tensor, value in values:
+                    if tensor.grad_fn is not None and id(tensor) not in derived:
+                        tensor.detach_()
                     if not tensor.is_meta and not _is_equal(tensor, value):
                         if tensor.shape != value.shape:
                             tensor.resize_(value.shape)

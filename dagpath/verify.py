@@ -113,8 +113,8 @@ class Verification:
             if check.before is not None and not check.optional and (undefined or not finite):
                 warnings.warn(
                     f"of {counted(total, 'output')} in {mode_text(check.training)} on the example inputs {undefined} "
-                    f"are NaN and {finite} finite, before and after rescaling: {'the others were' if finite else 'nothing was'} "
-                    "compared; pass example inputs on which the outputs are finite",
+                    f"are NaN and {finite} finite, before and after rescaling: "
+                    f"{'the others were' if finite else 'nothing was'} compared; pass example inputs on which the outputs are finite",
                     stacklevel=4,
                 )
 
@@ -155,8 +155,8 @@ class Verification:
             remark = "If the model merely amplifies rounding errors, power_of_two=True is exact."
         shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(check.inputs) if isinstance(t, Tensor))
         return VerificationError(
-            f"after rescaling, the outputs in {mode_text(check.training)} on inputs of shape {shapes} differ by {worst:.2e} "
-            f"relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. "
+            f"after rescaling, the outputs in {mode_text(check.training)} on inputs of shape {shapes} differ by "
+            f"{worst:.2e} relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. "
             f"{remark} Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
             worst,
             tolerance,

@@ -36,6 +36,7 @@ def constants_of(program: torch.export.ExportedProgram) -> set[str]:
     return {str(getattr(spec.arg, "name", "")) for spec in specs if spec.kind != InputKind.USER_INPUT}
 
 
+_ATEN = torch.ops.aten
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
@@ -95,8 +96,11 @@ def without_writes(module: fx.GraphModule) -> tuple[fx.GraphModule, set[str]] | 
     order = {node: index for index, node in enumerate(graph.nodes)}
     by_storage: dict[int | None, list[fx.Node]] = {}
     for node in order:
-        by_storage.setdefault(_storage_of(node), []).append(node)
+        if not all(user.target is _ATEN.lift_fresh_copy.default for user in node.users):  # that copies
+            by_storage.setdefault(_storage_of(node), []).append(node)
     for node in order:
+        if node.target is _ATEN.detach_.default:  # which writes no values
+            node.target = _ATEN.detach.default
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from dagpath.distributed import own
@@ -63,7 +64,8 @@ def storage_of(tensor: Tensor) -> tuple[str, int]:
         storage = tensor.untyped_storage()
     except NotImplementedError:  # sparse tensors
         return "tensor", id(tensor)
-    return ("address", storage.data_ptr()) if storage.data_ptr() else ("storage", storage._cdata)
+    has_address = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and storage.data_ptr()
+    return ("address", storage.data_ptr()) if has_address else ("storage", storage._cdata)
 
 
 def outputs_have_batch(graph: CapturedGraph, size: int) -> bool:

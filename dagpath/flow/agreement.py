@@ -6,7 +6,7 @@ right for one call would be wrong for another one: these neurons keep their scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from scipy.sparse import csgraph, csr_array
 from torch import Tensor
 
-from dagpath.flow.neurons import UNUSED, Ends, NeuronFlow
+from dagpath.flow.neurons import UNKNOWN, UNUSED, Ends, NeuronFlow
 from dagpath.flow.ties import Links
 from dagpath.flow.values import FIXED, broadcast, compact
 
@@ -106,19 +106,38 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
             for one, groups in zip((first, other), conflicts(first, other), strict=True):
                 _fix(flow, numbers, one.ends, groups, f"is tied to other neurons in {other.flow.graph_inputs.call}")
             varying |= dict.fromkeys(name for name in first.ends if not _reaches_alike(first, other, name))
-    flow.settle()
     found = grouped(flow)
     for name in varying:
-        whole = _completed(numbers[name], found.ends[name], flow.parameters[name].shape)
-        if whole is not None:
-            flow.complete(name, whole)
-        else:
-            everything = torch.unique(
-                torch.cat([end.reshape(-1) for end in (found.ends[name].dst, found.ends[name].src)])
-            )
-            reason = f"is reached by {name}, of which calls with inputs of another size use other elements"
-            _fix(flow, numbers, {name: found.ends[name]}, everything[everything > FIXED], reason)
+        reason = f"is reached by {name}, of which calls with inputs of another size use other elements"
+        here = found.ends[name]
+        whole = _completed(numbers[name], here, flow.parameters[name].shape)
+        if whole is None:
+            _fix(flow, numbers, {name: here}, _groups([here]), reason)
+            continue
+        flow.complete(name, whole)
+        dst, src = broadcast(here.dst, here.src)
+        _fix(flow, numbers, {name: here}, _free([dst[src == UNKNOWN]]), reason)
+    if varying:
+        ends = grouped(flow).ends
+        unread = torch.from_numpy(np.setdiff1d(_groups(ends.values()), _sources(ends.values())))
+        _fix(flow, flow.ends(), ends, unread, "is read by nothing in the sizes of inputs that were looked at")
     return grouped(flow)
+
+
+def _groups(ends: Iterable[Ends]) -> Tensor:
+    """The free groups at the ends of parameters."""
+    return _free([end for each in ends for end in (each.dst, each.src)])
+
+
+def _sources(ends: Iterable[Ends]) -> Tensor:
+    """The free groups that parameters lead from."""
+    return _free([each.src for each in ends])
+
+
+def _free(ends: Sequence[Tensor]) -> Tensor:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    found: Tensor = torch.unique(torch.cat([nothing, *(compact(end).reshape(-1) for end in ends)]))
+    return found[found > FIXED]
 
 
 def _fix(flow: NeuronFlow, numbers: Mapping[str, Ends], ends: Mapping[str, Ends], groups: Tensor, reason: str) -> None:
@@ -135,9 +154,9 @@ def _fix(flow: NeuronFlow, numbers: Mapping[str, Ends], ends: Mapping[str, Ends]
 
 
 def _reaches_alike(a: Grouped, b: Grouped, name: str) -> bool:
-    """Do both calls use the same elements of a parameter?"""
-    one, other = broadcast(a.ends[name].dst, b.ends[name].dst)
-    return bool(((one == UNUSED) == (other == UNUSED)).all())
+    """Do both calls use the same elements of a parameter, and is it known of the same ones where they come from?"""
+    used = [broadcast(each.ends[name].dst >= FIXED, each.ends[name].src >= FIXED) for each in (a, b)]
+    return all(torch.equal(*broadcast(one, other)) for one, other in zip(*used, strict=True))
 
 
 def _completed(numbers: Ends, groups: Ends, shape: torch.Size) -> Ends | None:

@@ -1,0 +1,444 @@
+"""One call is not the model: a rescaling is exact in the calls that the trace did not get, or the neurons are fixed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dagpath
+
+from networks import Net
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def make(function: Callable[..., Any], **parts: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 6), "b": nn.Linear(5, 6), "u": nn.Linear(6, 6), "head": nn.Linear(6, 2)}
+    net = Net(function, **{**layers, **{name: part for name, part in parts.items() if isinstance(part, nn.Module)}})
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                net.register_buffer(name, part)
+            else:
+                setattr(net, name, part)
+    return net.double().eval()
+
+
+def check(
+    net: nn.Module, *inputs: Any, others: Sequence[tuple[Any, ...]] = (), free: int | None = None, calls: int = 1
+) -> dagpath.TracedModel:
+    """A rescaling by powers of two changes no bit of any call, one after the other, of a fresh copy of the model."""
+    tries = [inputs, *others]
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for given in tries:
+            model = copy.deepcopy(net)
+            with torch.no_grad():
+                found += [model(*copy.deepcopy(given)) for _ in range(calls)]
+        return found
+
+    before = outputs()
+    traced = dagpath.trace(net, inputs)
+    generator = torch.Generator().manual_seed(0)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True, generator=generator).apply_()
+    for number, (one, other) in enumerate(zip(before, outputs(), strict=True)):
+        assert torch.equal(one, other), f"call {number} changed\n{traced.explain()}"
+    if free is not None:
+        assert traced.graph.num_groups == free, traced.explain()
+    return traced
+
+
+# -- state between calls ----------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """A plain object."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+
+def recurrent(read: Callable[[Any], Any], write: Callable[[Any, Tensor], None]) -> Callable[..., Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state = read(m)
+        h = F.relu(m.a(x) + (0 if state is None else m.u(state)))
+        write(m, h)
+        return m.head(h)
+
+    return forward
+
+
+def assign(m: Any, h: Tensor) -> None:
+    m.h = h
+
+
+def assign_data(m: Any, h: Tensor) -> None:
+    m.state.data = h
+
+
+_STATES: dict[str, Any] = {
+    "an attribute": (recurrent(lambda m: m.h, assign), {"h": None}),
+    "a list": (recurrent(lambda m: m.kept[-1] if m.kept else None, lambda m, h: m.kept.append(h)), {"kept": []}),
+    "a dictionary": (recurrent(lambda m: m.kept.get("h"), lambda m, h: m.kept.update(h=h)), {"kept": {}}),
+    "nested containers": (
+        recurrent(lambda m: m.kept["a"][0], lambda m, h: m.kept["a"].__setitem__(0, h)),
+        {"kept": {"a": [None]}},
+    ),
+    "a plain object": (
+        recurrent(lambda m: m.holder.value, lambda m, h: setattr(m.holder, "value", h)),
+        {"holder": Holder()},
+    ),
+    "a buffer written in place": (
+        recurrent(lambda m: m.state, lambda m, h: m.state.copy_(h)),
+        {"state": torch.zeros(4, 6)},
+    ),
+    "a part of a buffer": (
+        recurrent(lambda m: m.state, lambda m, h: m.state[:2].copy_(h[:2])),
+        {"state": torch.zeros(4, 6)},
+    ),
+    "a buffer replaced": (
+        recurrent(lambda m: m.state, lambda m, h: setattr(m, "state", h)),
+        {"state": torch.zeros(4, 6)},
+    ),
+    "the data of a buffer": (recurrent(lambda m: m.state, assign_data), {"state": torch.zeros(4, 6)}),
+    "what was computed once": (
+        recurrent(lambda m: None, lambda m, h: None),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _STATES)
+def test_what_a_call_leaves_behind_keeps_its_scale(name: str) -> None:
+    function, parts = _STATES[name]
+    check(make(function, **copy.deepcopy(parts)), numbers(4, 5), calls=4)
+
+
+def test_a_plain_tensor_written_in_place_is_state() -> None:
+    net = make(recurrent(lambda m: m.holder.value, lambda m, h: m.holder.value.copy_(h)), holder=Holder())
+    net.holder.value = torch.zeros(4, 6, dtype=torch.float64)
+    check(net, numbers(4, 5), calls=4)
+
+
+def test_a_cached_weight_is_a_constant_of_later_calls() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if "w" not in m.kept:
+            m.kept["w"] = m.u.weight.t().contiguous()
+        return m.head(F.relu(F.relu(m.a(x)) @ m.kept["w"]))
+
+    net = make(forward, kept={})
+    x = numbers(4, 5)
+    before = net(x)
+    traced = dagpath.trace(net, x)  # the cache is there already, and is that of the weights as they were
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(x), before)
+
+
+def test_a_number_that_a_call_changes_decides_the_next() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.count += 1
+        return m.head(F.relu(m.a(x)).roll(m.count, 1))
+
+    check(make(forward, count=0), numbers(4, 5), calls=3)
+
+
+def test_a_permutation_that_moves_is_no_constant() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x)).index_select(1, m.order)
+        m.order = m.order.roll(1)
+        return m.head(y)
+
+    check(make(forward, order=torch.tensor([2, 0, 1, 5, 4, 3])), numbers(4, 5), calls=4)
+
+
+def test_a_counter_that_nothing_reads_costs_nothing() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.count += 1
+        m.calls.add_(1)
+        return m.head(F.relu(m.a(x)))
+
+    check(make(forward, count=0, calls=torch.zeros(())), numbers(4, 5), calls=2, free=6)
+
+
+# -- other numbers of examples, other lengths -------------------------------------------------------------------------
+
+
+def unrolled(m: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 6)
+    for step in x.unbind(1):
+        h = F.relu(m.a(step) + m.u(h))
+    return m.head(h)
+
+
+def mixed_by_size(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    return m.head(h.transpose(1, 2).reshape(h.shape)).mean(1)
+
+
+_LENGTHS: dict[str, Any] = {
+    "steps from zeros": (unrolled, {}, (4, 3, 5), 6),
+    "one step from zeros": (unrolled, {}, (4, 1, 5), 6),
+    "learned positions": (
+        lambda m, x: m.head(F.relu(m.a(x) + m.p[:, : x.shape[1]])),
+        {"p": nn.Parameter(torch.randn(1, 40, 6))},
+        (4, 8, 5),
+        6,
+    ),
+    "positions by number": (
+        lambda m, x: m.head(F.relu(m.a(x) + m.p(torch.arange(x.shape[1])))),
+        {"p": nn.Embedding(40, 6)},
+        (4, 8, 5),
+        6,
+    ),
+    "the last positions": (
+        lambda m, x: m.head(F.relu(m.a(x) + m.p[-x.shape[1] :])),
+        {"p": nn.Parameter(torch.randn(40, 6))},
+        (4, 8, 5),
+        6,
+    ),
+    "a gain by position": (
+        lambda m, x: m.head(F.relu(m.a(x)) * m.p[: x.shape[1], None]),
+        {"p": nn.Parameter(torch.randn(40))},
+        (4, 8, 5),
+        None,
+    ),
+    "units by the length": (
+        lambda m, x: m.head(F.pad(F.relu(m.a(x))[..., : x.shape[1] // 2], (0, 6 - min(6, x.shape[1] // 2)))),
+        {},
+        (4, 4, 5),
+        None,
+    ),
+    "units by the length, into a hidden layer": (
+        lambda m, x: m.head(
+            F.relu(m.u(F.pad(F.relu(m.a(x))[..., : x.shape[1] // 2], (0, 6 - min(6, x.shape[1] // 2)))) + m.b(x))
+        ),
+        {},
+        (4, 4, 5),
+        None,
+    ),
+    "channels mixed with positions": (mixed_by_size, {}, (4, 6, 5), None),
+    "two offsets of one table": (
+        lambda m, x: m.head(F.relu(m.a(x) + m.p[: x.shape[1]]) + F.relu(m.b(x) + m.p[x.shape[1] : 2 * x.shape[1]])),
+        {"p": nn.Parameter(torch.randn(40, 6))},
+        (4, 4, 5),
+        None,
+    ),
+    "strides by the length": (
+        lambda m, x: m.head(F.relu(m.a(x)).flatten(1)[:, :: x.shape[1]][:, :6]),
+        {},
+        (4, 3, 5),
+        None,
+    ),
+    "rolled by the length": (
+        lambda m, x: m.head(F.relu(m.a(x)).roll(x.shape[1], 2)),
+        {},
+        (4, 3, 5),
+        None,
+    ),
+    "relative positions": (
+        lambda m, x: m.head(
+            F.relu(m.a(x) + m.p[torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1]) + 20].sum(1))
+        ),
+        {"p": nn.Parameter(torch.randn(41, 6))},
+        (4, 4, 5),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _LENGTHS)
+def test_other_lengths_are_right(name: str) -> None:
+    function, parts, shape, free = _LENGTHS[name]
+    others = [(numbers(batch, length, 5, seed=length),) for batch, length in ((2, 1), (3, 2), (1, 5), (4, 7), (2, 11))]
+    check(make(function, **copy.deepcopy(parts)), numbers(*shape), others=others, free=free)
+
+
+_BATCHES: dict[str, Any] = {
+    "rows of a table": (
+        lambda m, x: m.head(F.relu(m.a(x) + m.p[: len(x)])),
+        {"p": nn.Parameter(torch.randn(40, 6))},
+        6,
+    ),
+    "interleaved rows": (lambda m, x: m.head(torch.stack([m.a(x), m.b(x)], 1).flatten(0, 1)[: len(x)]), {}, None),
+    "every other row": (lambda m, x: m.head(torch.cat([m.a(x), m.b(x)])[::2]), {}, None),
+    "the middle rows": (lambda m, x: m.head(torch.cat([m.a(x), m.b(x)])[len(x) // 2 : len(x) // 2 + len(x)]), {}, None),
+    "units by the number of examples": (lambda m, x: m.head(F.relu(m.a(x)).roll(len(x), 1)), {}, None),
+    "a constant row": (lambda m, x: m.head(F.relu(m.a(x))[[0]].expand(len(x), 6)), {}, 6),
+    "rows turned over": (lambda m, x: m.head(F.relu(m.a(x)).flip(0) + F.relu(m.b(x))), {}, 6),
+    "the sum of all rows": (lambda m, x: m.head(F.relu(m.a(x)) + F.relu(m.a(x)).sum(0)), {}, 6),
+    "a running sum of rows": (lambda m, x: m.head(F.relu(m.a(x)).cumsum(0)), {}, 6),
+    "rows added to rows": (
+        lambda m, x: m.head(F.relu(m.a(x)).index_add(0, torch.zeros(len(x), dtype=torch.int64), F.relu(m.b(x)))),
+        {},
+        6,
+    ),
+    "rows by the largest entry": (lambda m, x: m.head(F.relu(m.a(x))[x.argmax(0)].mean(0)), {}, 6),
+    "gathered rows": (
+        lambda m, x: m.head(F.relu(m.a(x)).gather(0, x.argsort(0)[:, :1].expand(-1, 6))),
+        {},
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _BATCHES)
+def test_other_numbers_of_examples_are_right(name: str) -> None:
+    function, parts, free = _BATCHES[name]
+    others = [(numbers(batch, 5, seed=batch),) for batch in (1, 2, 3, 5, 7, 12)]
+    check(make(function, **copy.deepcopy(parts)), numbers(4, 5), others=others, free=free)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_images_of_other_sizes_are_right(size: int) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.c(x))
+        h = h.flatten(2).transpose(1, 2).reshape(h.shape)
+        return m.d(h).mean((2, 3))
+
+    net = make(forward, c=nn.Conv2d(3, 8, 1), d=nn.Conv2d(8, 2, 1))
+    others = [(numbers(2, 3, height, width),) for height, width in ((2, 3), (3, 3), (4, 4), (5, 2), (8, 8))]
+    check(net, numbers(2, 3, size, size), others=others)
+
+
+def test_further_examples_are_looked_at() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.a(x) if x.shape[1] < 20 else m.a(x) + m.b(x)).mean(1))
+
+    net, x, long = make(forward), numbers(2, 8, 5), numbers(2, 30, 5)
+    before = net(x), net(long)
+    traced = dagpath.trace(net, x, more_examples=[long])
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(x), before[0])
+    assert torch.equal(net(long), before[1])
+
+
+def test_keyword_arguments_may_be_further_examples() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, both: bool = False) -> Tensor:
+            return self.head(F.relu(self.a(x) + self.b(x) if both else self.a(x)))
+
+    net, x = Switched().double(), numbers(3, 5)
+    before = net(x), net(x, both=True)
+    traced = dagpath.trace(net, (), kwargs={"x": x}, more_examples=[{"x": x, "both": True}])
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(x), before[0])
+    assert torch.equal(net(x, both=True), before[1])
+    with pytest.raises(dagpath.CaptureError, match="forward raised"):
+        dagpath.trace(net, x, more_examples=[numbers(3, 4)])
+
+
+def test_the_trace_says_what_it_covers() -> None:
+    flexible = dagpath.trace(make(unrolled), numbers(2, 3, 5))
+    assert "other sizes of the inputs" in flexible.explain()
+    fixed = dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)))), numbers(2, 5))
+    assert "any number of examples" in fixed.explain()
+    assert "inputs of the sizes [2, 5] alone" in fixed.explain()
+    assert fixed.explain(format="dict")["covers"] == list(fixed.captured.covers)
+
+
+def test_weights_that_met_zeros_alone_are_left_as_they_are_and_reported() -> None:
+    class OneStep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.u, self.head = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.a(x.reshape(-1, 5)) + self.u(x.new_zeros(1, 6))))
+
+    net = OneStep().double()
+    before = net.u.weight.detach().clone()
+    traced = check(net, numbers(2, 5), free=6)
+    assert torch.equal(net.u.weight, before)
+    assert traced.graph.unknown == ["u.weight"]
+    assert "read zeros alone" in traced.explain()
+
+
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+def outputs_in_train_mode(net: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    found = []
+    for x in inputs:
+        model = copy.deepcopy(net).train()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(model(x))
+    return found
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.head(F.relu(m.a(x) + (m.p[: len(x)] if m.training else 0))),
+        lambda m, x: m.head(
+            torch.cat([m.a(x), m.b(x)])[: len(x)] if not m.training else torch.cat([m.b(x), m.a(x)])[1 : 1 + len(x)]
+        ),
+        lambda m, x: m.head(F.relu(m.a(x)).roll(len(x) if m.training else 0, 1)),
+        lambda m, x: m.head(F.relu(m.a(x))) + (m.head(F.relu(m.b(x)))[: len(x)] if m.training else 0),
+    ],
+)
+def test_train_mode_is_right_for_other_numbers_of_examples(function: Any) -> None:
+    net = make(function, p=nn.Parameter(torch.randn(20, 6)))
+    examples = [numbers(batch, 5) for batch in (8, 2, 3, 5, 13)]
+    before = outputs_in_train_mode(net, *examples)
+    dagpath.random_rescaling(dagpath.trace(net, examples[0]), sigma=3.0, power_of_two=True).apply_()
+    for one, other in zip(before, outputs_in_train_mode(net, *examples), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_modules_in_mixed_modes_are_right() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.head(h + F.relu(m.b(x)) if m.first.training != m.second.training else h)
+
+    net = make(forward, first=nn.Dropout(0.0), second=nn.Dropout(0.0))
+    net.first.train()
+    x = numbers(3, 5)
+    before = net(x)
+    traced = dagpath.trace(net, x)
+    assert (net.first.training, net.second.training) == (True, False)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(x), before)
+
+
+def test_a_train_mode_that_cannot_be_captured_is_verified_where_it_runs() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        if m.training and not torch.isfinite(h).all():
+            h = h.clamp(-1, 1)
+        return m.head(F.relu(h))
+
+    net, x = make(forward), numbers(4, 5)
+    before = outputs_in_train_mode(net, x)[0]
+    with pytest.warns(UserWarning, match="cannot be captured in train mode"):
+        dagpath.rescale_(net, x)
+    assert torch.allclose(outputs_in_train_mode(net, x)[0], before, rtol=1e-9)
+
+
+def test_path_quantities_do_not_depend_on_the_size_of_the_example_batch() -> None:
+    functions = [
+        lambda m, x: m.head(F.relu(m.a(x)) * torch.ones(6, dtype=x.dtype)),
+        lambda m, x: m.head(F.relu(m.a(x)) * torch.linspace(0.5, 1.5, 6, dtype=x.dtype)),
+        lambda m, x: m.head(F.relu(m.a(x))[:, torch.tensor([1, 0, 2, 3, 5, 4])]),
+        lambda m, x: m.head(F.relu(m.a(x)).masked_fill(torch.arange(6) > 3, 0.0)),
+        lambda m, x: m.head(F.relu(m.a(x)) + m.holder.value),
+    ]
+    for function in functions:
+        net = make(function, holder=Holder())
+        net.holder.value = torch.ones(6, dtype=torch.float64)
+        counts = {dagpath.path_count(dagpath.trace(net, numbers(batch, 5))) for batch in (1, 2, 4, 7)}
+        assert len(counts) == 1
