@@ -140,7 +140,11 @@ class Reach:
             return [(path, value.fget), (path, value.fset)]
         if isinstance(value, _Cache):  # a full one says by its misses that it changed
             misses = functools.partial(_misses, value)
-            return [*self._keep(path, misses, lambda _: value.cache_clear(), "{}"), (path, value.__wrapped__)]
+            return [
+                *self._keep(path, misses, lambda _: value.cache_clear(), "{}"),
+                (path, value.__wrapped__),
+                (path, vars(value)),
+            ]
         if isinstance(value, (torch.Generator, random.Random, numpy.random.Generator, ContextVar)):
             return self._keep(path, *_stateful(value), "{}")
         if isinstance(value, numpy.ndarray):

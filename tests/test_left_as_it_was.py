@@ -1,0 +1,232 @@
+"""A trace leaves everything that a model's code reaches as it was, and nothing without values behind."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import gc
+import itertools
+import random
+from collections import OrderedDict, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import dagpath
+
+from networks import Net
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+TABLES: dict[int, Tensor] = {}
+CURRENT = contextvars.ContextVar("current", default=None)
+LAST: Any = None
+SMALL = nn.Linear(1, 1)
+
+
+class Slotted:
+    __slots__ = ("later", "value")
+
+    def __init__(self) -> None:
+        self.value = None
+
+
+@dataclass
+class Record:
+    values: list[Any] = field(default_factory=list)
+    count: int = 0
+
+
+class Shared:
+    seen: Any = None
+    values: list[Any] = []  # noqa: RUF012 (what is shared by all is what is tested)
+
+
+@functools.cache
+def table(size: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, size)
+
+
+def into_globals(m: Any, h: Tensor) -> None:
+    global LAST
+    LAST = h
+    TABLES[h.shape[1]] = h
+
+
+def into_class(m: Any, h: Tensor) -> None:
+    Shared.seen = h
+    Shared.values.append(h)
+    type(m).latest = h
+
+
+def keep(holder: Any) -> Any:
+    return lambda m, h: holder(m, h)
+
+
+def numbers(m: Any, h: Tensor) -> None:
+    m.count += 1
+    m.record.count += 1
+    m.array += 1
+    m.plain.add_(1)
+
+
+def draws(m: Any, h: Tensor) -> None:
+    torch.rand(1, generator=m.generator)
+    m.python.random()
+    m.numpy.random()
+
+
+KEEPERS: dict[str, Any] = {
+    "an attribute": lambda m, h: setattr(m, "kept", h),
+    "a new attribute": lambda m, h: setattr(m, "something_new", h),
+    "a list": lambda m, h: m.list.append(h),
+    "a deque": lambda m, h: m.deque.append(h),
+    "a dictionary": lambda m, h: m.dict.update(h=h),
+    "an ordered dictionary": lambda m, h: m.ordered.update(h=h),
+    "a default dictionary": lambda m, h: m.default["h"].append(h),
+    "nested containers": lambda m, h: m.dict.setdefault("inner", [{}])[0].update(h=(h,)),
+    "a plain object": lambda m, h: m.record.values.append(h),
+    "slots": lambda m, h: setattr(m.slotted, "later", h),
+    "globals": into_globals,
+    "a class": into_class,
+    "a context variable": lambda m, h: CURRENT.set(h),
+    "a function's attribute": lambda m, h: setattr(table, "latest", h),
+    "a cache": lambda m, h: table(h.shape[1]),
+    "another module": lambda m, h: setattr(m.head, "seen", h),
+    "numbers and arrays": numbers,
+    "generators of random numbers": draws,
+}
+
+
+def network(keeper: Any) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        keeper(m, h)
+        return m.head(h * (table(6) if keeper is KEEPERS["a cache"] else 1.0))
+
+    net = Net(forward, a=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    net.list, net.deque, net.dict, net.ordered, net.default = (
+        [1],
+        deque(maxlen=3),
+        {},
+        OrderedDict(a=1),
+        defaultdict(list),
+    )
+    net.record, net.slotted, net.count, net.array, net.plain = Record(), Slotted(), 0, numpy.zeros(2), torch.zeros(2)
+    net.generator, net.python = torch.Generator().manual_seed(1), random.Random(1)
+    net.numpy = numpy.random.default_rng(1)
+    return net
+
+
+def survivors() -> list[torch.Size]:
+    """The shapes of tensors without values that something still holds.
+
+    PyTorch's exporter holds those of its last run: it exports a model of one neuron here, whose tensors have one entry.
+    """
+    torch.export.export(SMALL, (torch.zeros(1, 1),), strict=False)
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), FakeTensor) or (type(o) is Tensor and o.is_meta)]
+    return [tensor.shape for tensor in found if tensor.numel() > 1 and tensor.dtype is not torch.uint8]
+
+
+def state(net: Any) -> Any:
+    return (
+        {name: id(value) for name, value in vars(net).items()},
+        [
+            id(value)
+            for value in (*net.list, *net.deque, *net.dict.values(), *net.ordered.values(), *net.default.values())
+        ],
+        [id(value) for value in net.record.values],
+        (net.count, net.record.count, net.array.tolist(), net.plain.tolist(), net.plain.requires_grad),
+        hasattr(net.slotted, "later"),
+        (dict(TABLES), id(LAST), id(Shared.seen), list(Shared.values), id(CURRENT.get())),
+        (hasattr(type(net), "latest"), hasattr(table, "latest"), hasattr(net.head, "seen")),
+        (net.generator.get_state().tolist(), net.python.getstate(), str(net.numpy.bit_generator.state)),
+        (random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()),
+    )
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_what_code_can_reach_comes_back(name: str) -> None:
+    table.cache_clear()
+    net = network(KEEPERS[name])
+    before = state(net)
+    traced = dagpath.trace(net, X)
+    assert state(net) == before
+    del traced
+    assert survivors() == []
+    if name == "generators of random numbers":
+        return
+    dagpath.rescale_(net, X)
+    assert state(net) == before
+    assert survivors() == []
+    assert type(table(6)) is Tensor
+    assert not table(6).is_meta
+
+
+def test_a_cache_that_was_full_before_keeps_its_values_or_makes_them_again() -> None:
+    table.cache_clear()
+    before = table(6)
+    dagpath.trace(network(KEEPERS["a cache"]), X)
+    assert torch.equal(table(6), before)
+
+
+def test_hooks_keep_what_they_saw() -> None:
+    seen: dict[str, Any] = {}
+    values: list[Any] = []
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    net[1].register_forward_hook(lambda module, args, out: seen.__setitem__("relu", out))
+    net[0].register_forward_pre_hook(lambda module, args: values.append(args[0]))
+    net[2].register_forward_hook(functools.partial(lambda store, module, args, out: store.append(out), values))
+    net(X)
+    kept, count = seen["relu"], len(values)
+    dagpath.rescale_(net, X)
+    assert seen["relu"] is kept
+    assert len(values) == count
+    assert survivors() == []
+
+
+def test_a_hook_that_counts_in_a_closure_counts_its_own_calls() -> None:
+    counter = itertools.count()
+    calls = 0
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    net[1].register_forward_hook(hook)
+    dagpath.rescale_(net, X)
+    assert calls == 0
+    assert next(counter) == 0
+
+
+def test_example_inputs_are_the_users() -> None:
+    def forward(m: Any, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        x.sub_(1).div_(2)
+        more["y"].zero_()
+        more["z"] = x
+        return m.head(F.relu(m.a(x)) + more["y"])
+
+    net = Net(forward, a=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    x, more = X.clone(), {"y": torch.ones(3, 6)}
+    dagpath.rescale_(net, (x, more))
+    assert torch.equal(x, X)
+    assert list(more) == ["y"]
+    assert torch.equal(more["y"], torch.ones(3, 6))
+
+
+def test_a_buffer_that_is_resized_comes_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.size.resize_(4).fill_(1.0)
+        return m.head(F.relu(m.a(x)))
+
+    net = Net(forward, a=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    net.register_buffer("size", torch.zeros(2))
+    dagpath.trace(net, X)
+    assert torch.equal(net.size, torch.zeros(2))
