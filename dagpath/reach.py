@@ -11,6 +11,7 @@ import functools
 import random
 import sys
 import types
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -30,7 +31,7 @@ Found = Iterator[tuple[Place, Any]]
 _LIBRARIES = {"torch", "torchgen", "numpy", "scipy", "sympy", "networkx", "matplotlib", "tqdm", "dagpath"}
 """Their functions, classes and objects keep nothing of a user's model; nor do those of the standard library, but for
 the containers in these modules:"""
-_CONTAINERS = {"builtins", "collections", "types", "weakref", "_weakrefset", "_thread"}
+_CONTAINERS = {"builtins", "collections", "types", "weakref", "_weakrefset", "_thread", "queue"}
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
 _MOST_ENTRIES = 10_000
 """What is inside of longer containers is not looked at (a data set, say); their contents are put back all the same."""
@@ -39,8 +40,9 @@ _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 
 @dataclass(frozen=True)
 class _Kept:
-    """Something that a call can change: how its contents are read and put back, and what they were."""
+    """Something that a call can change: where it is, how its contents are read and put back, and what they were."""
 
+    place: Place
     read: Callable[[], Contents]
     write: Callable[[Contents], None]
     contents: Contents
@@ -81,6 +83,7 @@ class Reach:
     def __init__(self, model: nn.Module) -> None:
         self.tensors: dict[int, tuple[Place, Tensor]] = {}
         self._kept: list[_Kept] = []
+        self._generators: list[_Kept] = []
         seen: dict[int, Any] = {}
         waiting: deque[tuple[Place, Any]] = deque([((), model)])
         while waiting:
@@ -105,6 +108,14 @@ class Reach:
         """Does everything hold the objects that it did?"""
         return all(kept.is_same() for kept in self._kept)
 
+    def changes(self) -> list[str]:
+        """Where something holds another object than it did, a few places."""
+        return sorted({_text(kept.place) for kept in self._kept if not kept.is_same()})[:3]
+
+    def is_drawn(self) -> bool:
+        """Did Python's or NumPy's generators of random numbers move?"""
+        return any(not kept.is_same() for kept in self._generators)
+
     def left_since(self, before: Reach) -> dict[str, Tensor]:
         """The tensors that can be reached now and could not be then, by where they are."""
         return {_text(path): tensor for key, (path, tensor) in self.tensors.items() if key not in before.tensors}
@@ -115,7 +126,7 @@ class Reach:
 
     def _keep(self, path: Place, read: Callable[[], Contents], write: Callable[[Contents], None], form: str) -> Found:
         contents = read()
-        self._kept.append(_Kept(read, write, contents))
+        self._kept.append(_Kept(path, read, write, contents))
         if len(contents) > _MOST_ENTRIES:
             return iter(())
         return (((path, form, key), part) for key, part in contents.items())
@@ -146,9 +157,13 @@ class Reach:
                 (path, vars(value)),
             ]
         if isinstance(value, (torch.Generator, random.Random, numpy.random.Generator, ContextVar)):
-            return self._keep(path, *_stateful(value), "{}")
+            found = self._keep(path, *_stateful(value), "{}")
+            self._generators += self._kept[-1:] if isinstance(value, (random.Random, numpy.random.Generator)) else []
+            return found
         if isinstance(value, numpy.ndarray):
             return self._of_array(path, value)
+        if isinstance(value, (bytearray, array)):
+            return self._of_bytes(path, value)
         if isinstance(value, type):
             return self._of_class(value) if is_users(value.__module__) else []
         return self._of_object(path, value)
@@ -160,6 +175,8 @@ class Reach:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             yield from self._keep(path, lambda: dict(attributes), functools.partial(_refill, attributes), "{}.{}")
+            write = functools.partial(_call, functools.partial(object.__setattr__, value, "__class__"))
+            yield from self._keep(path, lambda: {0: type(value)}, lambda contents: write(contents[0]), "{}.__class__")
         slots = [
             slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType
         ]
@@ -206,6 +223,16 @@ class Reach:
             variables.update(contents)
 
         return self._keep((str(variables.get("__name__", "")),), read, write, "{}.{}")
+
+    def _of_bytes(self, path: Place, values: Any) -> Found:
+        if len(values) > _MOST_ENTRIES:
+            return iter(())
+        saved = values[:]
+
+        def write(_: Contents) -> None:
+            values[:] = saved
+
+        return self._keep(path, lambda: {0: _State(values)}, write, "{}")
 
     def _of_array(self, path: Place, array: Any) -> Found:
         if array.size > _MOST_ENTRIES or array.dtype == object:
@@ -301,7 +328,7 @@ def _stateful(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], 
     read: Callable[[], Any]
     write: Callable[[Any], object]
     if isinstance(value, ContextVar):
-        read, write, is_state = functools.partial(value.get, None), value.set, False
+        read, write, is_state = functools.partial(_get, value), value.set, False
     elif isinstance(value, torch.Generator):
         read, write, is_state = value.get_state, value.set_state, True
     elif isinstance(value, random.Random):
@@ -316,6 +343,13 @@ def _stateful(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], 
         return {0: _State(now.tolist() if isinstance(now, Tensor) else now) if is_state else now}
 
     return contents, lambda _: _call(write, held)
+
+
+def _get(variable: ContextVar[Any]) -> Any:
+    try:
+        return variable.get()
+    except LookupError:
+        return None
 
 
 def _call(function: Callable[[Any], object], value: object) -> None:

@@ -111,10 +111,11 @@ class Verification:
             total = sum(output.numel() for output in outputs)
             finite, undefined = (sum(int(t(o).sum()) for o in outputs) for t in (torch.isfinite, torch.isnan))
             if check.before is not None and not check.optional and (undefined or not finite):
+                where = f"{mode_text(check.training)} on the example inputs"
                 warnings.warn(
-                    f"of {counted(total, 'output')} in {mode_text(check.training)} on the example inputs {undefined} "
-                    f"are NaN and {finite} finite, before and after rescaling: "
-                    f"{'the others were' if finite else 'nothing was'} compared; pass example inputs on which the outputs are finite",
+                    f"of {counted(total, 'output')} in {where} {undefined} are NaN and {finite} finite, before and "
+                    f"after rescaling: {'the others were' if finite else 'nothing was'} compared; pass example inputs "
+                    "on which the outputs are finite",
                     stacklevel=4,
                 )
 
@@ -154,10 +155,11 @@ class Verification:
         else:
             remark = "If the model merely amplifies rounding errors, power_of_two=True is exact."
         shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(check.inputs) if isinstance(t, Tensor))
+        where = f"{mode_text(check.training)} on inputs of shape {shapes}"
         return VerificationError(
-            f"after rescaling, the outputs in {mode_text(check.training)} on inputs of shape {shapes} differ by "
-            f"{worst:.2e} relative to the largest entry of a channel (allowed: {tolerance:.0e}); all parameters are restored. "
-            f"{remark} Otherwise an operation of this model has a wrong rule: traced.explain() lists what was assumed.",
+            f"after rescaling, the outputs in {where} differ by {worst:.2e} relative to the largest entry of a channel "
+            f"(allowed: {tolerance:.0e}); all parameters are restored. {remark} Otherwise an operation of this model "
+            "has a wrong rule: traced.explain() lists what was assumed.",
             worst,
             tolerance,
         )

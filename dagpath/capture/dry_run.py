@@ -106,7 +106,9 @@ class Record:
 
 
 @contextlib.contextmanager
-def dry_runs(model: nn.Module, training: bool | None) -> Iterator[Callable[[Any], Record | None]]:
+def dry_runs(
+    model: nn.Module, training: bool | None, gradients: bool = True
+) -> Iterator[Callable[[Any], Record | None]]:
     """Yields a function that makes dry runs of a model, which is left as it was after each.
 
     Given positional and keyword arguments, the function returns a record, or None where the dry run fails.
@@ -114,14 +116,15 @@ def dry_runs(model: nn.Module, training: bool | None) -> Iterator[Callable[[Any]
     Args:
         model: the model.
         training: in train mode? None for the modes that its modules are in.
+        gradients: does it record what a backward pass needs?
     """
-    with mode(model, training), without_autocast(), torch.enable_grad():
+    with mode(model, training), without_autocast(), torch.set_grad_enabled(gradients):
         stand_in(model)
         ready = Reach(model)
 
         def run(inputs: Any) -> Record | None:
             try:
-                return _record(model, inputs)
+                return _record(model, inputs, ready)
             except Exception:  # a model fails in many ways without values
                 return None
             finally:
@@ -130,7 +133,7 @@ def dry_runs(model: nn.Module, training: bool | None) -> Iterator[Callable[[Any]
         yield run
 
 
-def _record(model: nn.Module, inputs: Any) -> Record:
+def _record(model: nn.Module, inputs: Any, ready: Reach) -> Record:
     recorder = _Recorder(model)
     args, kwargs = pytree.tree_map_only(Tensor, recorder.fresh_twin, inputs)
     for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
@@ -139,7 +142,7 @@ def _record(model: nn.Module, inputs: Any) -> Record:
     before = random_states()
     with recorder:
         outputs = opened(model(*args, **kwargs))
-    if random_states() != before:
+    if ready.is_drawn() or random_states() != before:
         raise UnclearError("random numbers were drawn in Python")
     recorder.note("output", outputs)
     return Record(recorder.calls, recorder.kept)

@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def export(
     batch: int | None = None,
     call: str = "",
     made_before: Collection[Tensor] = (),
+    names: Mapping[int, str] | None = None,
+    gradients: bool = True,
 ) -> CapturedGraph:
     """The graph of one call of a model.
 
@@ -46,32 +48,34 @@ def export(
         batch: number of examples, for the result.
         call: which call it is, for the result.
         made_before: tensors that an earlier call left behind.
+        names: id of each parameter -> its name, where an earlier call may have given it another one.
+        gradients: does the call record what a backward pass needs?
 
     Raises:
         CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
             types.
     """
-    with mode(model, training), torch.enable_grad(), _quiet(), warnings.catch_warnings():
+    with mode(model, training), torch.set_grad_enabled(gradients), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
         args, kwargs = stand_in(model, inputs)
         before = random_states()
         with exported_with_what_is_left(model) as left, followed():
             program = torch.export.export(model, args, kwargs, strict=False)
-        if random_states() != before:
+        if left.drawn or random_states() != before:
             raise CaptureError("the forward draws random numbers in Python: no graph stands for all its runs")
         module, written = functional_graph(program, is_compound)
         take_out(module, list(left.tensors), constants_of(program))
         module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
         module.recompile()
     owners = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = names or {id(parameter): name for name, parameter in model.named_parameters()}
     live = dict(model.named_buffers(remove_duplicate=False))
     parameters: dict[str, str] = {}
     buffers: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
         placeholder = getattr(spec.arg, "name", "")
-        if spec.kind == InputKind.PARAMETER and str(spec.target) not in owners:
+        if spec.kind == InputKind.PARAMETER and id(owners.get(str(spec.target))) not in names:
             raise CaptureError(f"the forward makes the parameter {spec.target!r}: run the model once before tracing it")
         if spec.kind == InputKind.PARAMETER:
             parameters[placeholder] = names[id(owners[str(spec.target)])]
@@ -91,7 +95,7 @@ def export(
         batch,
         left.structure,
         call,
-        left.changed or bool(written),
+        tuple(left.changes or sorted(written)),
     )
     _make_shapes_known(graph, model, inputs)
     return graph

@@ -24,14 +24,16 @@ class Left:
     Attributes:
         tensors: those that were made in the call and can be reached after it, by where they are.
         gone: those that could be reached before the call and cannot be after it.
-        changed: does anything that can be reached hold another object than before?
+        changes: where something holds another object than before, a few places.
         structure: how the model arranges its outputs.
+        drawn: did it draw random numbers in Python, from generators of its own?
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     gone: list[Tensor] = field(default_factory=list)
-    changed: bool = False
+    changes: list[str] = field(default_factory=list)
     structure: Any = None
+    drawn: bool = False
 
 
 @contextlib.contextmanager
@@ -45,7 +47,7 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
 
     def end(_module: nn.Module, _args: Any, output: Any) -> Any:
         after = Reach(model)
-        left.changed = not before[0].is_same()
+        left.changes, left.drawn = before[0].changes(), before[0].is_drawn()
         left.tensors, left.gone = after.left_since(before[0]), after.gone_since(before[0])
         leaves, left.structure = pytree.tree_flatten(opened(output))
         return [*leaves, *left.tensors.values()]

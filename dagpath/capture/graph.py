@@ -27,7 +27,7 @@ class CapturedGraph:
         batch: number of examples that it was captured with; None where the inputs were used as given.
         structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
         call: which call it is, in words; empty for the one that the others are compared with.
-        leaves_state: does it leave anything behind that the next call may read?
+        leaves: where it leaves something behind that the next call may read, a few places.
     """
 
     module: fx.GraphModule
@@ -38,7 +38,7 @@ class CapturedGraph:
     batch: int | None
     structure: pytree.TreeSpec
     call: str = ""
-    leaves_state: bool = False
+    leaves: tuple[str, ...] = ()
 
 
 def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[str]:

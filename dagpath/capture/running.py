@@ -62,21 +62,25 @@ def mode_text(training: bool | None) -> str:
     return "the modes that its modules are in" if training is None else f"{'train' if training else 'eval'} mode"
 
 
-def run(model: nn.Module, inputs: Any, training: bool | None, dry: bool = False) -> list[Tensor]:
-    """The tensors that the model returns, computed without gradients; the model is left as it was.
+def run(
+    model: nn.Module, inputs: Any, training: bool | None, dry: bool = False, gradients: bool = False
+) -> list[Tensor]:
+    """The tensors that the model returns; the model is left as it was.
 
     Args:
         model: the model.
         inputs: its inputs, positional and by keyword.
         training: in train mode? None for the modes that its modules are in.
         dry: without the values of parameters and buffers: the results have none either.
+        gradients: record what a backward pass needs?
 
     Raises:
         CaptureError: the model's forward raised, or, without values, asked for one; the message names the line.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else None
     try:
-        with mode(model, training), without_autocast(), torch.no_grad(), fakes or contextlib.nullcontext():
+        recording = torch.set_grad_enabled(gradients)
+        with mode(model, training), without_autocast(), recording, fakes or contextlib.nullcontext():
             args, kwargs = stand_in(model, inputs, fakes) if fakes else copies(inputs)
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

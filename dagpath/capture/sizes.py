@@ -60,6 +60,11 @@ def larger(size: int) -> list[int]:
     return [n for n in dict.fromkeys([2 * size + 1, 3 * size // 2, 2 * size, size + 32, size + 1]) if n > size]
 
 
+def neighbours(size: int) -> list[int]:
+    """Sizes next to one: odd where it is even."""
+    return [other for other in (size + 1, size - 1) if other]
+
+
 def smaller(size: int) -> list[int]:
     """Smaller sizes to try in place of one."""
     return [

@@ -19,6 +19,7 @@ from dagpath.capture.alike import alike, same
 from dagpath.capture.causes import check_model
 from dagpath.capture.dry_run import Record, dry_runs
 from dagpath.capture.export import export
+from dagpath.capture.faithful import check_faithful
 from dagpath.capture.graph import CapturedGraph, outputs_have_batch
 from dagpath.capture.running import capture_error, headline, run, user_line
 from dagpath.capture.sizes import (
@@ -27,6 +28,7 @@ from dagpath.capture.sizes import (
     common_batch,
     copies,
     larger,
+    neighbours,
     other_lengths,
     resized,
     smaller,
@@ -129,11 +131,14 @@ class _Survey:
         with dry_runs(self._model, training=False) as dry_run:
             calls = self._calls(with_batch(self._given, 1), _once(dry_run))
         graph = self._first_graph(calls)
+        if self._has_values:
+            check_faithful(graph, self._model, calls[0].inputs if graph.batch == 1 else self._given)
         first = calls[0] if graph.batch == 1 else next(call for call in calls if call.inputs is self._given)
         others = [call for call in calls if call is not first and not alike(first.record, call.record)]
         graphs = self._graphs(others, training=False)
-        if graph.leaves_state:
+        if graph.leaves:
             graphs += self._second_call(first)
+        graphs += self._without_gradients(calls)
         if has_mixed_modes(self._model):
             graphs += self._mixed_graphs(calls)
         train, train_graphs, failure = self._train_graphs(graph, calls)
@@ -152,7 +157,8 @@ class _Survey:
             return dry_run(inputs) is not None if is_clear else self._runs(inputs)
 
         trials: list[Mapping[Dim, int]] = [{}]
-        for sizes, batches in ((larger, (MANY, *larger(self._batch or 1))), (smaller, (2, *smaller(self._batch or 1)))):
+        many, few = (MANY, *larger(self._batch or 1)), (2, *smaller(self._batch or 1))
+        for sizes, batches in ((larger, many), (neighbours, few), (smaller, few)):
             candidates = [batch_sizes(given, batch) for batch in batches if batch != self._batch]
             base = next((chosen for chosen in candidates if chosen and takes(resized(given, chosen))), {})
             lengths = other_lengths(resized(given, base), sizes, takes)
@@ -179,7 +185,8 @@ class _Survey:
         """The graph of one example where the model treats examples alike, else of the inputs as given."""
         first = calls[0]
         if self._batch is not None:
-            apart = [call for call in calls if _has_batch(call) and not alike(first.record, call.record)]
+            batches = [call for call in calls if set(call.sizes) <= set(batch_sizes(self._given, 1))]
+            apart = [call for call in batches if call is not first and not alike(first.record, call.record)]
             graph = self._exported(first, batch=1)
             if graph is not None and outputs_have_batch(graph, 1):
                 others = [self._exported(call) for call in apart[:2]]
@@ -191,9 +198,12 @@ class _Survey:
             run(self._model, self._given, training=False, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
 
-    def _exported(self, call: _Call, batch: int | None = None, training: bool | None = False) -> CapturedGraph | None:
+    def _exported(
+        self, call: _Call, batch: int | None = None, training: bool | None = False, gradients: bool = True
+    ) -> CapturedGraph | None:
+        options: dict[str, Any] = {"batch": batch, "call": call.name, "gradients": gradients}
         try:
-            return export(self._model, call.inputs, training, self._is_compound, batch, call.name)
+            return export(self._model, call.inputs, training, self._is_compound, **options)
         except Exception:  # a call that cannot be captured is none that others are compared with
             return None
 
@@ -225,18 +235,29 @@ class _Survey:
         """The graph of the call after this one, which reads what this one leaves behind."""
         if not self._has_values:
             return []
-        names = {name for name, _ in self._model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         args, kwargs = copies(first.inputs)
         with mode(self._model, training=False), without_autocast():
             before = Reach(self._model)
             with torch.no_grad():
                 self._model(*args, **kwargs)
             made = Reach(self._model).left_since(before).values()
+            call = "a second call", [*made], names
             try:
-                graph = export(self._model, first.inputs, False, self._is_compound, None, "a second call", [*made])
+                return [export(self._model, first.inputs, False, self._is_compound, None, *call)]
             except Exception as failure:
+                if len(names) != len(list(self._model.parameters())):
+                    return []  # the first call made parameters, which no model has before it
                 raise capture_error(self._model, failure) from failure
-        return [graph] if names.issuperset(graph.parameters.values()) else []
+
+    def _without_gradients(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
+        """The graph of the call that records no gradients, where it is another one."""
+        call = calls[0]
+        with dry_runs(self._model, training=False, gradients=False) as dry_run:
+            if call.record is None or same(dry_run(call.inputs), call.record):
+                return []
+        graph = self._exported(replace(call, name="a call without gradients"), gradients=False)
+        return [] if graph is None else [graph]
 
     def _mixed_graphs(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
         """The graph of the model with its modules in the modes that they are in."""
@@ -289,6 +310,9 @@ class _Survey:
             lines.append(
                 f"inputs of the sizes {_shapes(self._given)} alone: the model took none of the others that were tried"
             )
+        if graph.leaves:
+            looked = "the first call and the second" if self._has_values else "the first call"
+            lines.append(f"{looked} alone: a call changes {', '.join(graph.leaves)}, which later calls may read")
         return tuple(lines)
 
 

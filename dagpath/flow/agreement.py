@@ -6,7 +6,7 @@ right for one call would be wrong for another one: these neurons keep their scal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,23 +75,37 @@ def conflicts(a: Grouped, b: Grouped) -> tuple[Tensor, Tensor]:
     )
 
 
+def _differing(a: Grouped, b: Grouped) -> list[tuple[str, str]]:
+    """The ends of parameters, by name and ``"dst"`` or ``"src"``, at which two calls do not agree.
+
+    An element leads to a neuron that is fixed in the one and free in the other, or to groups that the two calls divide
+    or unite otherwise.
+    """
+    ours, theirs = conflicts(a, b)
+    found = []
+    for name in a.ends:
+        for side in ("dst", "src"):
+            one, other = broadcast(*(compact(getattr(each.ends[name], side)) for each in (a, b)))
+            known = (one >= FIXED) & (other >= FIXED)
+            differ = ((one > FIXED) != (other > FIXED)) | torch.isin(one, ours) | torch.isin(other, theirs)
+            if bool((known & differ).any()):
+                found.append((name, side))
+    return found
+
+
 def agree(a: Grouped, b: Grouped) -> bool:
     """Do both graphs join the same elements of parameters to neurons of the same groups, by the same operations?"""
     targets = [[node.target for node in each.flow.graph_inputs.module.graph.nodes] for each in (a, b)]
-    if targets[0] != targets[1]:
+    if targets[0] != targets[1] or bool(a.flow.cut) != bool(b.flow.cut):
         return False
-    if bool(a.flow.cut) != bool(b.flow.cut):
-        return False
-    for name, ends in a.ends.items():
-        for one, other in ((ends.dst, b.ends[name].dst), (ends.src, b.ends[name].src)):
-            one, other = broadcast(one, other)
-            if not torch.equal(one.clamp(max=1), other.clamp(max=1)):
-                return False
-    return not any(len(groups) for groups in conflicts(a, b))
+    return not _differing(a, b) and all(_reaches_alike(a, b, name) for name in a.ends)
 
 
 def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Grouped:
-    """The groups of a pass over the graphs of several calls, where what these calls tie otherwise is fixed.
+    """The groups of a pass over the graphs of several calls.
+
+    Where two calls do not agree on an end of a parameter, a third one may differ in yet another way: all neurons at
+    that end are fixed.
 
     Args:
         flow: a pass that has run all of the graphs.
@@ -103,54 +117,39 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
     varying: dict[str, None] = {}
     for first, *others in families:
         for other in others:
-            for one, groups in zip((first, other), conflicts(first, other), strict=True):
-                _fix(flow, numbers, one.ends, groups, f"is tied to other neurons in {other.flow.graph_inputs.call}")
+            for name, side in _differing(first, other):
+                met = getattr(numbers[name], side)
+                _fix(flow, met, f"meets other neurons in {other.flow.graph_inputs.call}")
             varying |= dict.fromkeys(name for name in first.ends if not _reaches_alike(first, other, name))
     found = grouped(flow)
     for name in varying:
         reason = f"is reached by {name}, of which calls with inputs of another size use other elements"
-        here = found.ends[name]
-        whole = _completed(numbers[name], here, flow.parameters[name].shape)
+        whole = _completed(numbers[name], found.ends[name], flow.parameters[name].shape)
         if whole is None:
-            _fix(flow, numbers, {name: here}, _groups([here]), reason)
+            _fix(flow, numbers[name].dst, reason)
+            _fix(flow, numbers[name].src, reason)
             continue
         flow.complete(name, whole)
-        dst, src = broadcast(here.dst, here.src)
-        _fix(flow, numbers, {name: here}, _free([dst[src == UNKNOWN]]), reason)
+        dst, src = broadcast(*(compact(end) for end in (numbers[name].dst, numbers[name].src)))
+        _fix(flow, dst[src == UNKNOWN], reason)
     if varying:
-        ends = grouped(flow).ends
-        unread = torch.from_numpy(np.setdiff1d(_groups(ends.values()), _sources(ends.values())))
-        _fix(flow, flow.ends(), ends, unread, "is read by nothing in the sizes of inputs that were looked at")
+        found, read = grouped(flow), "is read by nothing in the sizes of inputs that were looked at"
+        sources = torch.cat([end.src.reshape(-1) for end in map(_compact, found.ends.values())])
+        for name, ends in found.ends.items():
+            _fix(flow, flow.ends()[name].dst[~torch.isin(ends.dst, sources)], read)
     return grouped(flow)
 
 
-def _groups(ends: Iterable[Ends]) -> Tensor:
-    """The free groups at the ends of parameters."""
-    return _free([end for each in ends for end in (each.dst, each.src)])
+def _compact(ends: Ends) -> Ends:
+    return Ends(compact(ends.dst), compact(ends.src))
 
 
-def _sources(ends: Iterable[Ends]) -> Tensor:
-    """The free groups that parameters lead from."""
-    return _free([each.src for each in ends])
-
-
-def _free(ends: Sequence[Tensor]) -> Tensor:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    found: Tensor = torch.unique(torch.cat([nothing, *(compact(end).reshape(-1) for end in ends)]))
-    return found[found > FIXED]
-
-
-def _fix(flow: NeuronFlow, numbers: Mapping[str, Ends], ends: Mapping[str, Ends], groups: Tensor, reason: str) -> None:
-    """Fix the neurons at the ends of parameters where these groups stand."""
-    if not len(groups):
-        return
-    for name, groups_at in ends.items():
-        for here, number in ((groups_at.dst, numbers[name].dst), (groups_at.src, numbers[name].src)):
-            here, number = broadcast(compact(here), compact(number))
-            met = torch.unique(number[torch.isin(here, groups) & (number > FIXED)])
-            for node, its in flow.makers_of(met):
-                flow.node = node
-                flow.fix(its, reason)
+def _fix(flow: NeuronFlow, numbers: Tensor, reason: str) -> None:
+    """Fix neurons, and say so at the calls that made them."""
+    met = torch.unique(compact(numbers))
+    for node, its in flow.makers_of(met[met > FIXED]):
+        flow.node = node
+        flow.fix(its, reason)
 
 
 def _reaches_alike(a: Grouped, b: Grouped, name: str) -> bool:

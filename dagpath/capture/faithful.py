@@ -1,0 +1,65 @@
+"""Does a captured graph compute what the model computes? A model may look whether it is being traced."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.running import run
+from dagpath.capture.sizes import copies
+from dagpath.errors import CaptureError
+
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Largest difference relative to the largest entry; other types are too coarse to tell. Rounding is far below, and what
+a model computes on another way is far above."""
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph, each operation in the context that it was captured in."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with n.meta.get("context", contextlib.nullcontext)():
+            return super().run_node(n)
+
+
+def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
+    """Compare the outputs of a graph with those of the model, where no random numbers are drawn.
+
+    Raises:
+        CaptureError: they are others.
+    """
+    nodes = list(graph.module.graph.nodes)
+    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
+        return
+    expected = run(model, inputs, training=False, gradients=True)
+    owners = dict(model.named_parameters())
+    held = {**graph.tensors, **graph.state, **{place: owners[name] for place, name in graph.parameters.items()}}
+    given = iter(pytree.tree_leaves(copies(inputs)))
+    places = [node.name for node in nodes if node.op == "placeholder"]
+    values = [held[name].detach().clone() if name in graph.state else held.get(name) for name in places]
+    values = [next(given) if name not in held else value for name, value in zip(places, values, strict=True)]
+    with torch.no_grad():
+        found = _Values(graph.module).run(*values, enable_io_processing=False)
+    outputs = list(pytree.tree_leaves(found))[-graph.structure.num_leaves :] if expected else []
+    tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+    if len(tensors) != len(expected) or any(_differ(a, b) for a, b in zip(tensors, expected, strict=True)):
+        raise CaptureError(
+            "the exporter's graph computes something else than the model: the forward seems to look whether it is "
+            "being traced (torch.compiler.is_compiling(), the type of a tensor, a failure that it catches)"
+        )
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return True
+    tolerance = _TOLERANCES.get(other.dtype)
+    if tolerance is None or not other.numel():
+        return False
+    size = torch.where(other.isfinite(), other.abs(), 0.0).max()
+    same = (one == other) | (one.isnan() & other.isnan()) | ((one - other).abs() <= tolerance * size)
+    return not bool(same.all())
