@@ -75,17 +75,18 @@ class Reach:
 
     Args:
         model: where the search starts.
+        inputs: what is given to it, whose containers it may write to.
 
     Attributes:
         tensors: id -> where it is, and the tensor.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *inputs: Any) -> None:
         self.tensors: dict[int, tuple[Place, Tensor]] = {}
         self._kept: list[_Kept] = []
         self._generators: list[_Kept] = []
         seen: dict[int, Any] = {}
-        waiting: deque[tuple[Place, Any]] = deque([((), model)])
+        waiting: deque[tuple[Place, Any]] = deque([((), model), (("the inputs",), inputs)])
         while waiting:
             path, value = waiting.popleft()
             if isinstance(value, _PLAIN) or id(value) in seen:
@@ -93,6 +94,8 @@ class Reach:
             seen[id(value)] = value  # an id is only known while its object lives
             if isinstance(value, Tensor):
                 self.tensors[id(value)] = path, value
+                if isinstance(value, nn.Parameter) or vars(value):
+                    waiting.extend(self._of_attributes(path, vars(value)))
             else:
                 waiting.extend(self._parts(path, value))
 
@@ -143,6 +146,8 @@ class Reach:
             return [] if _root(value.__module__) == "dagpath" else self._of_function(value)  # hooks of a trace
         if isinstance(value, types.MethodType):
             return [(path, value.__self__), (path, value.__func__)]
+        if isinstance(value, types.BuiltinMethodType):
+            return [(path, value.__self__)]
         if isinstance(value, functools.partial):
             return [(path, value.func), (path, value.args), (path, value.keywords)]
         if isinstance(value, (staticmethod, classmethod)):
@@ -156,9 +161,11 @@ class Reach:
                 (path, value.__wrapped__),
                 (path, vars(value)),
             ]
-        if isinstance(value, (torch.Generator, random.Random, numpy.random.Generator, ContextVar)):
+        if isinstance(
+            value, (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState, ContextVar)
+        ):
             found = self._keep(path, *_stateful(value), "{}")
-            self._generators += self._kept[-1:] if isinstance(value, (random.Random, numpy.random.Generator)) else []
+            self._generators += self._kept[-1:] if not isinstance(value, (torch.Generator, ContextVar)) else []
             return found
         if isinstance(value, numpy.ndarray):
             return self._of_array(path, value)
@@ -168,13 +175,16 @@ class Reach:
             return self._of_class(value) if is_users(value.__module__) else []
         return self._of_object(path, value)
 
+    def _of_attributes(self, path: Place, attributes: dict[str, Any]) -> Found:
+        return self._keep(path, lambda: dict(attributes), functools.partial(_refill, attributes), "{}.{}")
+
     def _of_object(self, path: Place, value: Any) -> Found:
         kind = type(value)
         if not (isinstance(value, nn.Module) or is_users(kind.__module__) or kind.__module__ in _CONTAINERS):
             return
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            yield from self._keep(path, lambda: dict(attributes), functools.partial(_refill, attributes), "{}.{}")
+            yield from self._of_attributes(path, attributes)
             write = functools.partial(_call, functools.partial(object.__setattr__, value, "__class__"))
             yield from self._keep(path, lambda: {0: type(value)}, lambda contents: write(contents[0]), "{}.__class__")
         slots = [
@@ -235,8 +245,15 @@ class Reach:
         return self._keep(path, lambda: {0: _State(values)}, write, "{}")
 
     def _of_array(self, path: Place, array: Any) -> Found:
-        if array.size > _MOST_ENTRIES or array.dtype == object:
+        if array.size > _MOST_ENTRIES:
             return iter(())
+        if array.dtype == object:
+            flat = array.reshape(-1)
+
+            def refill(contents: Contents) -> None:
+                flat[:] = list(contents.values())
+
+            return self._keep(path, lambda: dict(enumerate(flat.tolist())), refill, "{}[{}]")
         saved = array.copy()
 
         def read() -> Contents:
@@ -333,6 +350,8 @@ def _stateful(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], 
         read, write, is_state = value.get_state, value.set_state, True
     elif isinstance(value, random.Random):
         read, write, is_state = value.getstate, value.setstate, True
+    elif isinstance(value, numpy.random.RandomState):
+        read, write, is_state = value.get_state, value.set_state, True
     else:
         bits = value.bit_generator
         read, write, is_state = lambda: bits.state, functools.partial(setattr, bits, "state"), True

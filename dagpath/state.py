@@ -14,8 +14,9 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from dagpath.distributed import imported, reshard
+from dagpath.distributed import imported, is_spread, reshard
 from dagpath.reach import Reach
 
 
@@ -125,7 +126,28 @@ _MOST_BYTES = 1 << 28
 
 def _is_copied(tensor: Tensor) -> bool:
     """Are the values of a tensor kept that is neither parameter nor buffer? It may be a whole data set."""
-    return not tensor.is_meta and (tensor.numel() * tensor.element_size() <= _MOST_BYTES)
+    has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    return has_values and tensor.numel() * tensor.element_size() <= _MOST_BYTES
+
+
+@contextlib.contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Afterwards all parameters have the values that they had; yields a list, which names then hold that were written.
+
+    Few models write to their parameters when they are called (a moving average of another part, a table of embeddings
+    with a largest norm). Parameters that have no values here, or parts of them alone, are left out.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not is_spread(p)]
+    saved = [parameter.detach().clone() for _, parameter in named]
+    written: list[str] = []
+    try:
+        yield written
+    finally:
+        with torch.no_grad():
+            for (name, parameter), value in zip(named, saved, strict=True):
+                if not bool(((parameter == value) | (value != value)).all()):
+                    parameter.copy_(value)
+                    written.append(name)
 
 
 def has_mixed_modes(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dagpath.capture.sizes import common_batch, resized, with_batch
 from dagpath.distributed import computed_types, has_all_values
 from dagpath.errors import CaptureError, VerificationError
 from dagpath.rescaling import Rescaling
-from dagpath.state import has_mixed_modes
+from dagpath.state import has_mixed_modes, parameters_kept
 from dagpath.trace import TracedModel
 from dagpath.words import counted
 
@@ -70,11 +71,16 @@ class Verification:
             smallest = min((resized(given, sizes) for sizes in captured.sizes), key=_num_entries)
             self._checks.append(Check(smallest, False, optional=True))
 
+    def _run(self, check: Check) -> list[Tensor]:
+        written = self._traced.captured.written
+        with parameters_kept(self._model) if written else contextlib.nullcontext():
+            return run(self._model, check.inputs, check.training)
+
     def start(self) -> None:
         """Compute the outputs before."""
         for check in self._checks:
             try:
-                check.before = run(self._model, check.inputs, check.training)
+                check.before = self._run(check)
             except CaptureError:
                 if not check.optional:
                     raise
@@ -93,7 +99,7 @@ class Verification:
         for check in self._checks:
             if check.before is None:
                 continue
-            after = run(self._model, check.inputs, check.training)
+            after = self._run(check)
             found = [_Difference(a, b) for a, b in zip(check.before, after, strict=True)]
             tolerances = self._tolerances(check) if not rescaling.power_of_two else [0.0] * len(found)
             excess = [diff.excess(limit) for diff, limit in zip(found, tolerances, strict=True)]

@@ -161,6 +161,43 @@ def test_a_permutation_that_moves_is_no_constant() -> None:
     check(make(forward, order=torch.tensor([2, 0, 1, 5, 4, 3])), numbers(4, 5), calls=4)
 
 
+def test_what_a_call_writes_into_the_callers_containers_keeps_its_scale() -> None:
+    def forward(m: Any, given: dict[str, Tensor]) -> Tensor:
+        given["h"] = F.relu(m.a(given["x"]))
+        return m.head(given["h"])
+
+    net, first, second = make(forward), {"x": numbers(3, 5)}, {"x": numbers(3, 5)}
+    net(first)
+    dagpath.random_rescaling(dagpath.trace(net, ({"x": numbers(3, 5)},)), sigma=3.0, power_of_two=True).apply_()
+    net(second)
+    assert torch.equal(first["h"], second["h"])
+
+
+def test_modules_that_change_places_are_followed() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.b, m.a = m.a, m.b
+        return m.head(F.relu(m.u(F.relu(m.b(x)))))
+
+    check(make(forward), numbers(3, 5), calls=4)
+
+
+def test_a_model_that_looks_whether_it_is_traced_is_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.head(h if torch.compiler.is_compiling() else h.flip(1))
+
+    with pytest.raises(dagpath.CaptureError, match="computes something else than the model"):
+        dagpath.trace(make(forward), numbers(3, 5))
+
+
+def test_a_call_without_gradients_is_looked_at() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.head(h if torch.is_grad_enabled() else h.flip(1))
+
+    check(make(forward), numbers(3, 5))
+
+
 def test_a_counter_that_nothing_reads_costs_nothing() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.count += 1

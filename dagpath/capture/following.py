@@ -42,17 +42,20 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
     left = Left()
     before: list[Reach] = []
 
-    def start(*_: Any) -> None:
-        before[:] = [Reach(model)]
+    def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        before[:] = [Reach(model, args, kwargs)]
 
-    def end(_module: nn.Module, _args: Any, output: Any) -> Any:
-        after = Reach(model)
+    def end(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        after = Reach(model, args, kwargs)
         left.changes, left.drawn = before[0].changes(), before[0].is_drawn()
         left.tensors, left.gone = after.left_since(before[0]), after.gone_since(before[0])
         leaves, left.structure = pytree.tree_flatten(opened(output))
         return [*leaves, *left.tensors.values()]
 
-    with model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(end):
+    with (
+        model.register_forward_pre_hook(start, prepend=True, with_kwargs=True),
+        model.register_forward_hook(end, with_kwargs=True),
+    ):
         yield left
 
 

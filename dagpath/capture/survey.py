@@ -37,7 +37,7 @@ from dagpath.capture.sizes import (
 from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
 from dagpath.reach import Reach
-from dagpath.state import has_mixed_modes, mode, without_autocast
+from dagpath.state import has_mixed_modes, mode, parameters_kept, without_autocast
 
 MANY = 13
 """A number of examples that few models have as a size."""
@@ -55,6 +55,7 @@ class Capture:
         train_failure: why train mode cannot be captured; empty if it can.
         covers: what the trace holds for, a line each.
         sizes: other sizes of dimensions of the inputs that the model takes too, one for each call with them.
+        written: names of the parameters that a call writes to.
     """
 
     eval: CapturedGraph
@@ -64,6 +65,7 @@ class Capture:
     train_failure: str
     covers: tuple[str, ...]
     sizes: tuple[Mapping[Dim, int], ...] = ()
+    written: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> list[CapturedGraph]:
@@ -111,7 +113,9 @@ def survey(
         CaptureError: the model's forward raised, or no graph stands for it.
     """
     check_model(model)
-    return _Survey(model, given, more, is_compound, agree).captured()
+    with parameters_kept(model) as written:
+        captured = _Survey(model, given, more, is_compound, agree).captured()
+    return replace(captured, written=tuple(written))
 
 
 class _Survey:
