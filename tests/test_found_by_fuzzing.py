@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dagpath
+
 from networks import Net
 from properties import assert_bitwise, check_engines, check_rescaling, traced_untouched
 
@@ -89,3 +90,50 @@ def test_a_buffer_that_is_replaced_keeps_its_scale(keep, free, first, twice):
     rescaling = dagpath.random_rescaling(traced, 3.0, power_of_two=True, generator=torch.Generator().manual_seed(0))
     rescaling.apply_()
     assert_bitwise([net(*inputs), net(*inputs)], expected, "call")
+
+
+def _only_in(training: bool, change):
+    def forward(m, x):
+        y = m.a(x).relu()
+        return m.b(change(y) if m.training == training else y)
+
+    return forward
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (5, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda y: y.flip(-1), torch.sigmoid, lambda y: y[y.flatten(1).sum(1).argsort()], lambda y: y + y[..., :1]],
+    ids=["flipped", "sigmoid", "sorted examples", "a channel added"],
+)
+def test_what_train_mode_alone_does_counts_however_many_examples_and_positions_are_given(change, shape, batch):
+    torch.manual_seed(0)
+    net = Net(_only_in(True, change), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double().eval()
+    traced = traced_untouched(net, (torch.randn(batch, *shape).double(),))
+    for inputs in (torch.randn(3, *shape).double(), torch.randn(1, *shape).double()):
+        check_rescaling(traced, (inputs,))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, y: y + m.rows[len(y)],
+        lambda m, y: y * m.rows[: len(y)],
+        lambda m, y: y + m.rows[-len(y)],
+        lambda m, y: y + m.rows[: len(y)].sum(0),
+    ],
+    ids=["the row of the number", "a row each", "the row from the end", "the first rows"],
+)
+def test_a_table_that_train_mode_alone_reads_is_looked_at_for_every_number_of_examples_that_it_has(use, batch):
+    torch.manual_seed(0)
+    net = Net(
+        lambda m, x: m.b(use(m, m.a(x).relu()) if m.training else m.a(x).relu()),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+        rows=torch.randn(4, 4),
+    )
+    traced = traced_untouched(net.double().eval(), (torch.randn(batch, 3).double(),))
+    for number in (1, 2, 3):
+        check_rescaling(traced, (torch.randn(number, 3).double(),))
