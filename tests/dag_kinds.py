@@ -1,72 +1,19 @@
-"""The operations that random networks are made of.
-
-A kind draws its settings with ``pick(options)``, the simplest option first, builds its module if it has one, and runs.
-Settings need not fit: what PyTorch refuses is left out of the network.
-"""
+"""The operations that random networks are made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
+from dag_base import BOTH, Function, Kind, Parameters, Shape
 from dag_functions import ACTIVATIONS, JOINS, MODULES, MOVES, NOT_HOMOGENEOUS, NUMBERS, REDUCTIONS, SCALES
-
-Pick = Callable[[Sequence[Any]], Any]
-Shape = tuple[int, ...]
-"""Channels and positions, without the batch."""
-
-_BOTH = (False, True)
-
-
-class Kind:
-    """A kind of operation.
-
-    Attributes:
-        operands: how many earlier values it reads.
-        positions: does it need values that have positions?
-    """
-
-    operands = 1
-    positions = False
-
-    def settings(self, pick: Pick, shape: Shape) -> dict[str, Any]:
-        return {}
-
-    def module(self, shape: Shape, **settings: Any) -> nn.Module:
-        return nn.Identity()
-
-    def run(self, module: nn.Module, *values: Tensor, **settings: Any) -> Tensor:
-        return module(*values)
-
-
-class Parameters(nn.Module):
-    """Parameters and buffers by name."""
-
-    def __init__(self, buffers: dict[str, Tensor] | None = None, **shapes: Shape) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.zeros(shape)))
-        for name, value in (buffers or {}).items():
-            self.register_buffer(name, value)
-
-
-class Function(Kind):
-    """A function without parameters, from a table."""
-
-    def __init__(self, functions: dict[str, Callable[..., Tensor]], operands: int = 1) -> None:
-        self.functions, self.operands = functions, operands
-
-    def settings(self, pick, shape):
-        return {"function": pick(list(self.functions))}
-
-    def run(self, module, *values, function):
-        return self.functions[function](*values)
+from dag_memory import Remember, UseTable
+from dag_sizes import EXAMPLES, LENGTHS, TYPES, Recurrence, Table
 
 
 class Layer(Kind):
@@ -84,7 +31,7 @@ class Layer(Kind):
 
 class Linear(Kind):
     def settings(self, pick, shape):
-        return {"out": pick((2, 1, 3, 4)), "bias": pick(_BOTH), "norm": pick((False, False, False, True))}
+        return {"out": pick((2, 1, 3, 4)), "bias": pick(BOTH), "norm": pick((False, False, False, True))}
 
     def module(self, shape, out, bias, norm):
         layer = nn.Linear(shape[-1], out, bias)
@@ -108,7 +55,7 @@ class Convolution(Kind):
             "padding": pick((0, 1)),
             "dilation": pick((1, 1, 2)),
             "groups": groups,
-            "bias": pick(_BOTH),
+            "bias": pick(BOTH),
             "transposed": pick((False, False, True)),
             "mode": pick(("zeros", "zeros", "zeros", "reflect", "replicate", "circular")),
             "norm": pick((False, False, False, True)),
@@ -210,7 +157,7 @@ class Pool(Kind):
             "kernel": pick((2, 1, 3)),
             "stride": pick((1, 2, 3)),
             "padding": pick((0, 0, 1)),
-            "ceil": pick(_BOTH),
+            "ceil": pick(BOTH),
             "dilation": pick((1, 1, 2)),
             "counts": pick((True, False)),
         }
@@ -228,7 +175,7 @@ class Pool(Kind):
 
 class Reduce(Kind):
     def settings(self, pick, shape):
-        return {"function": pick(list(REDUCTIONS)), "dim": pick((-1, 1, 2)), "keep": pick(_BOTH)}
+        return {"function": pick(list(REDUCTIONS)), "dim": pick((-1, 1, 2)), "keep": pick(BOTH)}
 
     def run(self, module, x, function, dim, keep):
         return REDUCTIONS[function](x, dim, keep)
@@ -271,7 +218,7 @@ class Scale(Kind):
 
     def settings(self, pick, shape):
         shapes = [(shape[0], *[1] * (len(shape) - 1)), (1,), shape, shape[-1:]]
-        return {"function": pick(list(SCALES)), "sizes": pick(shapes), "constant": pick(_BOTH)}
+        return {"function": pick(list(SCALES)), "sizes": pick(shapes), "constant": pick(BOTH)}
 
     def module(self, shape, function, sizes, constant):
         if constant:
@@ -299,7 +246,7 @@ class Upsample(Kind):
     positions = True
 
     def settings(self, pick, shape):
-        return {"smooth": pick(_BOTH), "size": pick((2, 3, 4)), "corners": pick(_BOTH)}
+        return {"smooth": pick(BOTH), "size": pick((2, 3, 4)), "corners": pick(BOTH)}
 
     def run(self, module, x, smooth, size, corners):
         if not smooth:
@@ -363,17 +310,37 @@ KINDS: dict[str, Kind] = {
     "attention": Attention(),
     "transposed": Transposed(),
     "by mode": ByMode(),
+    "examples": Function(EXAMPLES),
+    "lengths": Function(LENGTHS, positions=True),
+    "types": Function(TYPES),
+    "table": Table(),
+    "recurrence": Recurrence(),
+    "memory": Remember(),
+    "cached": UseTable(),
 }
 
-LAYERS = ("linear", "convolution", "norm", "layer", "scale", "matrix product", "gate")
+LAYERS = ("linear", "convolution", "norm", "layer", "scale", "matrix product", "gate", "table", "recurrence", "memory")
 """Kinds that have parameters."""
 
+OF_CALLS = ("examples", "lengths", "types", "table", "recurrence", "memory", "cached")
+"""Kinds that may make one call of a network differ from the others."""
+
 _OFTEN = {"activation": 5, "linear": 5, "convolution": 7, "join": 7, "move": 4} | dict.fromkeys(
-    ("norm", "pool", "matrix product", "scale", "reduce", "number"), 2
+    ("norm", "pool", "matrix product", "scale", "reduce", "number", "examples", "lengths", "table", "recurrence"), 2
 )
+_OFTEN["memory"] = 5
 
 
-def drawn(shape: Shape) -> list[str]:
-    """What is drawn from for a value of a shape: the simplest first, the common kinds more often."""
-    fitting = [name for name, kind in KINDS.items() if len(shape) > 1 or not kind.positions]
+def drawn(shape: Shape, plain: bool = False) -> list[str]:
+    """What is drawn from for a value of a shape: the simplest first, the common kinds more often.
+
+    Args:
+        shape: the shape.
+        plain: without the kinds that may make one call differ from the others?
+    """
+    fitting = [
+        name
+        for name, kind in KINDS.items()
+        if (len(shape) > 1 or not kind.positions) and not (plain and name in OF_CALLS)
+    ]
     return [*fitting, *(name for name in fitting for _ in range(_OFTEN.get(name, 0)))]

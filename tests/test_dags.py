@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
+from calls import check_calls, check_trace_again
 from dags import Dag, Spec, specs
 from properties import check_balance, check_engines, check_rescaling, traced_untouched
 
@@ -29,9 +30,12 @@ def check(spec: Spec) -> None:
     inputs = net.example()
     traced = traced_untouched(net, inputs)
     check_rescaling(traced, inputs, seed=spec.seed)
+    check_calls(traced, seed=spec.seed)
     check_engines(traced, inputs)
     check_balance(traced)
     check_balance(traced, CRITERIA[1 + spec.seed % 2])
+    if spec.seed % 4 < 2:
+        check_trace_again(traced)
 
 
 @settings(max_examples=200)

@@ -85,6 +85,7 @@ def export(
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             tensors[placeholder] = program.constants[str(spec.target)]
     moving = {storage_of(tensor) for tensor in (*left.gone, *made_before)}
+    written |= {place for place, name in buffers.items() if name in left.replaced}
     state = {place: t for place, t in tensors.items() if place in written or storage_of(t) in moving}
     graph = CapturedGraph(
         module,

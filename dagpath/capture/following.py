@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import _trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -24,6 +26,7 @@ class Left:
     Attributes:
         tensors: those that were made in the call and can be reached after it, by where they are.
         gone: those that could be reached before the call and cannot be after it.
+        replaced: the names of the buffers that the call replaced.
         changes: where something holds another object than before, a few places.
         structure: how the model arranges its outputs.
         drawn: did it draw random numbers in Python, from generators of its own?
@@ -31,6 +34,7 @@ class Left:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     gone: list[Tensor] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     structure: Any = None
     drawn: bool = False
@@ -41,14 +45,20 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
     """Have the model return a list of its outputs and, after them, of the tensors that it leaves behind."""
     left = Left()
     before: list[Reach] = []
+    buffers: dict[str, Tensor] = {}
 
     def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
         before[:] = [Reach(model, args, kwargs)]
+        buffers.update(model.named_buffers(remove_duplicate=False))
 
     def end(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         after = Reach(model, args, kwargs)
         left.changes, left.drawn = before[0].changes(), before[0].is_drawn()
-        left.tensors, left.gone = after.left_since(before[0]), after.gone_since(before[0])
+        now = dict(model.named_buffers(remove_duplicate=False))
+        left.replaced = [name for name, buffer in buffers.items() if now.get(name) is not buffer]
+        own = {id(buffer) for buffer in buffers.values()}  # while the exporter runs, these are without values
+        left.tensors = after.left_since(before[0])
+        left.gone = [tensor for tensor in after.gone_since(before[0]) if id(tensor) not in own]
         leaves, left.structure = pytree.tree_flatten(opened(output))
         return [*leaves, *left.tensors.values()]
 
@@ -61,8 +71,8 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
 
 @contextlib.contextmanager
 def followed() -> Iterator[None]:
-    """Let the exporter follow ``tensor.data``, conversions that change nothing, and calls of modules that fail and are
-    caught.
+    """Let the exporter follow ``tensor.data``, conversions that change nothing, calls of modules that fail and are
+    caught, and buffers that are replaced (it would write to the old ones, whatever the shape of the new ones).
     """
     apply: Any = nn.Module._apply
     call_module = fx.Tracer.call_module
@@ -82,7 +92,15 @@ def followed() -> Iterator[None]:
                 tracer.module_stack.popitem(last=True)
             raise
 
-    with mock.patch.object(nn.Module, "_apply", applied), mock.patch.object(fx.Tracer, "call_module", called), _Data():
+    def nothing(*_: Any) -> Any:
+        return SimpleNamespace(remove=lambda: None)
+
+    with (
+        mock.patch.object(nn.Module, "_apply", applied),
+        mock.patch.object(fx.Tracer, "call_module", called),
+        mock.patch.object(_trace, "register_buffer_assignment_hook", nothing),
+        _Data(),
+    ):
         yield
 
 

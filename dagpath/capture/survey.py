@@ -133,7 +133,7 @@ class _Survey:
 
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
-            calls = self._calls(with_batch(self._given, 1), _once(dry_run))
+            calls = self._calls(_once(dry_run), training=False)
         graph = self._first_graph(calls)
         if self._has_values:
             check_faithful(graph, self._model, calls[0].inputs if graph.batch == 1 else self._given)
@@ -149,16 +149,16 @@ class _Survey:
         sizes = tuple(call.sizes for call in calls if call.sizes)
         return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, self._covers(graph, calls), sizes)
 
-    def _calls(self, one: Any, dry_run: Callable[[Any], Record | None]) -> list[_Call]:
+    def _calls(self, dry_run: Callable[[Any], Record | None], training: bool) -> list[_Call]:
         """The call with one example, that with the inputs as given, and those with other numbers of examples, with
         other lengths, and with further examples.
         """
-        given = self._given
+        given, one = self._given, with_batch(self._given, 1)
         first = _Call(one, _text(one), dry_run(one))
         is_clear = first.record is not None or dry_run(given) is not None
 
         def takes(inputs: Any) -> bool:
-            return dry_run(inputs) is not None if is_clear else self._runs(inputs)
+            return dry_run(inputs) is not None if is_clear else self._runs(inputs, training)
 
         trials: list[Mapping[Dim, int]] = [{}]
         many, few = (MANY, *larger(self._batch or 1)), (2, *smaller(self._batch or 1))
@@ -177,10 +177,10 @@ class _Survey:
             *(_Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further),
         ]
 
-    def _runs(self, inputs: Any) -> bool:
+    def _runs(self, inputs: Any, training: bool | None) -> bool:
         """Does the model take these inputs? With its values where it has them, since indices may be out of range."""
         try:
-            run(self._model, inputs, training=False, dry=not self._has_values)
+            run(self._model, inputs, training=training, dry=not self._has_values)
         except CaptureError:
             return False
         return True
@@ -218,7 +218,7 @@ class _Survey:
             further = any(call.inputs is inputs for inputs in self._more)
             if further:
                 found.append(self._required(call, training))
-            elif not self._on_cpu() or self._runs(call.inputs):
+            elif not self._on_cpu() or self._runs(call.inputs, training):
                 graph = self._exported(call, training=training)
                 if graph is not None:
                     found.append(graph)
@@ -279,10 +279,11 @@ class _Survey:
         batch = 2 if graph.batch == 1 else None  # a batch norm does not train on one example
         inputs = with_batch(self._given, batch)
         with dry_runs(self._model, training=True) as dry_run:
-            telling = [call for call in calls if _trains(call) and _tells(call, calls)]
+            training = [call for call in calls if _trains(call)] or calls
+            telling = [call for call in training if _tells(call, training)]
             if all(same(dry_run(call.inputs), call.record) for call in telling):
                 return None, [], ""
-            first, records = dry_run(inputs), [dry_run(call.inputs) for call in calls]
+            first, calls = dry_run(inputs), self._calls(_once(dry_run), training=True)  # it may take other sizes
         trained, failure = None, None
         for chosen, size in ((inputs, batch), (self._given, None)):
             try:
@@ -293,9 +294,7 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
-        apart = [
-            call for call, record in zip(calls, records, strict=True) if _trains(call) and not alike(first, record)
-        ]
+        apart = [call for call in calls if not alike(first, call.record)]
         return trained, self._graphs(apart, training=True), ""
 
     def _covers(self, graph: CapturedGraph, calls: Sequence[_Call]) -> tuple[str, ...]:
@@ -340,7 +339,7 @@ def _trains(call: _Call) -> bool:
 
 
 def _tells(call: _Call, calls: Sequence[_Call]) -> bool:
-    """Is the call not provably like a later one?"""
+    """Is the call not provably like a later one of these?"""
     return not any(alike(call.record, other.record) for other in calls[calls.index(call) + 1 :])
 
 
