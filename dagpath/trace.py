@@ -262,9 +262,11 @@ def trace(
 ) -> TracedModel:
     """Find the neurons of a model and which of them may be rescaled.
 
-    The model's forward is captured with :func:`torch.export.export`, in eval mode and, where it differs, in train mode,
-    and run on neuron numbers in place of activations. Nothing is computed on real activations, and the model is left as
-    it was: mode, buffers, gradients, hooks and random state.
+    The model's forward is captured with :func:`torch.export.export` and run on neuron numbers in place of activations.
+    One call is not the model: it is also looked at in train mode, with other numbers of examples, with other lengths or
+    image sizes where it takes those, and once more after a call left something behind. Where two calls tie neurons
+    otherwise, these keep their scale; :meth:`TracedModel.explain` says what the trace holds for. The model, and all
+    that its code can reach, is left as it was: mode, buffers, attributes, caches, gradients, hooks and random state.
 
     Several threads may trace, the same model too: they wait for each other, since PyTorch's exporter changes PyTorch
     itself while it runs. For the same reason no other thread may run a module meanwhile, be it another model, nor
@@ -275,8 +277,8 @@ def trace(
             ``torch.export.ExportedProgram``. Operations that dagpath does not know fix the neurons they touch, and
             :meth:`TracedModel.explain` names them.
         example_inputs: a tensor, or the tuple of positional arguments of ``model.forward``. Dimension 0 of tensors is
-            the batch. Its size does not matter, unless the model takes examples apart (``x[:1]`` and ``x[1:]``, as
-            models do whose dimension 0 is a sequence): give it as many then as it is used with.
+            the batch if the model treats it so: the graph is that of one example then, and path quantities do not
+            depend on how many are given. Else it is that of the inputs as they are given.
         kwargs: keyword arguments of ``model.forward``.
         more_examples: further calls that the trace has to be right for: other lengths, other branches. Each is a tensor
             or a tuple of positional arguments (with the same ``kwargs``), or a mapping of keyword arguments alone.
@@ -292,9 +294,9 @@ def trace(
         UserWarning: the model cannot be captured in train mode. Rescalings are then exact in eval mode; parameters
             that only train mode uses are not accounted for.
 
-    Cost: one export, two dry runs on the meta device, and a second export where train mode computes something else; no
-    forward pass. 0.1 to 3 s for most convolutional networks, up to 70 s for the largest vision transformers
-    (``benchmarks/results/zoo.json``).
+    Cost: one export, about ten dry runs on the meta device, a forward pass of the model and one of its graph, and one
+    more export for each further call that is not provably alike. ``benchmarks/results/zoo.json`` has the seconds of many
+    models, measured before further calls were looked at.
 
     Example:
         >>> import torch, dagpath
