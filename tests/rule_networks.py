@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
     "sigmoid": vectors(lambda m, x: m.c(relu(m.head(torch.sigmoid(m.a(x))))), 2, c=layer(2, 2)),
     "moved": vectors(lambda m, x: m.head(relu(m.a(x).flip(1)[:, torch.tensor([1, 0, 3, 2])])), 4),
     "gathered": vectors(lambda m, x: m.head(m.a(x).gather(1, x.new_tensor([[3, 1, 0, 2]] * 2).long())), 4),
-    "indexed by values": vectors(lambda m, x: m.head(m.a(x).gather(1, m.b(x).argsort(1))), 0),
+    "indexed by values": vectors(lambda m, x: m.head(m.a(x).gather(1, m.b(x).argsort(1))), 1),
     "halves swapped": vectors(lambda m, x: m.head(relu(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4),
     "concatenated": vectors(lambda m, x: m.c(relu(torch.cat([m.a(x), m.b(x)], 1))), 8, c=layer(8, 2)),
     "moved weight": vectors(lambda m, x: m.head(relu(F.linear(x, torch.cat([m.a.weight[2:], m.a.weight[:2]])))), 4),

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from test_fetched import assert_same_quantities
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import dagpath
-from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.neurons import NeuronFlow
 from dagpath.graph import NeuronGraph
 from dagpath.ops import Operation, base
-from dagpath.state import plain_computation
+from dagpath.trace import neurons_of
 
 from mutants import EDGES, MASSES, NEURONS
 from properties import (
@@ -98,13 +96,13 @@ class Network:
     def outputs(self) -> list[Tensor]:
         return outputs(self.traced.model, self.inputs, False)
 
-    def run_neurons(self) -> NeuronFlow:
-        captured = self.traced.captured
-        return neurons_of(self.traced.model, *(graph for graph in (captured.eval, captured.train) if graph))
+    def run_neurons(self) -> NeuronGraph:
+        """The graph of neurons, with the rules of now."""
+        return neurons_of(self.traced.model, self.traced.captured)
 
     def check_neurons(self) -> None:
         """What is free, and that rescalings are exact."""
-        neurons = NeuronGraph(self.run_neurons(), lambda: None)
+        neurons = self.run_neurons()
         ends = [end.flatten() for both in neurons.ends.values() for end in (both.dst, both.src)]
         assert int((torch.cat(ends).unique() > 0).sum()) == self.groups
         check_rescaling(dagpath.TracedModel(self.traced.model, self.traced.captured, neurons, 0.0), self.inputs)
@@ -139,15 +137,6 @@ class Network:
         {"neurons": self.check_neurons, "mass": self.check_mass, "edges": self.check_edges}[fact]()
 
 
-@plain_computation()
-def neurons_of(model: nn.Module, *graphs: CapturedGraph) -> NeuronFlow:
-    """The numbers of neurons, with the rules of now."""
-    flow = NeuronFlow(model, base.operation_of, base.Unknown)
-    for graph in graphs:
-        flow.run_graph(graph)
-    return flow
-
-
 def scaled(traced: dagpath.TracedModel) -> dagpath.TracedModel:
     """The same network with larger parameters."""
     model = copy.deepcopy(traced.model)
@@ -168,8 +157,8 @@ def probed(traced: dagpath.TracedModel) -> dagpath.TracedModel:
                 graph.call_function(torch.ops.aten.sigmoid.default, (node,)).meta = dict(node.meta)
     graph.output(result)
     captured = replace(traced.captured.eval, module=fx.GraphModule(traced.fx, graph))
-    neurons = NeuronGraph(neurons_of(traced.model, captured), lambda: None)
-    return dagpath.TracedModel(traced.model, replace(traced.captured, eval=captured), neurons, 0.0)
+    both = replace(traced.captured, eval=captured)
+    return dagpath.TracedModel(traced.model, both, neurons_of(traced.model, both), 0.0)
 
 
 @functools.cache

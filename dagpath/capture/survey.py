@@ -162,11 +162,22 @@ class _Survey:
 
         trials: list[Mapping[Dim, int]] = [{}]
         many, few = (MANY, *larger(self._batch or 1)), (2, *smaller(self._batch or 1))
+        grown: dict[Dim, int] | None = None
         for sizes, batches in ((larger, many), (neighbours, few), (smaller, few)):
             candidates = [batch_sizes(given, batch) for batch in batches if batch != self._batch]
             base = next((chosen for chosen in candidates if chosen and takes(resized(given, chosen))), {})
-            lengths = other_lengths(resized(given, base), sizes, takes)
-            trials += [base, {**base, **lengths}]
+            if sizes is neighbours and not grown:
+                continue  # what takes no larger size takes none next to it
+            lengths = grown = other_lengths(resized(given, base), sizes, takes)
+            whole = {**base, **lengths}
+            is_alike = alike(first.record, dry_run(resized(given, whole)))
+            if is_alike or not self._on_cpu() or self._runs(resized(given, whole), training):
+                trials += [base, whole]
+            else:  # the dry run took sizes that the model does not take: each kind of them alone
+                leaves = pytree.tree_leaves(given)
+                before = {dim: leaves[dim[0]].shape[dim[1]] for dim in lengths}
+                kinds = [{dim: n for dim, n in lengths.items() if before[dim] == size} for size in set(before.values())]
+                trials += [base, *({**base, **kind} for kind in kinds)]
         found = {first.name: first}
         for trial in trials:
             inputs = resized(given, trial) if trial else given
