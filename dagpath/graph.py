@@ -412,4 +412,6 @@ def _source_line(stack_trace: str) -> str:
 def _known(ends: Ends) -> Ends:
     """The groups at both ends of a parameter's edges: elements that are left alone lead from a group into itself."""
     dst, src = ends.dst.clamp(min=0), ends.src
+    if not bool((src == UNKNOWN).any()):
+        return Ends(dst, src.clamp(min=0))  # as compact as they are: masses are summed by that
     return Ends(dst, torch.where(src == UNKNOWN, dst, src.clamp(min=0)))
