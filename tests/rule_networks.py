@@ -201,6 +201,8 @@ CASES: dict[str, Case] = {
     "moved": vectors(lambda m, x: m.head(relu(m.a(x).flip(1)[:, torch.tensor([1, 0, 3, 2])])), 4),
     "gathered": vectors(lambda m, x: m.head(m.a(x).gather(1, x.new_tensor([[3, 1, 0, 2]] * 2).long())), 4),
     "indexed by values": vectors(lambda m, x: m.head(m.a(x).gather(1, m.b(x).argsort(1))), 1),
+    "added by index": vectors(lambda m, x: m.head(m.a(x).index_add(1, torch.tensor([3, 2, 1, 0]), m.b(x))), 4),
+    "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).sign().to(x.dtype)), 0),
     "halves swapped": vectors(lambda m, x: m.head(relu(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4),
     "concatenated": vectors(lambda m, x: m.c(relu(torch.cat([m.a(x), m.b(x)], 1))), 8, c=layer(8, 2)),
     "moved weight": vectors(lambda m, x: m.head(relu(F.linear(x, torch.cat([m.a.weight[2:], m.a.weight[:2]])))), 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ class Movement(Operation):
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
         if is_index(call.output):
-            return flow.barrier(call)
+            return flow.linear(call) if call.target is operator.getitem else flow.barrier(call)
         try:
             known = with_indices(call, flow.real_node)
         except NotConstantError:
@@ -78,7 +79,7 @@ class Movement(Operation):
 
     def edges(self, flow: EdgeFlow, call: Call) -> Any:
         if is_index(call.output):
-            return flow.barrier(call)
+            return flow.moved(call, move) if call.target is operator.getitem else flow.barrier(call)
         try:
             known = with_indices(call, flow.real_node)
         except NotConstantError:
