@@ -68,7 +68,7 @@ def export(
         module.graph.eliminate_dead_code(lambda node: node.is_impure() or "escapes" in node.meta)
         module.recompile()
     owners = dict(model.named_parameters(remove_duplicate=False))
-    names = names or {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()} if names is None else names
     live = dict(model.named_buffers(remove_duplicate=False))
     parameters: dict[str, str] = {}
     buffers: dict[str, str] = {}
@@ -94,7 +94,7 @@ def export(
         {place: tensor for place, tensor in tensors.items() if place not in state},
         state,
         batch,
-        left.structure,
+        left.structure or program.call_spec.out_spec,
         call,
         tuple(left.changes or sorted(written)),
     )
