@@ -107,10 +107,6 @@ class Reach:
             if not kept.is_same():
                 kept.write(kept.contents)
 
-    def is_same(self) -> bool:
-        """Does everything hold the objects that it did?"""
-        return all(kept.is_same() for kept in self._kept)
-
     def changes(self) -> list[str]:
         """Where something holds another object than it did, a few places."""
         return sorted({_text(kept.place) for kept in self._kept if not kept.is_same()})[:3]
@@ -187,10 +183,8 @@ class Reach:
             yield from self._of_attributes(path, attributes)
             write = functools.partial(_call, functools.partial(object.__setattr__, value, "__class__"))
             yield from self._keep(path, lambda: {0: type(value)}, lambda contents: write(contents[0]), "{}.__class__")
-        slots = [
-            slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType
-        ]
-        if slots and is_users(kind.__module__):
+        slots = _slots_of(kind) if is_users(kind.__module__) else []
+        if slots:
             yield from self._keep(
                 path, lambda: _slots(value, slots), functools.partial(_fill_slots, value, slots), "{}.{}"
             )

@@ -294,8 +294,8 @@ def trace(
         UserWarning: the model cannot be captured in train mode. Rescalings are then exact in eval mode; parameters
             that only train mode uses are not accounted for.
 
-    Cost: one export, fifteen dry runs on the meta device (more where the model refuses most sizes), a forward pass of
-    the model and one of its graph, and one more export for each further call that is not provably alike.
+    Cost: one export, dry runs on the meta device (the more, the more sizes the model refuses), a forward pass of the
+    model and one of its graph, and one more export for each further call that is not provably alike.
     ``benchmarks/results/zoo.json`` has the seconds of many models, measured before further calls were looked at.
 
     Example:

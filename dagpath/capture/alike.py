@@ -237,11 +237,6 @@ def _layer(channels: Callable[[Shape, Shape], int]) -> Callable[[_Pair], bool]:
     return rule
 
 
-def _normalizes(pair: _Pair) -> bool:
-    """What has statistics of its own: its parameters do not grow."""
-    return pair.same_numbers() and not pair.grows(1)
-
-
 def _mixes(pair: _Pair) -> bool:
     """Entries are summed or chosen from along dimensions: those that grow are even."""
     return pair.same_numbers() if len(pair.shapes) == 1 else _elementwise(pair)

@@ -123,7 +123,7 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
             varying |= dict.fromkeys(name for name in first.ends if not _reaches_alike(first, other, name))
     found = grouped(flow)
     for name in varying:
-        reason = f"is reached by {name}, of which calls with inputs of another size use other elements"
+        reason = f"is reached by {name}, of which other calls use other elements"
         whole = _completed(numbers[name], found.ends[name], flow.parameters[name].shape)
         if whole is None:
             _fix(flow, numbers[name].dst, reason)
@@ -133,7 +133,7 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
         dst, src = broadcast(*(compact(end) for end in (numbers[name].dst, numbers[name].src)))
         _fix(flow, dst[src == UNKNOWN], reason)
     if varying:
-        found, read = grouped(flow), "is read by nothing in the sizes of inputs that were looked at"
+        found, read = grouped(flow), "is read by nothing in the calls that were looked at"
         sources = torch.cat([end.src.reshape(-1) for end in map(_compact, found.ends.values())])
         for name, ends in found.ends.items():
             _fix(flow, flow.ends()[name].dst[~torch.isin(ends.dst, sources)], read)
