@@ -293,7 +293,6 @@ def _refill(container: Any, contents: Contents) -> None:
         (container.update if isinstance(container, set) else container.extend)(contents.values())
 
 
-@functools.lru_cache(maxsize=1000)
 def _slots_of(kind: type) -> list[Any]:
     return [slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType]
 
