@@ -202,7 +202,11 @@ CASES: dict[str, Case] = {
     "gathered": vectors(lambda m, x: m.head(m.a(x).gather(1, x.new_tensor([[3, 1, 0, 2]] * 2).long())), 4),
     "indexed by values": vectors(lambda m, x: m.head(m.a(x).gather(1, m.b(x).argsort(1))), 1),
     "added by index": vectors(lambda m, x: m.head(m.a(x).index_add(1, torch.tensor([3, 2, 1, 0]), m.b(x))), 4),
-    "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).sign().to(x.dtype)), 0),
+    "chosen by the input": vectors(lambda m, x: m.c(m.a(x).gather(1, x.argsort(1))), 1, c=layer(3, 2)),
+    "added where the input says": vectors(  # the last unit of b is read by nothing
+        lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), m.b(x)[:, :3], alpha=2)), 2
+    ),
+    "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).to(x.dtype) * 2.0**-62), 0),
     "halves swapped": vectors(lambda m, x: m.head(relu(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4),
     "concatenated": vectors(lambda m, x: m.c(relu(torch.cat([m.a(x), m.b(x)], 1))), 8, c=layer(8, 2)),
     "moved weight": vectors(lambda m, x: m.head(relu(F.linear(x, torch.cat([m.a.weight[2:], m.a.weight[:2]])))), 4),

@@ -51,6 +51,7 @@ EQUIVALENT = {
     ("Quotient of div", "neurons", "numbers of the first operand"): _FIXED,
     ("Scan of cumsum", "neurons", "numbers of the first operand"): "all numbers along the axis are tied",
     ("Unknown of _log_softmax", "neurons", "operands fixed"): _ALREADY,
+    ("Unknown of view.dtype", "neurons", "operands fixed"): _ALREADY,
     ("Normalization of _batch_norm_no_update", "neurons", "operands fixed"): _ALREADY,
     ("Normalization of layer_norm", "neurons", "operands fixed"): _ALREADY,
     ("Index of gather", "mass", "second operand forgotten"): "paths end at computed indices: their masses are not used",
