@@ -40,26 +40,32 @@ _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 
 @dataclass(frozen=True)
 class _Kept:
-    """Something that a call can change: where it is, how its contents are read and put back, and what they were."""
+    """Something that a call can change: where it is, how its contents are read and put back, and what they were.
+
+    The form is a text with gaps for the place of it and for that of one of its contents.
+    """
 
     place: Place
     read: Callable[[], Contents]
     write: Callable[[Contents], None]
+    form: str
     contents: Contents
 
     def is_same(self) -> bool:
+        return self.difference() is None
+
+    def difference(self) -> Place | None:
+        """The first place where something else is now."""
         now = self.read()
-        return (
-            len(now) == len(self.contents)
-            and all(
-                key == other if type(key) is int else key is other
-                for key, other in zip(now, self.contents, strict=True)
-            )
-            and all(
-                value is saved or (isinstance(value, _State) and value == saved)
-                for value, saved in zip(now.values(), self.contents.values(), strict=True)
-            )
-        )
+        for (key, value), (other, saved) in zip(now.items(), self.contents.items(), strict=False):
+            if not (key == other if type(key) is int else key is other):
+                return self.place, self.form, key
+            if not (value is saved or (isinstance(value, _State) and value == saved)):
+                return self.place, self.form, key
+        if len(now) != len(self.contents):
+            longer = max(now, self.contents, key=len)
+            return self.place, self.form, list(longer)[min(len(now), len(self.contents))]
+        return None
 
 
 class _State(str):
@@ -109,7 +115,7 @@ class Reach:
 
     def changes(self) -> list[str]:
         """Where something holds another object than it did, a few places."""
-        return sorted({_text(kept.place) for kept in self._kept if not kept.is_same()})[:3]
+        return sorted({_text(place) for kept in self._kept if (place := kept.difference()) is not None})[:3]
 
     def is_drawn(self) -> bool:
         """Did Python's or NumPy's generators of random numbers move?"""
@@ -125,7 +131,7 @@ class Reach:
 
     def _keep(self, path: Place, read: Callable[[], Contents], write: Callable[[Contents], None], form: str) -> Found:
         contents = read()
-        self._kept.append(_Kept(path, read, write, contents))
+        self._kept.append(_Kept(path, read, write, form, contents))
         if len(contents) > _MOST_ENTRIES:
             return iter(())
         return (((path, form, key), part) for key, part in contents.items())

@@ -101,14 +101,12 @@ def rescale_(
     difference = None
     with transaction(traced.model.parameters()):
         if verification is not None:
-            with traced.peers.together(gathers=True):
-                verification.start()
+            verification.start()
         applying = time.perf_counter()
         rescaling.apply_()
         applied = time.perf_counter()
         if verification is not None:
-            with traced.peers.together(gathers=True):
-                difference = verification.finish(rescaling)
+            difference = verification.finish(rescaling)
     if verification is not None:
         verification.warn_of_undefined()
     end = time.perf_counter()

@@ -24,7 +24,10 @@ from dagpath.words import counted
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest difference in a channel relative to its largest entry, by the narrowest type on the way to the output."""
-_NOISE_RUNS = 5
+
+_NOISE_RUNS = 30
+"""At most: a channel that rounding happens to leave alone in one run may differ in the next."""
+
 _NOISE = 20.0
 """A channel may differ by as many times what it differs by if every parameter is rounded up or down at random: sums of
 terms that cancel amplify rounding, and so do normalizations over few examples."""
@@ -59,6 +62,7 @@ class Verification:
 
     def __init__(self, traced: TracedModel, given: Any, more: Sequence[Any]) -> None:
         self._traced = traced
+        self._peers = traced.peers
         self._model = traced.model
         captured = traced.captured
         self._checks = [Check(inputs, False) for inputs in (given, *more)]
@@ -79,11 +83,14 @@ class Verification:
     def start(self) -> None:
         """Compute the outputs before."""
         for check in self._checks:
-            try:
-                check.before = self._run(check)
-            except CaptureError:
-                if not check.optional:
-                    raise
+            with self._peers.together(gathers=True):
+                try:
+                    check.before = self._run(check)
+                except CaptureError:
+                    if not check.optional:
+                        raise
+            if self._peers.largest(float(check.before is None)):
+                check.before = None
 
     def finish(self, rescaling: Rescaling) -> float | None:
         """Compute the outputs after and compare them.
@@ -99,15 +106,16 @@ class Verification:
         for check in self._checks:
             if check.before is None:
                 continue
-            after = self._run(check)
-            found = [_Difference(a, b) for a, b in zip(check.before, after, strict=True)]
-            tolerances = self._tolerances(check) if not rescaling.power_of_two else [0.0] * len(found)
-            excess = [diff.excess(limit) for diff, limit in zip(found, tolerances, strict=True)]
-            if self._traced.peers.largest(float(any(excess))) and not self._is_noise(check, after, found, tolerances):
+            with self._peers.together(gathers=True):
+                after = self._run(check)
+                found = [_Difference(a, b) for a, b in zip(check.before, after, strict=True)]
+                tolerances = self._tolerances(check) if not rescaling.power_of_two else [0.0] * len(found)
+                excess = [diff.excess(limit) for diff, limit in zip(found, tolerances, strict=True)]
+            if self._peers.largest(float(any(excess))) and not self._is_noise(check, after, found, tolerances):
                 raise self._error(check, found, tolerances, rescaling)
-            difference = self._traced.peers.largest(max((diff.relative for diff in found), default=0.0))
+            difference = self._peers.largest(max((diff.relative for diff in found), default=0.0))
             compared = any(diff.is_finite for diff in found) and not check.optional
-            if self._traced.peers.largest(float(compared)):
+            if self._peers.largest(float(compared)):
                 worst = max(difference, worst or 0.0)
         return worst
 
@@ -134,9 +142,10 @@ class Verification:
         types = _types_of_outputs(graph)
         if len(types) != len(check.before):
             types = [set.union(set(), *types)] * len(check.before)
-        everywhere = computed_types(self._model) | {parameter.dtype for parameter in self._model.parameters()}
+        chosen = computed_types(self._model)  # which no graph shows
+        everywhere = {parameter.dtype for parameter in self._model.parameters()}
         return [
-            max((_TOLERANCES.get(dtype, 0.0) for dtype in {output.dtype, *(found or everywhere)}), default=1e-10)
+            max(_TOLERANCES.get(dtype, 0.0) for dtype in {output.dtype, *chosen, *(found or everywhere)})
             for output, found in zip(check.before, types, strict=True)
         ]
 
@@ -147,11 +156,15 @@ class Verification:
         noise = [torch.zeros_like(diff.error) for diff in found]
         generator = torch.Generator().manual_seed(0)
         for _ in range(_NOISE_RUNS):
-            rounded = run(_Rounded(self._model, generator), check.inputs, check.training)
-            for total, one, other in zip(noise, after, rounded, strict=True):
-                total.copy_(torch.maximum(total, _Difference(one, other).error))
-        explained = zip(found, tolerances, noise, strict=True)
-        return not any(difference.excess(limit, _NOISE * most) for difference, limit, most in explained)
+            with self._peers.together():
+                rounded = run(_Rounded(self._model, generator), check.inputs, check.training)
+                for total, one, other in zip(noise, after, rounded, strict=True):
+                    total.copy_(torch.maximum(total, _Difference(one, other).error))
+                explained = zip(found, tolerances, noise, strict=True)
+                excess = any(difference.excess(limit, _NOISE * most) for difference, limit, most in explained)
+            if not self._peers.largest(float(excess)):
+                return True
+        return False
 
     def _error(
         self, check: Check, found: list[_Difference], tolerances: list[float], rescaling: Rescaling
@@ -206,20 +219,23 @@ def _by_channel(values: Tensor) -> Tensor:
 
 
 class _Rounded(nn.Module):
-    """A model with parameters that are larger or smaller, at random, by as much as they are rounded by."""
+    """A model with parameters that are larger or smaller, at random, by as much as they are rounded by.
+
+    They are drawn here and not by ``forward``: a generator that a model holds is put back after each call.
+    """
 
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         super().__init__()
-        self.model, self._generator = model, generator
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
         def rounded(tensor: Tensor) -> Tensor:
-            signs = torch.randint(0, 2, tensor.shape, generator=self._generator).to(tensor.device) * 2 - 1
+            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device) * 2 - 1
             return tensor.detach() * (1 + signs * torch.finfo(tensor.dtype).eps)
 
-        named = self.model.named_parameters()
-        values = {name: rounded(p) for name, p in named if p.is_floating_point()}
-        return torch.func.functional_call(self.model, values, args, kwargs)
+        self.model = model
+        self._values = {name: rounded(p) for name, p in model.named_parameters() if p.is_floating_point()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.model, self._values, args, kwargs)
 
 
 def _types_of_outputs(graph: CapturedGraph) -> list[set[torch.dtype]]:

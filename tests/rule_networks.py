@@ -206,7 +206,13 @@ CASES: dict[str, Case] = {
     "added where the input says": vectors(  # the last unit of b is read by nothing
         lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), m.b(x)[:, :3], alpha=2)), 2
     ),
-    "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).to(x.dtype) * 2.0**-62), 0),
+    "added to zeros where the input says": vectors(
+        lambda m, x: m.head(F.pad(m.a(x)[:, :2], (0, 2)).index_add(1, x[0].argsort(), m.b(x)[:, :3])), 4
+    ),
+    "zeros added where the input says": vectors(
+        lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), torch.zeros_like(m.b(x))[:, :3])), 1
+    ),
+    "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).to(x.dtype) * 2.0**-62 + m.b(x)), 0),
     "halves swapped": vectors(lambda m, x: m.head(relu(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4),
     "concatenated": vectors(lambda m, x: m.c(relu(torch.cat([m.a(x), m.b(x)], 1))), 8, c=layer(8, 2)),
     "moved weight": vectors(lambda m, x: m.head(relu(F.linear(x, torch.cat([m.a.weight[2:], m.a.weight[:2]])))), 4),

@@ -43,6 +43,7 @@ _NEVER_CALLED = {"Compound of _pad_circular": "what it stands for is replaced by
 
 _FIXED = "what enters is fixed, so its numbers mean what those of a constant do"
 _ALREADY = "the rule fixes what enters"
+_ALIKE = "every entry is a new input there"
 EQUIVALENT = {
     ("Unknown of _log_softmax", "neurons", "numbers of the first operand"): _FIXED,
     ("Clamp of clamp", "neurons", "numbers of the first operand"): _FIXED,
@@ -52,6 +53,9 @@ EQUIVALENT = {
     ("Scan of cumsum", "neurons", "numbers of the first operand"): "all numbers along the axis are tied",
     ("Unknown of _log_softmax", "neurons", "operands fixed"): _ALREADY,
     ("Unknown of view.dtype", "neurons", "operands fixed"): _ALREADY,
+    ("Unknown of view.dtype", "neurons", "numbers of the first operand"): _FIXED,
+    ("Unknown of view.dtype", "edges", "turned along channels"): _ALIKE,
+    ("Unknown of view.dtype", "edges", "turned along the last axis"): _ALIKE,
     ("Normalization of _batch_norm_no_update", "neurons", "operands fixed"): _ALREADY,
     ("Normalization of layer_norm", "neurons", "operands fixed"): _ALREADY,
     ("Index of gather", "mass", "second operand forgotten"): "paths end at computed indices: their masses are not used",

@@ -152,6 +152,42 @@ def test_a_number_that_a_call_changes_decides_the_next() -> None:
     check(make(forward, count=0), numbers(4, 5), calls=3)
 
 
+def counted(first: bool, then: bool, number: int) -> Callable[..., Tensor]:
+    """After so many calls in the first mode, the units are others in the second."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        if m.training == then and m.count >= number:
+            h = F.relu(m.u(torch.tanh(h) if number % 2 else h.flip(1) + h))
+        m.count += m.training == first
+        return m.head(h)
+
+    return forward
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("then", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_calls_in_a_row_are_looked_at_in_both_modes(first: bool, then: bool, number: int) -> None:
+    if first != then and number > 1:
+        return  # of those that follow calls in the other mode, one is looked at
+    net, x = make(counted(first, then, number), count=0), numbers(4, 5)
+
+    def outputs() -> list[Tensor]:
+        model, found = copy.deepcopy(net), []
+        for training in [first] * number + [then] * 2:
+            found.append(model.train(training)(x))
+        return found
+
+    before = outputs()
+    traced = dagpath.trace(net, x)
+    assert "a call changes self.count" in traced.explain()
+    generator = torch.Generator().manual_seed(0)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True, generator=generator).apply_()
+    assert all(map(torch.equal, outputs(), before))
+    assert net.count == 0
+
+
 def test_a_permutation_that_moves_is_no_constant() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = F.relu(m.a(x)).index_select(1, m.order)
@@ -380,10 +416,10 @@ def test_keyword_arguments_may_be_further_examples() -> None:
 
 def test_the_trace_says_what_it_covers() -> None:
     flexible = dagpath.trace(make(unrolled), numbers(2, 3, 5))
-    assert "other sizes of the inputs" in flexible.explain()
+    assert "Holds for inputs of other sizes too" in flexible.explain()
     fixed = dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)))), numbers(2, 5))
-    assert "any number of examples" in fixed.explain()
-    assert "inputs of the sizes [2, 5] alone" in fixed.explain()
+    assert "any number n of examples" in fixed.explain()
+    assert "inputs of the size [n, 5] alone" in fixed.explain()
     assert fixed.explain(format="dict")["covers"] == list(fixed.captured.covers)
 
 

@@ -206,7 +206,7 @@ def test_a_value_that_is_not_finite_is_an_error_before_anything_is_touched(value
     with torch.no_grad():
         net[2].weight[1, 3] = value
     before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(dagpath.BalanceError, match=r"'2.weight' has 1 values .* \(1, 3\): (nan|inf)"):
+    with pytest.raises(dagpath.BalanceError, match=r"'2.weight' has 1 value .* \(1, 3\): (nan|inf)"):
         dagpath.rescale_(net, torch.randn(1, 3))
     assert all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(net.parameters(), before, strict=True))
 
@@ -327,6 +327,15 @@ def test_a_wrong_rule_is_caught_and_everything_restored(monkeypatch):
         dagpath.rescale_(net, torch.randn(4, 3))
     assert caught.value.difference > caught.value.tolerance
     assert unchanged(net, before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_outputs_of_which_rounding_is_all_that_is_left_are_no_error(seed):
+    torch.manual_seed(seed)
+    net, x = mlp(32, 512, 1000), torch.randn(1, 32)
+    with torch.no_grad():
+        net[2].bias.sub_(net(x)[0] * (1 + 1e-4 * torch.rand(1000)))
+    assert dagpath.rescale_(net, x).difference > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ through (values, random decisions, arguments of unknown types) makes it fail.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,7 @@ class Place:
     """A tensor among the arguments of a call.
 
     Attributes:
-        origin: the parameter, buffer, input, call or object that it is.
+        origin: the parameter, buffer, input, call or object that it is, or the number of what a call before left.
         shape: its shape.
         memory: the bytes of the memory that it is a view of.
         whole: is it all of that memory?
@@ -99,19 +99,56 @@ class Record:
     Attributes:
         calls: the calls, and a last one named ``"output"`` of what the model returns.
         kept: the tensors whose identities stand in the calls, kept alive.
+        changes: where the call left something behind, a few places.
     """
 
     calls: list[Called]
     kept: list[Any]
+    changes: tuple[str, ...]
+
+
+class DryRuns:
+    """Makes dry runs of a model that is ready for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._ready = model, Reach(model)
+
+    def __call__(self, inputs: Any) -> Record | None:
+        """The record of a call, given positional and keyword arguments; None where the dry run fails.
+
+        The model is left as it was.
+        """
+        return self.in_a_row(inputs, [None])[0]
+
+    def in_a_row(self, inputs: Any, modes: Sequence[bool | None]) -> list[Record | None]:
+        """The records of calls one after the other, each of which finds what those before it left behind.
+
+        The model is left as it was. After a dry run that fails, there are no more of them.
+
+        Args:
+            inputs: of every call.
+            modes: for each call, is it one in train mode? None where the mode stays as it is.
+        """
+        records: list[Record | None] = []
+        try:
+            for training in modes:
+                if training is not None:
+                    self._model.train(training)
+                records.append(None if None in records else self._one(inputs))
+        finally:
+            self._ready.restore()
+        return records
+
+    def _one(self, inputs: Any) -> Record | None:
+        try:
+            return _record(self._model, inputs, self._ready)
+        except Exception:  # a model fails in many ways without values
+            return None
 
 
 @contextlib.contextmanager
-def dry_runs(
-    model: nn.Module, training: bool | None, gradients: bool = True
-) -> Iterator[Callable[[Any], Record | None]]:
-    """Yields a function that makes dry runs of a model, which is left as it was after each.
-
-    Given positional and keyword arguments, the function returns a record, or None where the dry run fails.
+def dry_runs(model: nn.Module, training: bool | None, gradients: bool = True) -> Iterator[DryRuns]:
+    """A model made ready for dry runs.
 
     Args:
         model: the model.
@@ -120,21 +157,11 @@ def dry_runs(
     """
     with mode(model, training), without_autocast(), torch.set_grad_enabled(gradients):
         stand_in(model)
-        ready = Reach(model)
-
-        def run(inputs: Any) -> Record | None:
-            try:
-                return _record(model, inputs, ready)
-            except Exception:  # a model fails in many ways without values
-                return None
-            finally:
-                ready.restore()
-
-        yield run
+        yield DryRuns(model)
 
 
 def _record(model: nn.Module, inputs: Any, ready: Reach) -> Record:
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, ready.tensors.keys())
     args, kwargs = pytree.tree_map_only(Tensor, recorder.fresh_twin, inputs)
     for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
@@ -145,19 +172,24 @@ def _record(model: nn.Module, inputs: Any, ready: Reach) -> Record:
     if ready.is_drawn() or random_states() != before:
         raise UnclearError("random numbers were drawn in Python")
     recorder.note("output", outputs)
-    return Record(recorder.calls, recorder.kept)
+    return Record(recorder.calls, recorder.kept, tuple(ready.changes()))
 
 
 class _Recorder(TorchFunctionMode):
     """Records calls. A tensor is described by the parameter, buffer, input, call or object that it is.
+
+    Args:
+        model: the model.
+        before: the ids of the tensors that it could reach before the first call.
 
     Attributes:
         calls: the record.
         kept: all tensors that were met.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Collection[int]) -> None:
         super().__init__()
+        self._before = before
         self.calls: list[Called] = []
         self.kept: list[Any] = []
         self._twins: dict[int, Tensor] = {}
@@ -194,7 +226,8 @@ class _Recorder(TorchFunctionMode):
         if id(value) not in self._twins:
             twin = self._twins[id(value)] = self.fresh_twin(value)
             self.kept.append(value)
-            self.know(twin, ("object", id(value)))
+            is_left = value.is_meta and id(value) not in self._before
+            self.know(twin, ("left", len(self._twins)) if is_left else ("object", id(value)))
         return self._twins[id(value)]
 
     def note(self, name: str, arguments: Any) -> None:

@@ -60,6 +60,7 @@ def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[
 
 def storage_of(tensor: Tensor) -> tuple[str, int]:
     """What tells the memory of tensors apart: its address, or the storage itself where there is none."""
+    tensor = own(tensor)
     try:
         storage = tensor.untyped_storage()
     except NotImplementedError:  # sparse tensors

@@ -118,6 +118,13 @@ def survey(
     return replace(captured, written=tuple(written))
 
 
+_CALLS_IN_A_ROW = 10
+"""Calls in a row that are looked at where one leaves something behind: many counters are compared with small numbers."""
+
+_MOST_LATER = 4
+"""Of these, as many are captured that are like no earlier one."""
+
+
 class _Survey:
     def __init__(
         self,
@@ -130,6 +137,10 @@ class _Survey:
         self._model, self._given, self._more, self._is_compound, self._agree = model, given, more, is_compound, agree
         self._batch = common_batch(given)
         self._has_values = has_all_values(model)
+        self._trained = given
+        self._train_leaves: tuple[str, ...] = ()
+        self._in_a_row = 1
+        self._rows: list[Record | None] = []
 
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
@@ -140,12 +151,17 @@ class _Survey:
         first = calls[0] if graph.batch == 1 else next(call for call in calls if call.inputs is self._given)
         others = [call for call in calls if call is not first and not alike(first.record, call.record)]
         graphs = self._graphs(others, training=False)
-        if graph.leaves:
-            graphs += self._second_call(first)
         graphs += self._without_gradients(calls)
         if has_mixed_modes(self._model):
             graphs += self._mixed_graphs(calls)
         train, train_graphs, failure = self._train_graphs(graph, calls)
+        if graph.leaves:
+            graphs += self._later_calls(first.inputs, training=False)
+        if self._train_leaves:
+            train_graphs += self._later_calls(self._trained, training=True)
+            graphs += self._in_other_mode(self._trained, training=True)
+        if graph.leaves:
+            train_graphs += self._in_other_mode(self._trained, training=False)
         sizes = tuple(call.sizes for call in calls if call.sizes)
         return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, self._covers(graph, calls), sizes)
 
@@ -246,23 +262,58 @@ class _Survey:
         """Has the model values that may be run with any indices? (On a GPU, one out of range ends the process.)"""
         return self._has_values and all(parameter.device.type == "cpu" for parameter in self._model.parameters())
 
-    def _second_call(self, first: _Call) -> list[CapturedGraph]:
-        """The graph of the call after this one, which reads what this one leaves behind."""
+    def _later_calls(self, inputs: Any, training: bool) -> list[CapturedGraph]:
+        """The graphs of the calls after one that leaves something behind, where they are others."""
         if not self._has_values:
             return []
+        modes = [training] * _CALLS_IN_A_ROW
+        with dry_runs(self._model, training) as dry_run:
+            records = dry_run.in_a_row(inputs, modes)
+        self._in_a_row = max(2, len(records) - records.count(None))
+        numbers = []
+        for number, record in enumerate(records[1:], 1):  # the second one may read other values than the first did
+            known = self._rows if number == 1 else [records[0], *self._rows]
+            if (number == 1 or record) and not any(same(record, other) for other in known):
+                numbers.append(number)
+                self._rows.append(record)
+        found = [self._after(modes[:number], training, inputs) for number in numbers[:_MOST_LATER]]
+        return [graph for graph in found if graph is not None]
+
+    def _in_other_mode(self, inputs: Any, training: bool) -> list[CapturedGraph]:
+        """The graph of the call in the other mode that follows, if it is another one than without the call before."""
+        if not self._has_values:
+            return []
+        with dry_runs(self._model, not training) as dry_run:
+            record = dry_run.in_a_row(inputs, [training, not training])[1]
+            if any(same(record, other) for other in [dry_run(inputs), *self._rows]):
+                return []
+        graph = self._after([training], not training, inputs)
+        return [] if graph is None else [graph]
+
+    def _after(self, modes: Sequence[bool], training: bool, inputs: Any) -> CapturedGraph | None:
+        """The graph of a call after others with the same inputs.
+
+        Args:
+            modes: the modes of those before.
+            training: that of the call.
+            inputs: of each call.
+        """
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        args, kwargs = copies(first.inputs)
-        with mode(self._model, training=False), without_autocast():
+        with mode(self._model, training), without_autocast():
             before = Reach(self._model)
-            with torch.no_grad():
-                self._model(*args, **kwargs)
+            for earlier in modes:
+                self._model.train(earlier)
+                args, kwargs = copies(inputs)
+                with torch.no_grad():
+                    self._model(*args, **kwargs)
+            self._model.train(training)
             made = Reach(self._model).left_since(before).values()
-            call = "a second call", [*made], names
+            call = _ordinal(len(modes) + 1), [*made], names
             try:
-                return [export(self._model, first.inputs, False, self._is_compound, None, *call)]
+                return export(self._model, inputs, training, self._is_compound, None, *call)
             except Exception as failure:
                 if len(names) != len(list(self._model.parameters())):
-                    return []  # the first call made parameters, which no model has before it
+                    return None  # the first call made parameters, which no model has before it
                 raise capture_error(self._model, failure) from failure
 
     def _without_gradients(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
@@ -288,13 +339,15 @@ class _Survey:
     ) -> tuple[CapturedGraph | None, list[CapturedGraph], str]:
         """Graphs of train mode where it makes other calls than eval mode, and why there are none."""
         batch = 2 if graph.batch == 1 else None  # a batch norm does not train on one example
-        inputs = with_batch(self._given, batch)
+        inputs = self._trained = with_batch(self._given, batch)
         with dry_runs(self._model, training=True) as dry_run:
+            first = dry_run(inputs)
+            self._train_leaves = () if first is None else first.changes
             training = [call for call in calls if _trains(call)] or calls
             telling = [call for call in training if _tells(call, training)]
             if all(same(dry_run(call.inputs), call.record) for call in telling):
                 return None, [], ""
-            first, calls = dry_run(inputs), self._calls(_once(dry_run), training=True)  # it may take other sizes
+            calls = self._calls(_once(dry_run), training=True)  # it may take other sizes
         trained, failure = None, None
         for chosen, size in ((inputs, batch), (self._given, None)):
             try:
@@ -305,28 +358,27 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
+        self._train_leaves = self._train_leaves or trained.leaves
         apart = [call for call in calls if not alike(first, call.record)]
         return trained, self._graphs(apart, training=True), ""
 
     def _covers(self, graph: CapturedGraph, calls: Sequence[_Call]) -> tuple[str, ...]:
-        lines = []
-        if graph.batch == 1:
-            lines.append("any number of examples: the model treats each one alike")
+        lines, anything = [], graph.batch == 1
+        if anything:
+            lines.append("any number n of examples: the model treats each one alike")
         elif self._batch is not None:
             tried = [str(common_batch(call.inputs)) for call in calls if _has_batch(call)]
             lines.append(f"numbers of examples that were looked at ({', '.join(dict.fromkeys(tried))})")
         other = [call for call in calls if set(call.sizes) - set(batch_sizes(self._given, 1))]
         if other:
-            lines.append(
-                "other sizes of the inputs, of which were looked at: " + "; ".join(_shapes(c.inputs) for c in other)
-            )
+            looked = "; ".join(dict.fromkeys(_shapes(call.inputs, anything) for call in reversed(other)))
+            lines.append(f"inputs of other sizes too: {looked} were looked at")
         else:
-            lines.append(
-                f"inputs of the sizes {_shapes(self._given)} alone: the model took none of the others that were tried"
-            )
-        if graph.leaves:
-            looked = "the first call and the second" if self._has_values else "the first call"
-            lines.append(f"{looked} alone: a call changes {', '.join(graph.leaves)}, which later calls may read")
+            lines.append(f"inputs of the size {_shapes(self._given, anything)} alone: the model took no other one")
+        leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))
+        if leaves:
+            looked = f"the first {self._in_a_row} calls" if self._in_a_row > 1 else "the first call"
+            lines.append(f"{looked} alone: a call changes {', '.join(leaves)}, which later calls may read")
         return tuple(lines)
 
 
@@ -354,6 +406,10 @@ def _tells(call: _Call, calls: Sequence[_Call]) -> bool:
     return not any(alike(call.record, other.record) for other in calls[calls.index(call) + 1 :])
 
 
+def _ordinal(number: int) -> str:
+    return f"a {['first', 'second', 'third'][number - 1] if number < 4 else f'{number}th'} call"
+
+
 def _has_batch(call: _Call) -> bool:
     return common_batch(call.inputs) is not None
 
@@ -362,5 +418,13 @@ def _text(inputs: Any) -> str:
     return f"a call with inputs of the sizes {_shapes(inputs)}"
 
 
-def _shapes(inputs: Any) -> str:
-    return ", ".join(str(list(leaf.shape)) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+def _shapes(inputs: Any, any_batch: bool = False) -> str:
+    """The shapes of inputs; with n for their number of examples, if it may be any."""
+    batch = set(batch_sizes(inputs, 1)) if any_batch else set()
+    leaves = enumerate(pytree.tree_leaves(inputs))
+    shapes = [
+        ["n" if (position, dim) in batch else str(size) for dim, size in enumerate(leaf.shape)]
+        for position, leaf in leaves
+        if isinstance(leaf, Tensor)
+    ]
+    return ", ".join(f"[{', '.join(shape)}]" for shape in shapes)

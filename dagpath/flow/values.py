@@ -43,9 +43,10 @@ class Weight:
         ... def shifted(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         ...     return x + shift
         >>> _ = shifted.register_fake(lambda x, shift: torch.empty_like(x))
+        >>> seen = []
         >>> class Shifted(Operation):
         ...     def neurons(self, flow, call):
-        ...         print(call["shift"])
+        ...         seen.append(call["shift"])
         ...         return flow.constant(call.output)
         >>> dagpath.register_op(shifted, Shifted())
         >>> class Net(torch.nn.Module):
@@ -55,6 +56,7 @@ class Weight:
         ...     def forward(self, x):
         ...         return shifted(x, self.shift)
         >>> _ = dagpath.trace(Net(), torch.zeros(1, 2))
+        >>> seen[0]
         Weight(shape=torch.Size([2]), name='shift', elements=None)
     """
 
@@ -201,16 +203,18 @@ class Call:
         ... def repeated(x: torch.Tensor, times: int = 2) -> torch.Tensor:
         ...     return x.repeat(1, times)
         >>> _ = repeated.register_fake(lambda x, times=2: x.new_empty(x.shape[0], times * x.shape[1]))
+        >>> seen = []
         >>> class Repeated(Operation):
         ...     def neurons(self, flow, call):
-        ...         print(tuple(call["x"].shape), call["times"], tuple(call.output.shape), call.get("dim", "no dim"))
+        ...         seen.append((call["x"].shape, call["times"], call.output.shape, call.get("dim", "no dim")))
         ...         return call["x"].repeat(1, call["times"])
         >>> dagpath.register_op(repeated, Repeated())
         >>> class Net(torch.nn.Module):
         ...     def forward(self, x):
         ...         return repeated(x)
         >>> _ = dagpath.trace(Net(), torch.zeros(1, 3))
-        (1, 3) 2 (1, 6) no dim
+        >>> seen[0]  # of the example; a trace looks at other sizes too
+        (torch.Size([1, 3]), 2, torch.Size([1, 6]), 'no dim')
     """
 
     target: Callable[..., Any]
