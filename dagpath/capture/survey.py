@@ -119,7 +119,7 @@ def survey(
 
 
 _CALLS_IN_A_ROW = 10
-"""Calls in a row that are looked at where one leaves something behind: many counters are compared with small numbers."""
+"""Calls in a row that are looked at where one leaves something behind: most counters are compared with small numbers."""
 
 _MOST_LATER = 4
 """Of these, as many are captured that are like no earlier one."""
