@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from dagpath.capture.graph import CapturedGraph
-from dagpath.capture.survey import Capture
 from dagpath.distributed import whole
 from dagpath.trace import TracedModel, neurons_of, structure_of
-
-
-def buffers_read(captured: Capture) -> dict[str, Tensor]:
-    """Buffer name -> tensor, for the buffers that eval mode or train mode reads."""
-    found: dict[str, Tensor] = {}
-    for graph in captured.graphs:
-        read = {node.name for node in graph.module.graph.nodes if node.users}
-        found |= {name: graph.tensors[place] for place, name in graph.buffers.items() if place in read}
-    return found
 
 
 def with_values(
@@ -42,7 +32,7 @@ def with_values(
         }
         return replace(graph, tensors={**graph.tensors, **others})
 
-    old, read = traced.captured, buffers_read(traced.captured)
+    old, read = traced.captured, traced.captured.buffers_read()
     captured = replace(
         old,
         eval=replaced(old.eval),
@@ -57,9 +47,12 @@ def with_values(
 
 
 def differing(traced: TracedModel, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the buffers whose values are others than those that the trace read; it may have read some without."""
-    read = buffers_read(traced.captured)
-    return {name: value for name, value in buffers.items() if name in read and _first_difference(read[name], value)}
+    """Those of the buffers whose values are others than those that the trace read; it may have read some without.
+
+    Running statistics may be any: they weigh what passes, and change no neuron.
+    """
+    known = traced.tables
+    return {name: value for name, value in buffers.items() if name in known and _difference(known[name], value)}
 
 
 def require_same_neurons(traced: TracedModel, buffers: Mapping[str, Tensor], whose: str, advice: str) -> None:
@@ -75,24 +68,24 @@ def require_same_neurons(traced: TracedModel, buffers: Mapping[str, Tensor], who
         whose: where the values are from, for the message.
         advice: what to do, for the message.
     """
-    others, read = differing(traced, buffers), buffers_read(traced.captured)
+    others, known = differing(traced, buffers), traced.tables
     for name, value in others.items():
-        if value.shape != read[name].shape:
-            shapes = tuple(value.shape), tuple(read[name].shape)
+        if value.shape != known[name].shape:
+            shapes = tuple(value.shape), tuple(known[name].shape)
             raise ValueError(f"the buffer {name!r} of {whose} has shape {shapes[0]}, not {shapes[1]} as when traced")
     expected = traced.graph.digest()
     if not others or with_values(traced, others).graph.digest() == expected:
         return
     alone = [name for name in others if with_values(traced, {name: others[name]}).graph.digest() != expected]
     name = (alone or list(others))[0]
-    difference = _first_difference(read[name], others[name])
+    difference = _difference(known[name], others[name])
     raise ValueError(
-        f"the buffer {name!r} of {whose} is another than that of the model that was traced ({difference}), and with it "
-        f"other neurons meet: factors for the one would change the function of the other. {advice}"
+        f"the buffer {name!r} of {whose} has other values than the trace read ({difference}), and with them other "
+        f"neurons meet: factors for the one would change the function of the other. {advice}"
     )
 
 
-def _first_difference(ours: Tensor, theirs: Tensor) -> str:
+def _difference(ours: Tensor, theirs: Tensor) -> str:
     """Where two tensors differ first, in words; empty if they are equal, or if one has no values."""
     if ours.is_meta or theirs.is_meta:
         return ""

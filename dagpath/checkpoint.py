@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dagpath.balance import BalanceOptions
-from dagpath.buffers import buffers_read, require_same_neurons, with_values
+from dagpath.buffers import require_same_neurons, with_values
 from dagpath.criteria import Criterion
 from dagpath.fetched import Fetched
 from dagpath.files import require_regular, written_whole
@@ -297,7 +297,7 @@ def _with_values(
     traced: TracedModel, checkpoint: Checkpoint, names: Mapping[str, list[str]], prefix: str
 ) -> TracedModel:
     """The same trace, with the values of the files."""
-    read = buffers_read(traced.captured)
+    read = traced.captured.buffers_read()
     computed = _computed_buffers(traced.model)
     modes = [graph for graph in (traced.captured.eval, traced.captured.train) if graph is not None]
     buffers = {name for graph in modes for name in graph.buffers.values()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dagpath.buffers import buffers_read, require_same_neurons
+from dagpath.buffers import differing, require_same_neurons
 from dagpath.distributed import Peers, reshard
 from dagpath.multiply import Moving, multiply_
 from dagpath.optimizer_state import moving_state
@@ -275,13 +275,16 @@ class Rescaling:
     def _parameters(self, model: nn.Module | None) -> dict[str, Tensor]:
         model = self.traced.model if model is None else unwrap(model)
         reshard(model)
-        if model is not self.traced.model:
-            buffers = dict(model.named_buffers(remove_duplicate=False))
+        traced, buffers = self.traced, dict(model.named_buffers(remove_duplicate=False))
+        absent = next((name for name in traced.captured.buffers_read() if name not in buffers), None)
+        if absent is not None:
+            raise ValueError(f"the model is not the traced one: it has no buffer {absent!r}")
+        if model is traced.model:
+            require_same_neurons(traced, buffers, "the model", "Trace and balance it again; nothing was changed")
+            traced.tables |= {name: value.detach().clone() for name, value in differing(traced, buffers).items()}
+        else:
             advice = "Trace and balance that model itself; nothing was changed"
-            for name in buffers_read(self.traced.captured):
-                if name not in buffers:
-                    raise ValueError(f"the model is not the traced one: it has no buffer {name!r}")
-            require_same_neurons(self.traced, buffers, "this model", advice)
+            require_same_neurons(traced, buffers, "this model", advice)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
         return parameters

@@ -41,6 +41,7 @@ class TracedModel:
         model: the module that was traced (below wrappers such as DistributedDataParallel).
         graph: the :class:`NeuronGraph`.
         seconds: how long tracing took.
+        tables: copies of the buffers of which the neurons may depend (tables of indices, masks), as they were.
 
     Example:
         >>> import torch, dagpath
@@ -67,6 +68,7 @@ class TracedModel:
         self.graph = graph
         self.seconds = seconds
         self.captured = captured
+        self.tables = captured.tables()
         self.peers = peers
         self._values = values
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import dagpath
 from dagpath.solver import LogOuter, MassAggregator, Problem, RangeProblem, SumOuter, solve
-from tests.networks import mlp
-from tests.problems import hand_built
+
+from networks import mlp
+from problems import hand_built
 
 NEAR = 20 * math.log(2)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dagpath
-from tests.networks import Net, mlp
+
+from networks import Net, mlp
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -98,7 +99,7 @@ def test_a_buffer_that_says_which_neurons_meet_must_be_that_of_the_file(name, tu
     ours, theirs, buffer = DIFFERENT[name]
     ours, theirs = (theirs, ours) if turned else (ours, theirs)
     paths = in_and_out(theirs(), tmp_path)
-    with pytest.raises(ValueError, match=rf"the buffer '{buffer}' of .*in.safetensors is another .*at index \(\d,\)"):
+    with pytest.raises(ValueError, match=rf"the buffer '{buffer}' of .*in.safetensors has other .*at index \(\d,\)"):
         dagpath.rescale_checkpoint(ours(), X, *paths)
     assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors"}
 
@@ -125,13 +126,41 @@ def test_a_rescaling_is_not_applied_to_a_model_in_which_other_neurons_meet(name,
     ours, theirs = (theirs(), ours()) if turned else (ours(), theirs())
     rescaling = dagpath.random_rescaling(dagpath.trace(ours, X), sigma=1.0)
     before = copy.deepcopy(theirs.state_dict())
-    with pytest.raises(ValueError, match=f"the buffer '{buffer}' of this model is another .* nothing was changed"):
+    with pytest.raises(ValueError, match=f"the buffer '{buffer}' of this model has other .* nothing was changed"):
         rescaling.apply_(theirs)
     assert all(torch.equal(before[key], value) for key, value in theirs.state_dict().items())
     again = copy.deepcopy(ours)
     outputs = again(X)
     rescaling.apply_(again)
     torch.testing.assert_close(again(X), outputs)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_table_that_changed_since_the_trace_is_noticed(name, turned, replaced):
+    ours, theirs, buffer = DIFFERENT[name]
+    net, other = (theirs(), ours()) if turned else (ours(), theirs())
+    rescaling = dagpath.random_rescaling(dagpath.trace(net, X), sigma=1.0)
+    if replaced:
+        setattr(net, buffer, getattr(other, buffer))
+    else:
+        getattr(net, buffer).copy_(getattr(other, buffer))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"the buffer '{buffer}' of the model has other values .*nothing was changed"):
+        rescaling.apply_()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_only_weighs_may_change_between_two_rescalings(name):
+    net, other = (make() for make in ALIKE[name])
+    traced = dagpath.trace(net, X)
+    for values in (other.state_dict(), net.state_dict()):
+        net.load_state_dict({**net.state_dict(), **{key: values[key].clone() for key, _ in net.named_buffers()}})
+        before = net(X)
+        dagpath.random_rescaling(traced, sigma=1.0).apply_()
+        torch.testing.assert_close(net(X), before)
 
 
 def test_a_model_that_lacks_a_buffer_or_has_it_in_another_shape_is_another():

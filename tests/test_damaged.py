@@ -12,7 +12,8 @@ from torch import nn
 
 import dagpath
 from dagpath.optim import GSGD, EquiNormCycle, PathSGD, Rebalance
-from tests.networks import mlp
+
+from networks import mlp
 
 # -- files of a rescaling ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from torch import nn
 
 import dagpath
 from dagpath.paths.basis import basis_paths
-from tests.networks import Net
+
+from networks import Net
 
 
 def small(free=1, outputs=1):

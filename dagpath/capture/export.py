@@ -55,8 +55,7 @@ def export(
         CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
             types.
     """
-    with mode(model, training), torch.set_grad_enabled(gradients), _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the model's own come again when it runs; the exporter's are not for our users
+    with mode(model, training), torch.set_grad_enabled(gradients), quiet():
         args, kwargs = stand_in(model, inputs)
         before = random_states()
         with exported_with_what_is_left(model) as left, followed():
@@ -148,15 +147,19 @@ class _WithShapes(fx.Interpreter):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own log of what goes wrong, and the unfinished graph that it prints: the error says it."""
+def quiet() -> Iterator[None]:
+    """Without PyTorch's own log of what goes wrong, and the unfinished graph that the exporter prints: errors say it.
+
+    Without warnings either: the model's own come again when it runs, those of the exporter are not for our users.
+    """
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     held, graph = io.StringIO(), None
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
-        with contextlib.redirect_stderr(held):
+        with contextlib.redirect_stderr(held), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     except Exception as error:
         graph = getattr(error, "partial_fx_graph", None)

@@ -7,18 +7,18 @@ graph, and where two graphs tie neurons in different ways, the neurons keep thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.alike import alike, same
 from dagpath.capture.causes import check_model
 from dagpath.capture.dry_run import Record, dry_runs
-from dagpath.capture.export import export
+from dagpath.capture.export import export, quiet
 from dagpath.capture.faithful import check_faithful
 from dagpath.capture.graph import CapturedGraph, outputs_have_batch
 from dagpath.capture.running import capture_error, headline, run, user_line
@@ -72,6 +72,24 @@ class Capture:
         """All graphs, the eval graph first."""
         return [graph for graph in (self.eval, self.train, *self.others, *self.train_others) if graph is not None]
 
+    def buffers_read(self) -> dict[str, Tensor]:
+        """Buffer name -> tensor, for the buffers that any graph reads."""
+        return {name: graph.tensors[node.name] for graph, node, name in self._readers()}
+
+    def tables(self) -> dict[str, Tensor]:
+        """Buffer name -> a copy of it, for those of which the neurons may depend: all but running statistics."""
+        statistics: dict[str, bool] = {}
+        for _, node, name in self._readers():
+            are = all("_norm" in str(user.target) and node in user.args[3:5] for user in node.users)
+            statistics[name] = are and statistics.get(name, True)
+        return {name: t.detach().clone() for name, t in self.buffers_read().items() if not statistics[name]}
+
+    def _readers(self) -> Iterator[tuple[CapturedGraph, fx.Node, str]]:
+        for graph in self.graphs:
+            for node in graph.module.graph.nodes:
+                if node.users and node.name in graph.buffers:
+                    yield graph, node, graph.buffers[node.name]
+
 
 @dataclass(frozen=True, eq=False)
 class _Call:
@@ -113,13 +131,13 @@ def survey(
         CaptureError: the model's forward raised, or no graph stands for it.
     """
     check_model(model)
-    with parameters_kept(model) as written:
+    with quiet(), parameters_kept(model) as written:
         captured = _Survey(model, given, more, is_compound, agree).captured()
     return replace(captured, written=tuple(written))
 
 
 _CALLS_IN_A_ROW = 10
-"""Calls in a row that are looked at where one leaves something behind: most counters are compared with small numbers."""
+"""Calls in a row that are looked at where one leaves something behind: most counters are small."""
 
 _MOST_LATER = 4
 """Of these, as many are captured that are like no earlier one."""
