@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dagpath.distributed import imported, is_spread, reshard
 from dagpath.reach import Reach
+
+GradMode = Callable[[], contextlib.AbstractContextManager[Any]]
+"""``torch.enable_grad``, ``torch.no_grad`` or ``torch.inference_mode``."""
 
 
 def unwrap(model: Any) -> nn.Module:

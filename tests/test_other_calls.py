@@ -234,6 +234,39 @@ def test_a_call_without_gradients_is_looked_at() -> None:
     check(make(forward), numbers(3, 5))
 
 
+@pytest.mark.parametrize("asks", [torch.is_grad_enabled, torch.is_inference_mode_enabled])
+def test_the_modes_of_gradients_are_looked_at(asks: Callable[[], bool]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        if not torch.is_grad_enabled() and torch.is_inference_mode_enabled() == asks():
+            h = F.relu(m.u(h.flip(1) + h))
+        return m.head(h if asks() else h + m.b(x))
+
+    net, x = make(forward), numbers(3, 5)
+    modes = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for mode in modes:
+            with mode():
+                found.append(net(x))
+        return found
+
+    before = outputs()
+    generator = torch.Generator().manual_seed(0)
+    dagpath.random_rescaling(dagpath.trace(net, x), sigma=3.0, power_of_two=True, generator=generator).apply_()
+    assert all(map(torch.equal, outputs(), before))
+
+
+def test_a_call_that_cannot_be_captured_is_named() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.head(h * len(str(h.tolist())) if len(x) == 2 else h)
+
+    traced = dagpath.trace(make(forward), numbers(4, 5))
+    assert "but a call with inputs of the sizes [2, 5]: the model takes that" in traced.explain()
+
+
 def test_a_counter_that_nothing_reads_costs_nothing() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.count += 1

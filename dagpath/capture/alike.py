@@ -20,14 +20,21 @@ _OF_A_SHAPE = ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones",
 """What these make depends on the shape of their argument alone."""
 
 
+def _calls(record: Record | None) -> list[Called] | None:
+    """What is known of the calls of a dry run."""
+    return record.calls if record is not None and record.is_clear else None
+
+
 def same(record: Record | None, other: Record | None) -> bool:
     """Do two dry runs make the same calls on the same tensors of the same shapes?"""
-    return record is not None and other is not None and record.calls == other.calls
+    calls = _calls(record)
+    return calls is not None and calls == _calls(other)
 
 
 def alike(record: Record | None, other: Record | None) -> bool:
     """Is it certain that the neurons of one call are those of the other, where tensors are larger?"""
-    if record is None or other is None or len(record.calls) != len(other.calls):
+    calls, others = _calls(record), _calls(other)
+    if calls is None or others is None or len(calls) != len(others):
         return False
     known: dict[object, bool] = {}  # do the values depend on the inputs, or else not on the sizes?
     depends: dict[object, bool] = {}  # do they depend on the inputs?
@@ -37,7 +44,7 @@ def alike(record: Record | None, other: Record | None) -> bool:
             return place.origin[0] == "input" or known.get(place.origin, False)
         return True
 
-    for number, (call, grown) in enumerate(zip(record.calls, other.calls, strict=True), 1):
+    for number, (call, grown) in enumerate(zip(calls, others, strict=True), 1):
         if not _match(call, grown):
             return False
         pair = _Pair(call, grown, is_known)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
 from dagpath.reach import Reach
-from dagpath.state import mode, random_states, without_autocast
+from dagpath.state import GradMode, mode, random_states, without_autocast
 
 MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,
@@ -94,17 +94,19 @@ class Called:
 
 @dataclass(frozen=True)
 class Record:
-    """What a dry run saw.
+    """What a dry run saw, up to its end or to something that it cannot see through.
 
     Attributes:
         calls: the calls, and a last one named ``"output"`` of what the model returns.
         kept: the tensors whose identities stand in the calls, kept alive.
         changes: where the call left something behind, a few places.
+        is_clear: did the dry run come to its end? Else nothing is known of the call, nor whether the model takes it.
     """
 
     calls: list[Called]
     kept: list[Any]
-    changes: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+    is_clear: bool = True
 
 
 class DryRuns:
@@ -114,7 +116,7 @@ class DryRuns:
         self._model, self._ready = model, Reach(model)
 
     def __call__(self, inputs: Any) -> Record | None:
-        """The record of a call, given positional and keyword arguments; None where the dry run fails.
+        """The record of a call, given positional and keyword arguments; None where the model does not take them.
 
         The model is left as it was.
         """
@@ -123,7 +125,7 @@ class DryRuns:
     def in_a_row(self, inputs: Any, modes: Sequence[bool | None]) -> list[Record | None]:
         """The records of calls one after the other, each of which finds what those before it left behind.
 
-        The model is left as it was. After a dry run that fails, there are no more of them.
+        The model is left as it was. After a dry run that fails or is not clear, there are no more of them.
 
         Args:
             inputs: of every call.
@@ -134,7 +136,8 @@ class DryRuns:
             for training in modes:
                 if training is not None:
                     self._model.train(training)
-                records.append(None if None in records else self._one(inputs))
+                goes_on = not records or (records[-1] is not None and records[-1].is_clear)
+                records.append(self._one(inputs) if goes_on else None)
         finally:
             self._ready.restore()
         return records
@@ -142,20 +145,22 @@ class DryRuns:
     def _one(self, inputs: Any) -> Record | None:
         try:
             return _record(self._model, inputs, self._ready)
-        except Exception:  # a model fails in many ways without values
-            return None
+        except (UnclearError, NotImplementedError):
+            return Record([], [], is_clear=False)
+        except Exception as error:  # a model refuses inputs in many ways
+            return Record([], [], is_clear=False) if "meta" in str(error) else None
 
 
 @contextlib.contextmanager
-def dry_runs(model: nn.Module, training: bool | None, gradients: bool = True) -> Iterator[DryRuns]:
+def dry_runs(model: nn.Module, training: bool | None, grad_mode: GradMode = torch.enable_grad) -> Iterator[DryRuns]:
     """A model made ready for dry runs.
 
     Args:
         model: the model.
         training: in train mode? None for the modes that its modules are in.
-        gradients: does it record what a backward pass needs?
+        grad_mode: makes the context that says whether it records what a backward pass needs.
     """
-    with mode(model, training), without_autocast(), torch.set_grad_enabled(gradients):
+    with mode(model, training), without_autocast(), grad_mode():
         stand_in(model)
         yield DryRuns(model)
 

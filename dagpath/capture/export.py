@@ -22,7 +22,7 @@ from dagpath.capture.graph import CapturedGraph, storage_of
 from dagpath.capture.sizes import copies
 from dagpath.distributed import has_all_values, stand_in
 from dagpath.errors import CaptureError
-from dagpath.state import mode, random_states
+from dagpath.state import GradMode, mode, random_states
 
 _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
 
@@ -36,7 +36,7 @@ def export(
     call: str = "",
     made_before: Collection[Tensor] = (),
     names: Mapping[int, str] | None = None,
-    gradients: bool = True,
+    grad_mode: GradMode = torch.enable_grad,
 ) -> CapturedGraph:
     """The graph of one call of a model.
 
@@ -49,13 +49,13 @@ def export(
         call: which call it is, for the result.
         made_before: tensors that an earlier call left behind.
         names: id of each parameter -> its name, where an earlier call may have given it another one.
-        gradients: does the call record what a backward pass needs?
+        grad_mode: makes the context that says whether the call records what a backward pass needs.
 
     Raises:
         CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
             types.
     """
-    with mode(model, training), torch.set_grad_enabled(gradients), quiet():
+    with mode(model, training), grad_mode(), quiet():
         args, kwargs = stand_in(model, inputs)
         before = random_states()
         with exported_with_what_is_left(model) as left, followed():

@@ -37,7 +37,7 @@ from dagpath.capture.sizes import (
 from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
 from dagpath.reach import Reach
-from dagpath.state import has_mixed_modes, mode, parameters_kept, without_autocast
+from dagpath.state import GradMode, has_mixed_modes, mode, parameters_kept, without_autocast
 
 MANY = 13
 """A number of examples that few models have as a size."""
@@ -159,6 +159,7 @@ class _Survey:
         self._train_leaves: tuple[str, ...] = ()
         self._in_a_row = 1
         self._rows: list[Record | None] = []
+        self._not_captured: list[str] = []
 
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
@@ -189,10 +190,13 @@ class _Survey:
         """
         given, one = self._given, with_batch(self._given, 1)
         first = _Call(one, _text(one), dry_run(one))
-        is_clear = first.record is not None or dry_run(given) is not None
+        tells = first.record is not None or dry_run(given) is not None
 
         def takes(inputs: Any) -> bool:
-            return dry_run(inputs) is not None if is_clear else self._runs(inputs, training)
+            record = dry_run(inputs)
+            if tells and (record is None or record.is_clear):
+                return record is not None
+            return self._runs(inputs, training)
 
         trials: list[Mapping[Dim, int]] = [{}]
         many, few = (MANY, *larger(self._batch or 1)), (2, *smaller(self._batch or 1))
@@ -236,10 +240,9 @@ class _Survey:
         if self._batch is not None:
             batches = [call for call in calls if set(call.sizes) <= set(batch_sizes(self._given, 1))]
             apart = [call for call in batches if call is not first and not alike(first.record, call.record)]
-            graph = self._exported(first, batch=1)
-            if graph is not None and outputs_have_batch(graph, 1):
+            for graph in self._exported(first, batch=1):
                 others = [self._exported(call) for call in apart[:2]]
-                if all(other is not None and self._agree(graph, other) for other in others):
+                if outputs_have_batch(graph, 1) and all(other and self._agree(graph, *other) for other in others):
                     return replace(graph, call="")
         try:
             return export(self._model, self._given, False, self._is_compound)
@@ -248,13 +251,20 @@ class _Survey:
             raise capture_error(self._model, failure) from failure
 
     def _exported(
-        self, call: _Call, batch: int | None = None, training: bool | None = False, gradients: bool = True
-    ) -> CapturedGraph | None:
-        options: dict[str, Any] = {"batch": batch, "call": call.name, "gradients": gradients}
+        self,
+        call: _Call,
+        batch: int | None = None,
+        training: bool | None = False,
+        grad_mode: GradMode = torch.enable_grad,
+    ) -> list[CapturedGraph]:
+        """The graph of a call; none where it cannot be captured, which is remembered if the model takes the call."""
+        options: dict[str, Any] = {"batch": batch, "call": call.name, "grad_mode": grad_mode}
         try:
-            return export(self._model, call.inputs, training, self._is_compound, **options)
-        except Exception:  # a call that cannot be captured is none that others are compared with
-            return None
+            return [export(self._model, call.inputs, training, self._is_compound, **options)]
+        except Exception:
+            if self._runs(call.inputs, training):
+                self._not_captured.append(call.name)
+            return []
 
     def _graphs(self, calls: Sequence[_Call], training: bool | None) -> list[CapturedGraph]:
         """The graphs of calls that no other graph stands for."""
@@ -264,9 +274,7 @@ class _Survey:
             if further:
                 found.append(self._required(call, training))
             elif not self._on_cpu() or self._runs(call.inputs, training):
-                graph = self._exported(call, training=training)
-                if graph is not None:
-                    found.append(graph)
+                found += self._exported(call, training=training)
         return found
 
     def _required(self, call: _Call, training: bool | None) -> CapturedGraph:
@@ -287,11 +295,11 @@ class _Survey:
         modes = [training] * _CALLS_IN_A_ROW
         with dry_runs(self._model, training) as dry_run:
             records = dry_run.in_a_row(inputs, modes)
-        self._in_a_row = max(2, len(records) - records.count(None))
+        self._in_a_row = max(2, sum(map(_is_clear, records)))
         numbers = []
         for number, record in enumerate(records[1:], 1):  # the second one may read other values than the first did
             known = self._rows if number == 1 else [records[0], *self._rows]
-            if (number == 1 or record) and not any(same(record, other) for other in known):
+            if (number == 1 or _is_clear(record)) and not any(same(record, other) for other in known):
                 numbers.append(number)
                 self._rows.append(record)
         found = [self._after(modes[:number], training, inputs) for number in numbers[:_MOST_LATER]]
@@ -335,13 +343,19 @@ class _Survey:
                 raise capture_error(self._model, failure) from failure
 
     def _without_gradients(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
-        """The graph of the call that records no gradients, where it is another one."""
-        call = calls[0]
-        with dry_runs(self._model, training=False, gradients=False) as dry_run:
-            if call.record is None or same(dry_run(call.inputs), call.record):
-                return []
-        graph = self._exported(replace(call, name="a call without gradients"), gradients=False)
-        return [] if graph is None else [graph]
+        """The graphs of the calls that record no gradients, where they are others."""
+        call, found = calls[0], list[CapturedGraph]()
+        known = [call.record]
+        for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
+            with dry_runs(self._model, training=False, grad_mode=grad_mode) as dry_run:
+                record = dry_run(call.inputs)
+            if not _is_clear(call.record) or same(record, call.record):
+                return found
+            if not any(same(record, other) for other in known):
+                known.append(record)
+                name = f"a call in torch.{grad_mode.__name__}"
+                found += self._exported(replace(call, name=name), grad_mode=grad_mode)
+        return found
 
     def _mixed_graphs(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
         """The graph of the model with its modules in the modes that they are in."""
@@ -349,8 +363,7 @@ class _Survey:
         with dry_runs(self._model, training=None) as dry_run:
             if same(dry_run(call.inputs), call.record):
                 return []
-        graph = self._exported(replace(call, name="the modes that its modules are in"), training=None)
-        return [] if graph is None else [graph]
+        return self._exported(replace(call, name="a call in the modes that its modules are in"), training=None)
 
     def _train_graphs(
         self, graph: CapturedGraph, calls: Sequence[_Call]
@@ -393,6 +406,9 @@ class _Survey:
             lines.append(f"inputs of other sizes too: {looked} were looked at")
         else:
             lines.append(f"inputs of the size {_shapes(self._given, anything)} alone: the model took no other one")
+        if self._not_captured:
+            names = "; ".join(dict.fromkeys(self._not_captured))
+            lines.append(f"all of this but {names}: the model takes that, but it could not be captured")
         leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))
         if leaves:
             looked = f"the first {self._in_a_row} calls" if self._in_a_row > 1 else "the first call"
@@ -422,6 +438,10 @@ def _trains(call: _Call) -> bool:
 def _tells(call: _Call, calls: Sequence[_Call]) -> bool:
     """Is the call not provably like a later one of these?"""
     return not any(alike(call.record, other.record) for other in calls[calls.index(call) + 1 :])
+
+
+def _is_clear(record: Record | None) -> bool:
+    return record is not None and record.is_clear
 
 
 def _ordinal(number: int) -> str:
