@@ -261,7 +261,7 @@ def test_the_modes_of_gradients_are_looked_at(asks: Callable[[], bool]) -> None:
 def test_a_call_that_cannot_be_captured_is_named() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.relu(m.a(x))
-        return m.head(h * len(str(h.tolist())) if len(x) == 2 else h)
+        return m.head(-h if len(x) == 2 and h.sum() > 9 else h)
 
     traced = dagpath.trace(make(forward), numbers(4, 5))
     assert "but a call with inputs of the sizes [2, 5]: the model takes that" in traced.explain()
