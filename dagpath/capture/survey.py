@@ -403,7 +403,7 @@ class _Survey:
         other = [call for call in calls if set(call.sizes) - set(batch_sizes(self._given, 1))]
         if other:
             looked = "; ".join(dict.fromkeys(_shapes(call.inputs, anything) for call in reversed(other)))
-            lines.append(f"inputs of other sizes too: {looked} were looked at")
+            lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the size {_shapes(self._given, anything)} alone: the model took no other one")
         if self._not_captured:
