@@ -203,6 +203,16 @@ CASES: dict[str, Case] = {
     "indexed by values": vectors(lambda m, x: m.head(m.a(x).gather(1, m.b(x).argsort(1))), 1),
     "added by index": vectors(lambda m, x: m.head(m.a(x).index_add(1, torch.tensor([3, 2, 1, 0]), m.b(x))), 4),
     "chosen by the input": vectors(lambda m, x: m.c(m.a(x).gather(1, x.argsort(1))), 1, c=layer(3, 2)),
+    "added by indices that repeat": vectors(  # the last of each place is zero
+        lambda m, x: m.head(m.a(x).index_add(1, torch.tensor([1, 3, 1, 3]), F.pad(m.b(x)[:, :2], (0, 2)))),
+        6,
+    ),
+    "added to zeros by indices that repeat": vectors(
+        lambda m, x: m.head(
+            F.pad(x[:, :1] * 0, (1, 2)).index_add(1, torch.tensor([1, 3, 1, 3]), F.pad(m.b(x)[:, :2], (0, 2)))
+        ),
+        3,
+    ),
     "added where the input says": vectors(  # the last unit of b is read by nothing
         lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), m.b(x)[:, :3], alpha=2)), 2
     ),
@@ -210,7 +220,8 @@ CASES: dict[str, Case] = {
         lambda m, x: m.head(F.pad(m.a(x)[:, :2], (0, 2)).index_add(1, x[0].argsort(), m.b(x)[:, :3])), 4
     ),
     "zeros added where the input says": vectors(
-        lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), torch.zeros_like(m.b(x))[:, :3])), 1
+        lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), torch.zeros_like(m.b(x))[:, :3])),
+        5,
     ),
     "read as another type": vectors(lambda m, x: m.head(m.a(x).view(torch.int64).to(x.dtype) * 2.0**-62 + m.b(x)), 0),
     "halves swapped": vectors(lambda m, x: m.head(relu(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4),

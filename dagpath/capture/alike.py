@@ -9,15 +9,33 @@ graph is captured and compared.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 
-from dagpath.capture.dry_run import Called, Place, Record, writes
+from dagpath.capture.dry_run import Called, Place, Record
 
 Shape = tuple[int, ...]
 
 _OF_A_SHAPE = ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
-"""What these make depends on the shape of their argument alone."""
+_VALUES_READ = {**dict.fromkeys(_OF_A_SHAPE, 0), "to": 1, **dict.fromkeys(("type_as", "expand_as", "view_as"), 1)}
+"""Of so many of their first operands, these functions read the values; of the others, the shape or the type."""
+
+
+class Source(enum.Enum):
+    """What decides the values of a tensor."""
+
+    INPUTS = enum.auto()
+    """The inputs: the tensor is even."""
+
+    NOTHING = enum.auto()
+    """They are the same in both calls."""
+
+    REPEATED = enum.auto()
+    """They are repeated along what grows, and otherwise the same in both calls."""
+
+    SIZES = enum.auto()
+    """The sizes: two calls may have anything."""
 
 
 def _calls(record: Record | None) -> list[Called] | None:
@@ -36,28 +54,54 @@ def alike(record: Record | None, other: Record | None) -> bool:
     calls, others = _calls(record), _calls(other)
     if calls is None or others is None or len(calls) != len(others):
         return False
-    known: dict[object, bool] = {}  # do the values depend on the inputs, or else not on the sizes?
-    depends: dict[object, bool] = {}  # do they depend on the inputs?
-
-    def is_known(place: Place) -> bool:
-        if isinstance(place.origin, tuple) and place.origin[0] != "object":
-            return place.origin[0] == "input" or known.get(place.origin, False)
-        return True
-
+    sources = _Sources()
     for number, (call, grown) in enumerate(zip(calls, others, strict=True), 1):
         if not _match(call, grown):
             return False
-        pair = _Pair(call, grown, is_known)
+        pair = _Pair(call, grown)
         rule = _RULES.get(call.name if call.name.endswith("__") else call.name.rstrip("_"))
-        if not (pair.is_constant() or (rule is not None and rule(pair))):
+        read = {sources.of(place) for place, _ in pair.tensors[: _VALUES_READ.get(call.name)]}
+        if Source.SIZES in read or not (pair.is_equal() or (rule is not None and rule(pair))):
             return False
-        reads = [place for place, _ in pair.tensors if call.name not in _OF_A_SHAPE]
-        data = any(isinstance(place.origin, tuple) and place.origin[0] == "input" for place in reads)
-        data = data or any(depends.get(place.origin, False) for place in reads)
-        for position in range(len(call.results) + 1):
-            known[number, position] = data or pair.is_constant()
-            depends[number, position] = data
+        sources.know(call, number, _source_of_result(pair, rule, read))
     return True
+
+
+def _source_of_result(pair: _Pair, rule: _Rule | None, read: set[Source]) -> Source:
+    if Source.INPUTS in read:
+        return Source.INPUTS
+    if pair.is_equal():
+        return Source.NOTHING
+    repeats = rule is _fills or (read and rule in _KEEP_WHAT_IS_REPEATED)
+    return Source.REPEATED if repeats else Source.SIZES
+
+
+class _Sources:
+    """What decides the values of each tensor, after the calls so far."""
+
+    def __init__(self) -> None:
+        self._results: dict[object, Source] = {}
+        self._written: dict[int, Source] = {}
+
+    def of(self, place: Place) -> Source:
+        if place.storage in self._written:
+            return self._written[place.storage]
+        kind = place.origin[0] if isinstance(place.origin, tuple) else "parameter"
+        if isinstance(kind, int):
+            return self._results[place.origin]
+        return {"input": Source.INPUTS, "parameter": Source.NOTHING, "object": Source.NOTHING}.get(kind, Source.SIZES)
+
+    def know(self, call: Called, number: int, source: Source) -> None:
+        """The results of a call have this source, and so has the memory that it writes to, whichever view is read."""
+        for place in call.written:
+            before = {self.of(place), source} if not place.whole else {source}
+            self._written[place.storage] = max(before, key=_STRENGTH.index)
+        for position in range(len(call.results) + 1):
+            self._results[number, position] = source
+
+
+_STRENGTH = [Source.NOTHING, Source.REPEATED, Source.INPUTS, Source.SIZES]
+"""A memory that was written to in part has the last of the sources of its parts."""
 
 
 def _match(call: Called, other: Called) -> bool:
@@ -67,10 +111,9 @@ def _match(call: Called, other: Called) -> bool:
     for leaf, grown in zip(call.leaves, other.leaves, strict=True):
         if isinstance(leaf, Place) != isinstance(grown, Place):
             return False
-        if isinstance(leaf, Place) and (leaf.origin, len(leaf.shape)) != (grown.origin, len(grown.shape)):
+        if isinstance(leaf, Place) and leaf.where() != grown.where():
             return False
-    if writes(call.name) and call.leaves and isinstance(call.leaves[0], Place):
-        part, grown = call.leaves[0], other.leaves[0]
+    for part, grown in zip(call.written, other.written, strict=True):
         if not (part.whole and grown.whole) and (part.shape, part.memory) != (grown.shape, grown.memory):
             return False  # what is written to is a part of what grows
     return all(len(shape) == len(grown) for shape, grown in zip(call.results, other.results, strict=True))
@@ -84,24 +127,18 @@ class _Pair:
         shapes: the shapes of those.
         numbers: all other arguments.
         results: the shapes that they return.
-        is_known: do the values of a tensor depend on the inputs, or else not on the sizes?
     """
 
-    def __init__(self, call: Called, other: Called, is_known: Callable[[Place], bool]) -> None:
+    def __init__(self, call: Called, other: Called) -> None:
         pairs = list(zip(call.leaves, other.leaves, strict=True))
         self.tensors = [(a, b) for a, b in pairs if isinstance(a, Place)]
         self.shapes = [(a.shape, b.shape) for a, b in self.tensors]
         self.numbers = [(a, b) for a, b in pairs if not isinstance(a, Place)]
         self.results = list(zip(call.results, other.results, strict=True))
-        self.is_known = is_known
 
-    def is_constant(self) -> bool:
-        """Does nothing grow, and does no value depend on what does?"""
-        return (
-            self.same_numbers()
-            and all(self.is_known(place) for place, _ in self.tensors)
-            and all(a == b for a, b in [*self.shapes, *self.results])
-        )
+    def is_equal(self) -> bool:
+        """Are the arguments of one size, and the results?"""
+        return self.same_numbers() and all(a == b for a, b in [*self.shapes, *self.results])
 
     def same_numbers(self) -> bool:
         return all(type(a) is type(b) and a == b for a, b in self.numbers)
@@ -109,6 +146,9 @@ class _Pair:
     def grows(self, start: int = 0) -> bool:
         """Does any of the tensors from this position on grow?"""
         return any(a != b for a, b in self.shapes[start:])
+
+
+_Rule = Callable[[_Pair], bool]
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -158,12 +198,18 @@ def _elementwise(pair: _Pair) -> bool:
     return pair.same_numbers() and all(_broadcasts(pair.shapes, result) for result in pair.results)
 
 
-def _of_a_shape(pair: _Pair) -> bool:
-    """Constants in a shape that is given: fixed whatever they are, or zeros."""
+def _fills(pair: _Pair) -> bool:
+    """One number everywhere, in a shape that is given."""
     return True
 
 
-def _outputs(pair: _Pair) -> bool:
+def _of_a_shape(pair: _Pair) -> bool:
+    """Constants that depend on a shape."""
+    return True
+
+
+def _as_it_is(pair: _Pair) -> bool:
+    """What grows stays where it is, or whole dimensions change their places, or positions are mixed."""
     return pair.same_numbers()
 
 
@@ -183,11 +229,6 @@ def _regroups(pair: _Pair) -> bool:
             ):
                 return False
     return True
-
-
-def _moves(pair: _Pair) -> bool:
-    """Whole dimensions change their places, or slices of them are taken, in the same way."""
-    return pair.same_numbers()
 
 
 def _expands(pair: _Pair) -> bool:
@@ -216,19 +257,16 @@ def _splits(pair: _Pair) -> bool:
     """Parts along a dimension that does not grow: they have the sizes of the whole but for that one."""
     if not pair.same_numbers() or not pair.results:
         return False
+    dims = [
+        dim for dim, (size, part) in enumerate(zip(pair.shapes[0][0], pair.results[0][0], strict=True)) if size != part
+    ]
     grows = _grown(*pair.shapes[0])
-    parts = [_grown(*result) for result in pair.results]
-    return all(sum(part) == sum(grows) for part in parts)
+    return all(_grown(*result) == grows for result in pair.results) and not any(grows[dim] for dim in dims)
 
 
 def _indexes(pair: _Pair) -> bool:
-    """The same indices; tensors among them depend on the inputs, which fixes what they index, or not on the sizes."""
-    return pair.same_numbers() and all(pair.is_known(index) for index, _ in pair.tensors[1:]) and not pair.grows(1)
-
-
-def _looks_up(pair: _Pair) -> bool:
-    """Rows of a table that does not grow, chosen by the inputs, or by what does not depend on the sizes."""
-    return pair.same_numbers() and pair.is_known(pair.tensors[0][0]) and not pair.grows(1)
+    """The same indices, or such as depend on the inputs, which fixes what they index; or rows of a table."""
+    return pair.same_numbers() and not pair.grows(1)
 
 
 def _layer(channels: Callable[[Shape, Shape], int]) -> Callable[[_Pair], bool]:
@@ -247,11 +285,6 @@ def _layer(channels: Callable[[Shape, Shape], int]) -> Callable[[_Pair], bool]:
 def _mixes(pair: _Pair) -> bool:
     """Entries are summed or chosen from along dimensions: those that grow are even."""
     return pair.same_numbers() if len(pair.shapes) == 1 else _elementwise(pair)
-
-
-def _attends(pair: _Pair) -> bool:
-    """Positions are mixed by attention; its parameters do not grow."""
-    return pair.same_numbers()
 
 
 def _pads(pair: _Pair) -> bool:
@@ -281,60 +314,41 @@ def _resizes(pair: _Pair) -> bool:
     return x[1:2] == grown[1:2] and (pair.same_numbers() or all(positions))
 
 
-_RULES: dict[str, Callable[[_Pair], bool]] = {}
-for _rule, _names in (
-    (
-        _elementwise,
-        "relu leaky_relu prelu rrelu add sub mul div neg abs sigmoid tanh gelu silu mish elu selu celu exp log",
-    ),
-    (
-        _elementwise,
-        "log1p sqrt rsqrt pow square reciprocal clamp clamp_min clamp_max hardtanh relu6 hardswish hardsigmoid",
-    ),
-    (
-        _elementwise,
-        "softplus logsigmoid softsign where maximum minimum lt le gt ge eq ne logical_and logical_or logical_not",
-    ),
-    (
-        _elementwise,
-        "bitwise_and bitwise_or bitwise_not dropout dropout1d dropout2d dropout3d to type_as float double half",
-    ),
-    (_elementwise, "bfloat16 contiguous clone detach alias masked_fill zeros_like ones_like empty_like isnan isinf"),
-    (
-        _elementwise,
-        "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __itruediv__",
-    ),
-    (
-        _elementwise,
-        "__neg__ __abs__ __pow__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __invert__ __and__ __or__ data grad",
-    ),
-    (_elementwise, "true_divide multiply subtract negative erf sin cos floor ceil round sign long int bool"),
-    (_of_a_shape, "zeros ones empty new_zeros new_ones new_empty arange linspace size dim numel stride"),
-    (_outputs, "output"),
-    (_of_a_shape, "__len__ is_floating_point is_complex element_size nelement ndimension is_contiguous storage_offset"),
-    (_regroups, "view reshape flatten unflatten view_as reshape_as ravel"),
-    (_moves, "permute transpose t swapaxes swapdims movedim moveaxis unsqueeze squeeze flip T mT H mH"),
-    (_moves, "channel_shuffle pixel_shuffle pixel_unshuffle"),
-    (_expands, "expand expand_as broadcast_to"),
-    (_joins, "cat concat concatenate"),
-    (_stacks, "stack"),
-    (_splits, "chunk split split_with_sizes tensor_split unbind"),
-    (_indexes, "__getitem__ select narrow"),
-    (_looks_up, "embedding"),
-    (_layer(lambda x, weight: -1), "linear layer_norm rms_norm"),
-    (
-        _layer(lambda x, weight: 1 - len(weight)),
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    ),
-    (_layer(lambda x, weight: 1), "batch_norm group_norm instance_norm"),
-    (_mixes, "mean sum amax amin max min std var softmax log_softmax logsumexp norm argmax argmin cumsum any all"),
-    (_mixes, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d"),
-    (_mixes, "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
-    (_mixes, "normalize"),
-    (_multiplies, "matmul bmm mm __matmul__"),
-    (_attends, "scaled_dot_product_attention multi_head_attention_forward"),
-    (_pads, "pad"),
-    (_of_a_shape, "_assert"),
-    (_resizes, "interpolate upsample"),
-):
-    _RULES.update(dict.fromkeys(_names.split(), _rule))
+_KEEP_WHAT_IS_REPEATED = (_elementwise, _regroups, _expands, _joins, _stacks, _splits, _indexes)
+
+_NAMES: dict[_Rule, str] = {
+    _elementwise: """
+        relu leaky_relu prelu rrelu sigmoid tanh gelu silu mish elu selu celu hardtanh relu6 hardswish hardsigmoid
+        softplus logsigmoid softsign dropout dropout1d dropout2d dropout3d add sub mul div neg abs true_divide multiply
+        subtract negative exp log log1p sqrt rsqrt pow square reciprocal erf sin cos floor ceil round sign clamp
+        clamp_min clamp_max where maximum minimum masked_fill lt le gt ge eq ne logical_and logical_or logical_not
+        bitwise_and bitwise_or bitwise_not isnan isinf to type_as float double half bfloat16 long int bool contiguous
+        clone detach alias data grad __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__
+        __truediv__ __itruediv__ __neg__ __abs__ __pow__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __invert__ __and__
+        __or__""",
+    _fills: "zeros ones empty new_zeros new_ones new_empty zeros_like ones_like empty_like",
+    _of_a_shape: """
+        arange linspace size dim numel stride __len__ is_floating_point is_complex element_size nelement ndimension
+        is_contiguous storage_offset _assert""",
+    _regroups: "view reshape flatten unflatten view_as reshape_as ravel",
+    _as_it_is: """
+        permute transpose t swapaxes swapdims movedim moveaxis unsqueeze squeeze flip T mT H mH unbind output
+        channel_shuffle scaled_dot_product_attention multi_head_attention_forward""",
+    _expands: "expand expand_as broadcast_to",
+    _joins: "cat concat concatenate",
+    _stacks: "stack",
+    _splits: "chunk split split_with_sizes tensor_split",
+    _indexes: "__getitem__ select narrow embedding",
+    _layer(lambda x, weight: -1): "linear layer_norm rms_norm",
+    _layer(lambda x, weight: 1 - len(weight)): """
+        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""",
+    _layer(lambda x, weight: 1): "batch_norm group_norm instance_norm",
+    _mixes: """
+        mean sum amax amin max min std var softmax log_softmax logsumexp norm normalize argmax argmin cumsum any all
+        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+        adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    _multiplies: "matmul bmm mm __matmul__",
+    _pads: "pad",
+    _resizes: "interpolate upsample",
+}
+_RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -57,14 +57,20 @@ class Place:
     Attributes:
         origin: the parameter, buffer, input, call or object that it is, or the number of what a call before left.
         shape: its shape.
-        memory: the bytes of the memory that it is a view of.
+        storage: which memory it is a view of, by a number.
+        memory: the bytes of that memory.
         whole: is it all of that memory?
     """
 
     origin: object
     shape: tuple[int, ...]
+    storage: int
     memory: int
     whole: bool
+
+    def where(self) -> tuple[object, ...]:
+        """All of it that does not depend on sizes."""
+        return self.origin, self.storage, len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,14 @@ class Called:
         leaves: its arguments as a flat list, with a :class:`Place` for each tensor.
         structure: how they are arranged.
         results: the shapes that it returns.
+        written: the tensors that it writes to.
     """
 
     name: str
     leaves: list[Any]
     structure: Any
     results: tuple[tuple[int, ...], ...] = ()
+    written: tuple[Place, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Called) and self._facts() == other._facts()
@@ -89,7 +97,7 @@ class Called:
     __hash__ = None  # type: ignore[assignment]
 
     def _facts(self) -> tuple[Any, ...]:
-        return self.name, self.structure, [(type(leaf), leaf) for leaf in self.leaves], self.results
+        return self.name, self.structure, [(type(leaf), leaf) for leaf in self.leaves], self.results, self.written
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ class _Recorder(TorchFunctionMode):
         self._twins: dict[int, Tensor] = {}
         self._known: dict[int, object] = {}
         self._own: set[int] = set()
+        self._storages: dict[int, int] = {}
         self._buffers: set[int] = set()
         self._device: torch.device | None = None
         for name, tensor in model.named_parameters():
@@ -242,14 +251,17 @@ class _Recorder(TorchFunctionMode):
     def _leaf(self, leaf: Any) -> Any:
         leaf = self.twin(leaf)
         if isinstance(leaf, Tensor):
-            memory = leaf.untyped_storage().nbytes()
-            return Place(self._known[id(leaf)], tuple(leaf.shape), memory, memory == leaf.numel() * leaf.element_size())
+            storage = leaf.untyped_storage()
+            number = self._storages.setdefault(storage._cdata, len(self._storages))  # all are kept alive
+            bytes_ = leaf.numel() * leaf.element_size()
+            return Place(self._known[id(leaf)], tuple(leaf.shape), number, storage.nbytes(), storage.nbytes() == bytes_)
         if not isinstance(leaf, _PLAIN):
             raise UnclearError(f"an argument of type {type(leaf).__name__}")
         return (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
+        is_operator = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+        name = str(func) if is_operator else getattr(func, "__name__", str(func))
         if name == "__get__":
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             if attribute in _GETTERS:
@@ -277,9 +289,12 @@ class _Recorder(TorchFunctionMode):
             result = torch.empty_like(args[0])
         else:
             self.note(name, (args, kwargs))
+            places = [self._leaf(tensor) for tensor in written]
             if func is Tensor.__setitem__:  # what is written to is a part of the tensor
-                part = self.calls[-1].leaves
-                part[0] = replace(part[0], shape=tuple(args[0][args[1]].shape))
+                places[0] = self.calls[-1].leaves[0] = replace(
+                    places[0], shape=tuple(args[0][args[1]].shape), whole=False
+                )
+            self.calls[-1] = replace(self.calls[-1], written=tuple(places))
             result = func(*args, **kwargs)
         result = pytree.tree_map_only(Tensor, lambda leaf: leaf if leaf.is_meta else self.fresh_twin(leaf), result)
         returned = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

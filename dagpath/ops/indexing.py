@@ -111,10 +111,9 @@ class IndexAdd(Operation):
         except NotConstantError:
             shared = flow.mix(x, [dim % x.ndim], _ADDED), flow.mix(source, [dim % source.ndim], _ADDED)
             return flow.join(*shared, _ADDED).expand(call.output.shape)
-        met = x.index_select(dim, index)
-        flow.tie(met, source, "a sum")
-        result = x.index_copy(dim, index, torch.where(met == ZERO, source, met))
+        result = x.index_reduce(dim, index, source, "amax")  # where indices repeat, zeros change nothing
         flow.tie(result.index_select(dim, index), source, "a sum")
+        flow.tie(result, x, "a sum")
         return expanded(result)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:
