@@ -8,9 +8,13 @@ values, so none of them may stay there; and what one call leaves behind, the nex
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
+import operator
 import random
 import sys
 import types
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +25,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Contents = dict[Any, Any]
 Place = tuple[Any, ...]
@@ -35,6 +40,8 @@ _CONTAINERS = {"builtins", "collections", "types", "weakref", "_weakrefset", "_t
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
 _MOST_ENTRIES = 10_000
 """What is inside of longer containers is not looked at (a data set, say); their contents are put back all the same."""
+_MOST_BYTES = 1 << 26
+"""Larger arrays are not put back."""
 _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 
 
@@ -52,15 +59,14 @@ class _Kept:
     contents: Contents
 
     def is_same(self) -> bool:
-        return self.difference() is None
+        return self.difference(lambda value, saved: value is saved) is None
 
-    def difference(self) -> Place | None:
+    def difference(self, same: Callable[[Any, Any], bool]) -> Place | None:
         """The first place where something else is now."""
         now = self.read()
         for (key, value), (other, saved) in zip(now.items(), self.contents.items(), strict=False):
-            if not (key == other if type(key) is int else key is other):
-                return self.place, self.form, key
-            if not (value is saved or (isinstance(value, _State) and value == saved)):
+            is_key = key == other if type(key) is int else key is other
+            if not (is_key and (same(value, saved) or (isinstance(value, _State) and value == saved))):
                 return self.place, self.form, key
         if len(now) != len(self.contents):
             longer = max(now, self.contents, key=len)
@@ -68,8 +74,27 @@ class _Kept:
         return None
 
 
+def _is_alike(value: Any, saved: Any) -> bool:
+    """Is it the same for a call that reads it? Lists of the same objects are, and references to one object."""
+    if isinstance(value, weakref.ref) and isinstance(saved, weakref.ref):
+        return True  # a module that keeps such to its own parameters makes them anew
+    if isinstance(value, (list, tuple)) and type(value) is type(saved):
+        return len(value) == len(saved) and all(map(_is_alike, value, saved))
+    return value is saved
+
+
 class _State(str):
     """A state that is equal where it is written alike."""
+
+
+_SECOND_LISTS = ("_flat_weights", "_flat_weight_refs")
+"""Where recurrent layers of PyTorch keep their parameters once more."""
+
+_Iterators: tuple[type, ...] = (
+    types.GeneratorType,
+    itertools.count,
+    *(type(iter(part)) for part in ([], (), {}, range(0))),
+)
 
 
 class Reach:
@@ -92,7 +117,7 @@ class Reach:
         self._kept: list[_Kept] = []
         self._generators: list[_Kept] = []
         seen: dict[int, Any] = {}
-        waiting: deque[tuple[Place, Any]] = deque([((), model), (("the inputs",), inputs)])
+        waiting: deque[tuple[Place, Any]] = deque([((), model), (("the inputs",), inputs), *_global_hooks()])
         while waiting:
             path, value = waiting.popleft()
             if isinstance(value, _PLAIN) or id(value) in seen:
@@ -100,8 +125,7 @@ class Reach:
             seen[id(value)] = value  # an id is only known while its object lives
             if isinstance(value, Tensor):
                 self.tensors[id(value)] = path, value
-                if isinstance(value, nn.Parameter) or vars(value):
-                    waiting.extend(self._of_attributes(path, vars(value)))
+                waiting.extend(self._of_tensor(path, value))
             else:
                 waiting.extend(self._parts(path, value))
 
@@ -115,7 +139,13 @@ class Reach:
 
     def changes(self) -> list[str]:
         """Where something holds another object than it did, a few places."""
-        return sorted({_text(place) for kept in self._kept if (place := kept.difference()) is not None})[:3]
+        return sorted(
+            {
+                _text(place)
+                for kept in self._kept
+                if (place := kept.difference(_is_alike)) and place[-1] not in _SECOND_LISTS
+            }
+        )[:3]
 
     def is_drawn(self) -> bool:
         """Did Python's or NumPy's generators of random numbers move?"""
@@ -169,6 +199,8 @@ class Reach:
             found = self._keep(path, *_stateful(value), "{}")
             self._generators += self._kept[-1:] if not isinstance(value, (torch.Generator, ContextVar)) else []
             return found
+        if isinstance(value, _Iterators):  # which cannot be put back: that a call moves them is said
+            return self._keep(path, lambda: {0: _State(_position(value))}, lambda _: None, "{}")
         if isinstance(value, numpy.ndarray):
             return self._of_array(path, value)
         if isinstance(value, (bytearray, array)):
@@ -180,9 +212,25 @@ class Reach:
     def _of_attributes(self, path: Place, attributes: dict[str, Any]) -> Found:
         return self._keep(path, lambda: dict(attributes), functools.partial(_refill, attributes), "{}.{}")
 
+    def _of_tensor(self, path: Place, tensor: Tensor) -> Found:
+        """Attributes, the gradient and hooks; those of a tensor without values are PyTorch's own."""
+        if isinstance(tensor, FakeTensor):
+            return
+        if isinstance(tensor, nn.Parameter) or vars(tensor):
+            yield from self._of_attributes(path, vars(tensor))
+        if tensor.is_leaf:
+            yield from self._keep(
+                path, lambda: {0: tensor.grad}, lambda contents: setattr(tensor, "grad", contents[0]), "{}.grad"
+            )
+        if tensor.requires_grad:
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                read, write = functools.partial(_hooks, tensor, name), functools.partial(_set_hooks, tensor, name)
+                yield from self._keep(path, read, write, "{}." + name)
+
     def _of_object(self, path: Place, value: Any) -> Found:
         kind = type(value)
         if not (isinstance(value, nn.Module) or is_users(kind.__module__) or kind.__module__ in _CONTAINERS):
+            yield from self._of_librarys_object(path, value)
             return
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
@@ -196,6 +244,18 @@ class Reach:
             )
         yield from (((base.__name__,), base) for base in kind.__mro__ if is_users(base.__module__))
 
+    def _of_librarys_object(self, path: Place, value: Any) -> Found:
+        """What an object of a library holds that a user's object holds (an optimizer, a namespace, a logger): but for
+        further objects of libraries, which lead into all of the library.
+        """
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            for place, part in self._of_attributes(path, attributes):
+                if isinstance(part, (dict, list, set, deque, tuple, Tensor, nn.Module)) or is_users(
+                    type(part).__module__
+                ):
+                    yield place, part
+
     def _of_class(self, kind: type) -> Found:
         def read() -> Contents:
             return {name: part for name, part in vars(kind).items() if not _is_special(name)}
@@ -207,20 +267,21 @@ class Reach:
                 if vars(kind).get(name) is not part:
                     type.__setattr__(kind, name, part)
 
-        return self._keep((kind.__name__,), read, write, "{}.{}")
+        yield from self._keep((kind.__name__,), read, write, "{}.{}")
+        for name, part in list(vars(kind).items()):
+            if _is_special(name) and isinstance(part, types.FunctionType):
+                yield (kind.__name__,), part
 
     def _of_function(self, function: types.FunctionType) -> Found:
         name = function.__name__
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             write = functools.partial(_fill_cell, cell)
             yield from self._keep((f"{variable} of {name}",), functools.partial(_cell, cell), write, "{}")
-        for part in (function.__defaults__, function.__kwdefaults__, function.__dict__):
-            yield (f"the defaults of {name}",), part
         if is_users(function.__module__):
+            for part in (function.__defaults__, function.__kwdefaults__, function.__dict__):
+                yield (f"the defaults of {name}",), part
             named = _names(function.__code__)
-            scope = function.__globals__
-            modules = [part for key in named if isinstance(part := scope.get(key), types.ModuleType)]
-            for variables in (scope, *(vars(module) for module in modules if is_users(module.__name__))):
+            for variables in (function.__globals__, *map(vars, _modules(function, named))):
                 yield from self._of_globals(variables, [key for key in named if not _is_special(key)])
 
     def _of_globals(self, variables: dict[str, Any], names: list[str]) -> Found:
@@ -235,17 +296,17 @@ class Reach:
         return self._keep((str(variables.get("__name__", "")),), read, write, "{}.{}")
 
     def _of_bytes(self, path: Place, values: Any) -> Found:
-        if len(values) > _MOST_ENTRIES:
+        if len(values) > _MOST_BYTES:
             return iter(())
         saved = values[:]
 
         def write(_: Contents) -> None:
             values[:] = saved
 
-        return self._keep(path, lambda: {0: _State(values)}, write, "{}")
+        return self._keep(path, lambda: {0: _State(hashlib.sha1(bytes(values)).hexdigest())}, write, "{}")
 
     def _of_array(self, path: Place, array: Any) -> Found:
-        if array.size > _MOST_ENTRIES:
+        if array.nbytes > _MOST_BYTES:
             return iter(())
         if array.dtype == object:
             flat = array.reshape(-1)
@@ -257,9 +318,48 @@ class Reach:
         saved = array.copy()
 
         def read() -> Contents:
-            return {0: _State(array.tobytes())}
+            return {0: _State(hashlib.sha1(array.tobytes()).hexdigest())}
 
         return self._keep(path, read, lambda _: numpy.copyto(array, saved), "{}")
+
+
+def _position(iterator: Any) -> str:
+    """How far an iterator came, in a text."""
+    if isinstance(iterator, types.GeneratorType):
+        return (
+            f"{iterator.gi_frame and iterator.gi_frame.f_lasti} {iterator.gi_frame and id(iterator.gi_frame.f_locals)}"
+        )
+    return f"{operator.length_hint(iterator)} {iterator!r}"
+
+
+def _global_hooks() -> list[tuple[Place, Any]]:
+    """Hooks of all modules there are."""
+    names = [name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")]
+    return [((name,), getattr(torch.nn.modules.module, name)) for name in names]
+
+
+def _modules(function: types.FunctionType, named: list[str]) -> list[types.ModuleType]:
+    """The user's modules that a function's code names: by what it imports, as globals, and inside of those."""
+    found = {name: sys.modules[name] for name in named if name in sys.modules and is_users(name)}
+    scopes = [function.__globals__, *map(vars, found.values())]
+    while scopes:
+        scope = scopes.pop()
+        for name in named:
+            part = scope.get(name)
+            if isinstance(part, types.ModuleType) and is_users(part.__name__) and part.__name__ not in found:
+                found[part.__name__] = part
+                scopes.append(vars(part))
+    return list(found.values())
+
+
+def _hooks(tensor: Tensor, name: str) -> Contents:
+    return dict(getattr(tensor, name, None) or {})
+
+
+def _set_hooks(tensor: Tensor, name: str, contents: Contents) -> None:
+    hooks = getattr(tensor, name)
+    hooks.clear()
+    hooks.update(contents)
 
 
 def is_users(module: str | None) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dagpath.distributed import imported, is_spread, reshard
+from dagpath.distributed import imported, is_spread, own, reshard
 from dagpath.reach import Reach
 
 GradMode = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -100,7 +100,7 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     others = {id(parameter) for parameter in model.parameters()}
     plain = {key: tensor for key, (_, tensor) in reach.tensors.items() if key not in others and _is_copied(tensor)}
     written = {**parameters, **{id(buffer): buffer for buffer in model.buffers()}, **plain}
-    values = [(tensor, tensor.detach().clone()) for tensor in written.values()]
+    values = [(tensor, own(tensor).detach().clone()) for tensor in written.values()]
     derived = {key for key, tensor in written.items() if tensor.grad_fn is not None}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), python_random_state():
@@ -118,10 +118,11 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
                 for tensor, value in values:
                     if tensor.grad_fn is not None and id(tensor) not in derived:
                         tensor.detach_()
-                    if not tensor.is_meta and not _is_equal(tensor, value):
-                        if tensor.shape != value.shape:
-                            tensor.resize_(value.shape)
-                        tensor.copy_(value)
+                    local = own(tensor)
+                    if not local.is_meta and not _is_equal(local, value):
+                        if local.shape != value.shape:
+                            local.resize_(value.shape)
+                        local.copy_(value)
 
 
 _MOST_BYTES = 1 << 28
@@ -141,16 +142,25 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
     with a largest norm). Parameters that have no values here, or parts of them alone, are left out.
     """
     named = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not is_spread(p)]
-    saved = [parameter.detach().clone() for _, parameter in named]
+    saved = [(parameter.data, parameter.detach().clone()) for _, parameter in named]
     written: list[str] = []
     try:
         yield written
     finally:
         with torch.no_grad():
-            for (name, parameter), value in zip(named, saved, strict=True):
+            for (name, parameter), (memory, value) in zip(named, saved, strict=True):
+                if _address(parameter) != _address(memory):
+                    parameter.data = memory
+                    written.append(name)
                 if not bool(((parameter == value) | (value != value)).all()):
                     parameter.copy_(value)
                     written.append(name)
+        written[:] = dict.fromkeys(written)
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor lies, where it has an address (a sparse one has none)."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else None
 
 
 def has_mixed_modes(model: nn.Module) -> bool:

@@ -319,6 +319,12 @@ def trace(
             "are exact in eval mode only, if train mode uses parameters that eval mode does not",
             stacklevel=2,
         )
+    if captured.not_captured:
+        warnings.warn(
+            f"{type(model).__name__} takes calls that could not be captured: {'; '.join(captured.not_captured)}; "
+            "rescalings are not exact for these, if they use neurons in another way than the others do",
+            stacklevel=2,
+        )
     return TracedModel(model, captured, neurons, time.perf_counter() - start, peers)
 
 

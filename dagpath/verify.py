@@ -64,16 +64,23 @@ class Verification:
         self._traced = traced
         self._peers = traced.peers
         self._model = traced.model
-        captured = traced.captured
-        self._checks = [Check(inputs, False) for inputs in (given, *more)]
+        with traced.peers.together():
+            self._checks = self._calls(given, more)
+        kinds = [(check.training, check.optional) for check in self._checks]
+        traced.peers.require_same("the calls to compare", str(kinds))
+
+    def _calls(self, given: Any, more: Sequence[Any]) -> list[Check]:
+        captured = self._traced.captured
+        checks = [Check(inputs, False) for inputs in (given, *more)]
         if captured.train is not None or captured.train_failure:
             trained = given if common_batch(given) != 1 else with_batch(given, 2)
-            self._checks.append(Check(trained, True, optional=bool(captured.train_failure)))
+            checks.append(Check(trained, True, optional=bool(captured.train_failure)))
         if has_mixed_modes(self._model):
-            self._checks.append(Check(given, None, optional=True))
+            checks.append(Check(given, None, optional=True))
         if captured.sizes:
             smallest = min((resized(given, sizes) for sizes in captured.sizes), key=_num_entries)
-            self._checks.append(Check(smallest, False, optional=True))
+            checks.append(Check(smallest, False, optional=True))
+        return checks
 
     def _run(self, check: Check) -> list[Tensor]:
         written = self._traced.captured.written
@@ -111,7 +118,8 @@ class Verification:
                 found = [_Difference(a, b) for a, b in zip(check.before, after, strict=True)]
                 tolerances = self._tolerances(check) if not rescaling.power_of_two else [0.0] * len(found)
                 excess = [diff.excess(limit) for diff, limit in zip(found, tolerances, strict=True)]
-            if self._peers.largest(float(any(excess))) and not self._is_noise(check, after, found, tolerances):
+            is_wrong = bool(self._peers.largest(float(any(excess))))
+            if is_wrong and (rescaling.power_of_two or not self._is_noise(check, after, found, tolerances)):
                 raise self._error(check, found, tolerances, rescaling)
             difference = self._peers.largest(max((diff.relative for diff in found), default=0.0))
             compared = any(diff.is_finite for diff in found) and not check.optional
@@ -131,7 +139,7 @@ class Verification:
                     f"of {counted(total, 'output')} in {where} {undefined} are NaN and {finite} finite, before and "
                     f"after rescaling: {'the others were' if finite else 'nothing was'} compared; pass example inputs "
                     "on which the outputs are finite",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
     def _tolerances(self, check: Check) -> list[float]:
@@ -146,12 +154,14 @@ class Verification:
         everywhere = {parameter.dtype for parameter in self._model.parameters()}
         return [
             max(_TOLERANCES.get(dtype, 0.0) for dtype in {output.dtype, *chosen, *(found or everywhere)})
+            if output.is_floating_point() or output.is_complex()
+            else 0.0  # indices, say
             for output, found in zip(check.before, types, strict=True)
         ]
 
     def _is_noise(self, check: Check, after: list[Tensor], found: list[_Difference], tolerances: list[float]) -> bool:
         """Do channels differ by no more than a few times what rounding every parameter makes of them?"""
-        if not (any(tolerances) and has_all_values(self._model)):
+        if not has_all_values(self._model):
             return False
         noise = [torch.zeros_like(diff.error) for diff in found]
         generator = torch.Generator().manual_seed(0)

@@ -157,10 +157,10 @@ def test_what_code_can_reach_comes_back(name: str) -> None:
     traced = dagpath.trace(net, X)
     assert state(net) == before
     del traced
-    assert len(survivors()) == there
+    assert len(survivors()) <= there
     dagpath.rescale_(net, X)
     assert state(net) == before
-    assert len(survivors()) == there
+    assert len(survivors()) <= there
     assert type(table(6)) is Tensor
     assert not table(6).is_meta
 
@@ -193,7 +193,7 @@ def test_hooks_keep_what_they_saw() -> None:
     dagpath.rescale_(net, X)
     assert seen["relu"] is kept
     assert len(values) == count
-    assert len(survivors()) == there
+    assert len(survivors()) <= there
 
 
 def test_a_hook_that_counts_in_a_closure_counts_its_own_calls() -> None:

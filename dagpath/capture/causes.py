@@ -99,6 +99,13 @@ def check_model(model: nn.Module) -> None:
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise CaptureError(f"the parameter {lazy[0]!r} has no shape yet: run the model once before tracing it")
+    if {id(parameter) for parameter in model.parameters()} != {
+        id(parameter) for _, parameter in model.named_parameters()
+    }:
+        raise CaptureError(
+            f"{type(model).__name__} overrides parameters() or named_parameters(), and they give different parameters: "
+            "only where they agree can the parameters be told by their names"
+        )
     named: Iterator[tuple[str, Tensor]] = iter([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in named:
         if tensor.is_inference():

@@ -9,6 +9,8 @@ through (values, random decisions, arguments of unknown types) makes it fail.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +46,10 @@ _GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_
 _ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 """Attributes that would tell the code of a model that it is run on the meta device, and the type of device they ask
 for."""
+
+
+_NO_VALUES = re.compile(r"\bmeta tensors?\b|'Meta' backend|\bmeta device\b|aten::_local_scalar_dense")
+"""How PyTorch says that a tensor has no values."""
 
 
 class UnclearError(Exception):
@@ -108,12 +114,14 @@ class Record:
         calls: the calls, and a last one named ``"output"`` of what the model returns.
         kept: the tensors whose identities stand in the calls, kept alive.
         changes: where the call left something behind, a few places.
+        asks_for_gradients: did the forward ask whether gradients are recorded?
         is_clear: did the dry run come to its end? Else nothing is known of the call, nor whether the model takes it.
     """
 
     calls: list[Called]
     kept: list[Any]
     changes: tuple[str, ...] = ()
+    asks_for_gradients: bool = False
     is_clear: bool = True
 
 
@@ -156,7 +164,7 @@ class DryRuns:
         except (UnclearError, NotImplementedError):
             return Record([], [], is_clear=False)
         except Exception as error:  # a model refuses inputs in many ways
-            return Record([], [], is_clear=False) if "meta" in str(error) else None
+            return Record([], [], is_clear=False) if _NO_VALUES.search(str(error)) else None
 
 
 @contextlib.contextmanager
@@ -180,12 +188,31 @@ def _record(model: nn.Module, inputs: Any, ready: Reach) -> Record:
         if isinstance(leaf, Tensor):
             recorder.know(leaf, ("input", position))
     before = random_states()
-    with recorder:
+    with recorder, _told(recorder):
         outputs = opened(model(*args, **kwargs))
     if ready.is_drawn() or random_states() != before:
         raise UnclearError("random numbers were drawn in Python")
     recorder.note("output", outputs)
-    return Record(recorder.calls, recorder.kept, tuple(ready.changes()))
+    return Record(recorder.calls, recorder.kept, tuple(ready.changes()), recorder.asks_for_gradients)
+
+
+@contextlib.contextmanager
+def _told(recorder: _Recorder) -> Iterator[None]:
+    """The recorder is told when code asks PyTorch whether gradients are recorded."""
+    names = ("is_grad_enabled", "is_inference_mode_enabled")
+    functions = {name: getattr(torch, name) for name in names}
+
+    def asked(function: Callable[[], bool]) -> bool:
+        recorder.asks_for_gradients = True
+        return function()
+
+    try:
+        for name, function in functions.items():
+            setattr(torch, name, functools.partial(asked, function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
 
 
 class _Recorder(TorchFunctionMode):
@@ -198,11 +225,13 @@ class _Recorder(TorchFunctionMode):
     Attributes:
         calls: the record.
         kept: all tensors that were met.
+        asks_for_gradients: did the code ask whether gradients are recorded?
     """
 
     def __init__(self, model: nn.Module, before: Collection[int]) -> None:
         super().__init__()
         self._before = before
+        self.asks_for_gradients = False
         self.calls: list[Called] = []
         self.kept: list[Any] = []
         self._twins: dict[int, Tensor] = {}
@@ -264,6 +293,7 @@ class _Recorder(TorchFunctionMode):
         name = str(func) if is_operator else getattr(func, "__name__", str(func))
         if name == "__get__":
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            self.asks_for_gradients |= attribute in ("requires_grad", "is_leaf", "grad_fn")
             if attribute in _GETTERS:
                 return func(*args, **(kwargs or {}))
             if attribute == "device":
@@ -279,7 +309,7 @@ class _Recorder(TorchFunctionMode):
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = self._written(name, args, kwargs)
         if tensors and all(id(tensor) in self._buffers for tensor in tensors):
-            result = func(*args, **kwargs)
+            result = self._call(func, args, kwargs)
             if id(result) in self._buffers:  # a counter that train mode increases constrains nothing unless it is read
                 self.know(result, ("written", self._known[id(result)]))
                 return result
@@ -295,13 +325,21 @@ class _Recorder(TorchFunctionMode):
                     places[0], shape=tuple(args[0][args[1]].shape), whole=False
                 )
             self.calls[-1] = replace(self.calls[-1], written=tuple(places))
-            result = func(*args, **kwargs)
+            result = self._call(func, args, kwargs)
         result = pytree.tree_map_only(Tensor, lambda leaf: leaf if leaf.is_meta else self.fresh_twin(leaf), result)
         returned = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for position, leaf in enumerate([*returned, *written]):
             self.know(leaf, (len(self.calls), position))
         self.calls[-1] = replace(self.calls[-1], results=tuple(tuple(leaf.shape) for leaf in returned))
         return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except Exception:  # the model may catch it
+            if self.calls:
+                self.calls[-1] = replace(self.calls[-1], name=f"{self.calls[-1].name} raises")
+            raise
 
     @staticmethod
     def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.graph import CapturedGraph, is_random
 from dagpath.capture.running import run
 from dagpath.capture.sizes import copies
 from dagpath.errors import CaptureError
@@ -32,10 +32,10 @@ def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
     """Compare the outputs of a graph with those of the model, where no random numbers are drawn.
 
     Raises:
-        CaptureError: they are others.
+        CaptureError: they are others, or the model's forward raises.
     """
     nodes = list(graph.module.graph.nodes)
-    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
+    if any(map(is_random, nodes)):
         return
     owners = dict(model.named_parameters())
     held = {
@@ -50,11 +50,10 @@ def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
     try:
         with mode(model, training=False), torch.no_grad():  # a model may merge weights in this mode
             found = pytree.tree_leaves(_Values(graph.module).run(*values, enable_io_processing=False))
-    except Exception:  # what cannot be run outside of the exporter (a vmap, other types of inputs) tells nothing
-        return
-    try:
-        expected = run(model, inputs, training=False, gradients=True)  # afterwards: it may write to parameters
-    except CaptureError:
+    except Exception:  # what cannot be run outside of the exporter (a vmap) tells nothing
+        found = []
+    expected = run(model, inputs, training=False, gradients=True)  # afterwards: it may write to parameters
+    if not found:
         return
     tensors = [leaf for leaf in found[-graph.structure.num_leaves :] if isinstance(leaf, Tensor)]
     if len(tensors) == len(expected) and not any(_differ(*pair) for pair in zip(tensors, expected, strict=True)):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
@@ -67,6 +68,18 @@ def storage_of(tensor: Tensor) -> tuple[str, int]:
         return "tensor", id(tensor)
     has_address = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and storage.data_ptr()
     return ("address", storage.data_ptr()) if has_address else ("storage", storage._cdata)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Does a call draw random numbers? A dropout that is not training, or drops nothing, does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
+    trains = given.get("train", given.get("training", True)) is not False
+    rate = next((given[name] for name in ("dropout_p", "dropout", "p") if name in given), None)
+    return trains and rate != 0.0
 
 
 def outputs_have_batch(graph: CapturedGraph, size: int) -> bool:

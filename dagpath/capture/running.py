@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sysconfig
 import traceback
 from pathlib import Path
@@ -21,7 +22,7 @@ from dagpath.errors import CaptureError
 from dagpath.state import mode, without_autocast
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
-_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), _OWN_FOLDER, "<")
+_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER + os.sep, "<")
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _PASSED_THROUGH = ("__torch_function__", "applied", "called")
 """Functions of dagpath that only hand on what a model calls."""

@@ -89,7 +89,7 @@ def other_lengths(
     found: dict[Dim, int] = {}
     for dims, size in _by_size(given, skip=batch is not None):
         for trial in _trials(dims, candidates(size)):
-            if takes(resized(given, trial)):
+            if size not in trial.values() and takes(resized(given, trial)):
                 found.update(trial)
                 break
     if found and not takes(resized(given, found)):  # each alone, not all together

@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture.alike import alike, same
 from dagpath.capture.causes import check_model
-from dagpath.capture.dry_run import Record, dry_runs
+from dagpath.capture.dry_run import Place, Record, dry_runs
 from dagpath.capture.export import export, quiet
 from dagpath.capture.faithful import check_faithful
 from dagpath.capture.graph import CapturedGraph, outputs_have_batch
-from dagpath.capture.running import capture_error, headline, run, user_line
+from dagpath.capture.running import capture_error, headline, mode_text, run, user_line
 from dagpath.capture.sizes import (
     Dim,
     batch_sizes,
@@ -54,6 +54,7 @@ class Capture:
         train_others: those in train mode.
         train_failure: why train mode cannot be captured; empty if it can.
         covers: what the trace holds for, a line each.
+        not_captured: calls that the model takes and that could not be captured, in words.
         sizes: other sizes of dimensions of the inputs that the model takes too, one for each call with them.
         written: names of the parameters that a call writes to.
     """
@@ -64,6 +65,7 @@ class Capture:
     train_others: tuple[CapturedGraph, ...]
     train_failure: str
     covers: tuple[str, ...]
+    not_captured: tuple[str, ...] = ()
     sizes: tuple[Mapping[Dim, int], ...] = ()
     written: tuple[str, ...] = ()
 
@@ -131,7 +133,7 @@ def survey(
         CaptureError: the model's forward raised, or no graph stands for it.
     """
     check_model(model)
-    with quiet(), parameters_kept(model) as written:
+    with quiet(), mode(model, None), parameters_kept(model) as written:
         captured = _Survey(model, given, more, is_compound, agree).captured()
     return replace(captured, written=tuple(written))
 
@@ -164,12 +166,10 @@ class _Survey:
     def captured(self) -> Capture:
         with dry_runs(self._model, training=False) as dry_run:
             calls = self._calls(_once(dry_run), training=False)
-        graph = self._first_graph(calls)
+        graph, first = self._first_graph(calls)
         if self._has_values:
-            check_faithful(graph, self._model, calls[0].inputs if graph.batch == 1 else self._given)
-        first = calls[0] if graph.batch == 1 else next(call for call in calls if call.inputs is self._given)
-        others = [call for call in calls if call is not first and not alike(first.record, call.record)]
-        graphs = self._graphs(others, training=False)
+            check_faithful(graph, self._model, first.inputs)
+        graphs = self._graphs([call for call in calls if not alike(first.record, call.record)], first, training=False)
         graphs += self._without_gradients(calls)
         if has_mixed_modes(self._model):
             graphs += self._mixed_graphs(calls)
@@ -181,20 +181,27 @@ class _Survey:
             graphs += self._in_other_mode(self._trained, training=True)
         if graph.leaves:
             train_graphs += self._in_other_mode(self._trained, training=False)
-        sizes = tuple(call.sizes for call in calls if call.sizes)
-        return Capture(graph, train, tuple(graphs), tuple(train_graphs), failure, self._covers(graph, calls), sizes)
+        return Capture(
+            graph,
+            train,
+            tuple(graphs),
+            tuple(train_graphs),
+            failure,
+            self._covers(graph, calls),
+            tuple(dict.fromkeys(self._not_captured)),
+            tuple(call.sizes for call in calls if call.sizes),
+        )
 
     def _calls(self, dry_run: Callable[[Any], Record | None], training: bool) -> list[_Call]:
         """The call with one example, that with the inputs as given, and those with other numbers of examples, with
-        other lengths, and with further examples.
+        other lengths, and with further examples: those that the model takes.
         """
         given, one = self._given, with_batch(self._given, 1)
-        first = _Call(one, _text(one), dry_run(one))
-        tells = first.record is not None or dry_run(given) is not None
+        tells = dry_run(one) is not None or dry_run(given) is not None
 
         def takes(inputs: Any) -> bool:
             record = dry_run(inputs)
-            if tells and (record is None or record.is_clear):
+            if (tells and (record is None or record.is_clear)) or not self._may_run():
                 return record is not None
             return self._runs(inputs, training)
 
@@ -208,23 +215,32 @@ class _Survey:
                 continue  # what takes no larger size takes none next to it
             lengths = grown = other_lengths(resized(given, base), sizes, takes)
             whole = {**base, **lengths}
-            is_alike = alike(first.record, dry_run(resized(given, whole)))
-            if is_alike or not self._on_cpu() or self._runs(resized(given, whole), training):
-                trials += [base, whole]
+            trials.append(base)
+            if self._is_taken(given, resized(given, whole), dry_run, training):
+                trials.append(whole)
             else:  # the dry run took sizes that the model does not take: each kind of them alone
                 leaves = pytree.tree_leaves(given)
                 before = {dim: leaves[dim[0]].shape[dim[1]] for dim in lengths}
                 kinds = [{dim: n for dim, n in lengths.items() if before[dim] == size} for size in set(before.values())]
-                trials += [base, *({**base, **kind} for kind in kinds)]
-        found = {first.name: first}
-        for trial in trials:
-            inputs = resized(given, trial) if trial else given
-            found.setdefault(_text(inputs), _Call(inputs, _text(inputs), dry_run(inputs), trial))
+                trials += [{**base, **kind} for kind in kinds]
+        inputs = [one, *(resized(given, trial) if trial else given for trial in trials)]
+        found: dict[str, _Call] = {}
+        for tried, sizes_ in zip(inputs, [batch_sizes(given, 1), *trials], strict=True):
+            if tried is given or (_text(tried) not in found and self._is_taken(given, tried, dry_run, training)):
+                changed = {} if tried is given else sizes_
+                found.setdefault(_text(tried), _Call(tried, _text(tried), dry_run(tried), changed))
         further = enumerate(self._more, 1)
         return [
             *found.values(),
             *(_Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further),
         ]
+
+    def _is_taken(self, given: Any, inputs: Any, dry_run: Callable[[Any], Record | None], training: bool) -> bool:
+        """Does the model take these inputs, values and all? A dry run knows of no index that is out of range."""
+        record = dry_run(inputs)
+        if alike(dry_run(given), record):
+            return True
+        return self._runs(inputs, training) if self._may_run() else record is not None
 
     def _runs(self, inputs: Any, training: bool | None) -> bool:
         """Does the model take these inputs? With its values where it has them, since indices may be out of range."""
@@ -234,18 +250,19 @@ class _Survey:
             return False
         return True
 
-    def _first_graph(self, calls: Sequence[_Call]) -> CapturedGraph:
-        """The graph of one example where the model treats examples alike, else of the inputs as given."""
+    def _first_graph(self, calls: Sequence[_Call]) -> tuple[CapturedGraph, _Call]:
+        """The graph of one example where the model treats examples alike, else of the inputs as given; and its call."""
         first = calls[0]
-        if self._batch is not None:
-            batches = [call for call in calls if set(call.sizes) <= set(batch_sizes(self._given, 1))]
+        batches = [call for call in calls if set(call.sizes) <= set(batch_sizes(self._given, 1))]
+        if common_batch(first.inputs) == 1 and all(map(_has_rows, batches)):
             apart = [call for call in batches if call is not first and not alike(first.record, call.record)]
             for graph in self._exported(first, batch=1):
                 others = [self._exported(call) for call in apart[:2]]
                 if outputs_have_batch(graph, 1) and all(other and self._agree(graph, *other) for other in others):
-                    return replace(graph, call="")
+                    return replace(graph, call=""), first
         try:
-            return export(self._model, self._given, False, self._is_compound)
+            given = next(call for call in calls if call.inputs is self._given)
+            return export(self._model, self._given, False, self._is_compound), given
         except Exception as failure:  # export raises many types
             run(self._model, self._given, training=False, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
@@ -262,18 +279,17 @@ class _Survey:
         try:
             return [export(self._model, call.inputs, training, self._is_compound, **options)]
         except Exception:
-            if self._runs(call.inputs, training):
+            if not self._may_run() or self._runs(call.inputs, training):
                 self._not_captured.append(call.name)
             return []
 
-    def _graphs(self, calls: Sequence[_Call], training: bool | None) -> list[CapturedGraph]:
-        """The graphs of calls that no other graph stands for."""
+    def _graphs(self, calls: Sequence[_Call], first: _Call | None, training: bool | None) -> list[CapturedGraph]:
+        """The graphs of calls, but for the first one."""
         found = []
         for call in calls:
-            further = any(call.inputs is inputs for inputs in self._more)
-            if further:
+            if any(call.inputs is inputs for inputs in self._more):
                 found.append(self._required(call, training))
-            elif not self._on_cpu() or self._runs(call.inputs, training):
+            elif call is not first:
                 found += self._exported(call, training=training)
         return found
 
@@ -284,8 +300,8 @@ class _Survey:
             run(self._model, call.inputs, training=training, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
 
-    def _on_cpu(self) -> bool:
-        """Has the model values that may be run with any indices? (On a GPU, one out of range ends the process.)"""
+    def _may_run(self) -> bool:
+        """May the model be run with any indices? (It has values, and on a GPU one out of range ends the process.)"""
         return self._has_values and all(parameter.device.type == "cpu" for parameter in self._model.parameters())
 
     def _later_calls(self, inputs: Any, training: bool) -> list[CapturedGraph]:
@@ -295,13 +311,14 @@ class _Survey:
         modes = [training] * _CALLS_IN_A_ROW
         with dry_runs(self._model, training) as dry_run:
             records = dry_run.in_a_row(inputs, modes)
-        self._in_a_row = max(2, sum(map(_is_clear, records)))
         numbers = []
         for number, record in enumerate(records[1:], 1):  # the second one may read other values than the first did
             known = self._rows if number == 1 else [records[0], *self._rows]
             if (number == 1 or _is_clear(record)) and not any(same(record, other) for other in known):
                 numbers.append(number)
                 self._rows.append(record)
+        looked = max(2, sum(map(_is_clear, records)))
+        self._in_a_row = numbers[_MOST_LATER] if len(numbers) > _MOST_LATER else looked
         found = [self._after(modes[:number], training, inputs) for number in numbers[:_MOST_LATER]]
         return [graph for graph in found if graph is not None]
 
@@ -340,21 +357,30 @@ class _Survey:
             except Exception as failure:
                 if len(names) != len(list(self._model.parameters())):
                     return None  # the first call made parameters, which no model has before it
+                if training or modes != [False]:
+                    self._not_captured.append(f"{_ordinal(len(modes) + 1)} in {mode_text(training)}")
+                    return None
                 raise capture_error(self._model, failure) from failure
 
     def _without_gradients(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
         """The graphs of the calls that record no gradients, where they are others."""
-        call, found = calls[0], list[CapturedGraph]()
-        known = [call.record]
-        for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
-            with dry_runs(self._model, training=False, grad_mode=grad_mode) as dry_run:
-                record = dry_run(call.inputs)
-            if not _is_clear(call.record) or same(record, call.record):
-                return found
-            if not any(same(record, other) for other in known):
-                known.append(record)
-                name = f"a call in torch.{grad_mode.__name__}"
-                found += self._exported(replace(call, name=name), grad_mode=grad_mode)
+        found: list[CapturedGraph] = []
+        known: list[Record | None] = []
+        asks = any(call.record is not None and call.record.asks_for_gradients for call in calls)
+        for call in calls if asks else [calls[0], *(call for call in calls[1:] if call.inputs is self._given)]:
+            if not _is_clear(call.record):
+                name = f"{call.name} in torch.no_grad"
+                found += self._exported(replace(call, name=name), grad_mode=torch.no_grad)
+                continue
+            for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
+                with dry_runs(self._model, training=False, grad_mode=grad_mode) as dry_run:
+                    record = dry_run(call.inputs)
+                if same(record, call.record):
+                    break
+                if not any(same(record, other) or alike(record, other) for other in known):
+                    known.append(record)
+                    name = f"{call.name} in torch.{grad_mode.__name__}"
+                    found += self._exported(replace(call, name=name), grad_mode=grad_mode)
         return found
 
     def _mixed_graphs(self, calls: Sequence[_Call]) -> list[CapturedGraph]:
@@ -391,28 +417,31 @@ class _Survey:
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
         self._train_leaves = self._train_leaves or trained.leaves
         apart = [call for call in calls if not alike(first, call.record)]
-        return trained, self._graphs(apart, training=True), ""
+        return trained, self._graphs(apart, None, training=True), ""
 
     def _covers(self, graph: CapturedGraph, calls: Sequence[_Call]) -> tuple[str, ...]:
         lines, anything = [], graph.batch == 1
+        captured = [call for call in calls if call.name not in self._not_captured]
         if anything:
             lines.append("any number n of examples: the model treats each one alike")
         elif self._batch is not None:
-            tried = [str(common_batch(call.inputs)) for call in calls if _has_batch(call)]
-            lines.append(f"numbers of examples that were looked at ({', '.join(dict.fromkeys(tried))})")
-        other = [call for call in calls if set(call.sizes) - set(batch_sizes(self._given, 1))]
+            tried = sorted({batch for call in captured if (batch := common_batch(call.inputs)) is not None})
+            lines.append(f"sizes of dimension 0 that were looked at ({', '.join(map(str, tried))})")
+        other = [call for call in captured if set(call.sizes) - set(batch_sizes(self._given, 1))]
         if other:
-            looked = "; ".join(dict.fromkeys(_shapes(call.inputs, anything) for call in reversed(other)))
+            looked = "; ".join(sorted({_shapes(call.inputs, anything) for call in other}))
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the size {_shapes(self._given, anything)} alone: the model took no other one")
-        if self._not_captured:
-            names = "; ".join(dict.fromkeys(self._not_captured))
-            lines.append(f"all of this but {names}: the model takes that, but it could not be captured")
+        if self._more:
+            lines.append("the further examples: " + "; ".join(_shapes(inputs) for inputs in self._more))
         leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))
         if leaves:
             looked = f"the first {self._in_a_row} calls" if self._in_a_row > 1 else "the first call"
             lines.append(f"{looked} alone: a call changes {', '.join(leaves)}, which later calls may read")
+        if self._not_captured:
+            names = [name.removeprefix("a ") for name in dict.fromkeys(self._not_captured)]
+            lines.append(f"no {' and no '.join(names)}, which could not be captured")
         return tuple(lines)
 
 
@@ -448,8 +477,12 @@ def _ordinal(number: int) -> str:
     return f"a {['first', 'second', 'third'][number - 1] if number < 4 else f'{number}th'} call"
 
 
-def _has_batch(call: _Call) -> bool:
-    return common_batch(call.inputs) is not None
+def _has_rows(call: _Call) -> bool:
+    """Have the outputs as many rows as the inputs, as far as the dry run knows?"""
+    outputs = call.record.calls[-1].leaves if call.record is not None and call.record.is_clear else []
+    return all(
+        place.shape[0] == common_batch(call.inputs) for place in outputs if isinstance(place, Place) and place.shape
+    )
 
 
 def _text(inputs: Any) -> str:

@@ -6,6 +6,7 @@ right for one call would be wrong for another one: these neurons keep their scal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,11 +117,13 @@ def reconciled(flow: NeuronFlow, families: Sequence[Sequence[Grouped]]) -> Group
     numbers = flow.ends()
     varying: dict[str, None] = {}
     for first, *others in families:
-        for other in others:
-            for name, side in _differing(first, other):
+        pairs = [(first, other) for other in others]
+        more = [other for other in others if _uses_more(other, first)]  # what the first call does not use
+        for one, other in [*pairs, *itertools.combinations(more, 2)]:
+            for name, side in _differing(one, other):
                 met = getattr(numbers[name], side)
                 _fix(flow, met, f"meets other neurons in {other.flow.graph_inputs.call}")
-            varying |= dict.fromkeys(name for name in first.ends if not _reaches_alike(first, other, name))
+            varying |= dict.fromkeys(name for name in one.ends if not _reaches_alike(one, other, name))
     found = grouped(flow)
     for name in varying:
         reason = f"is reached by {name}, of which other calls use other elements"
@@ -156,6 +159,15 @@ def _reaches_alike(a: Grouped, b: Grouped, name: str) -> bool:
     """Do both calls use the same elements of a parameter, and is it known of the same ones where they come from?"""
     used = [broadcast(each.ends[name].dst >= FIXED, each.ends[name].src >= FIXED) for each in (a, b)]
     return all(torch.equal(*broadcast(one, other)) for one, other in zip(*used, strict=True))
+
+
+def _uses_more(a: Grouped, b: Grouped) -> bool:
+    """Does one call use an element of a parameter that the other one does not use?"""
+    for name, ends in a.ends.items():
+        ours, theirs = broadcast(*(compact(end.dst) >= FIXED for end in (ends, b.ends[name])))
+        if bool((ours & ~theirs).any()):
+            return True
+    return False
 
 
 def _completed(numbers: Ends, groups: Ends, shape: torch.Size) -> Ends | None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OperatorBase
 
-from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.graph import CapturedGraph, is_random
 from dagpath.distributed import whole
-from dagpath.flow.values import Call
 
 
 class NotConstantError(Exception):
@@ -63,7 +62,7 @@ class Constants:
             return found if self._records else whole(found)
         if node.op == "get_attr":
             return getattr(self._graph.module, str(node.target))
-        if node.op != "call_function" or not _is_function(node.target) or _is_random(node):
+        if node.op != "call_function" or not _is_function(node.target) or is_random(node):
             raise NotConstantError(node.name)
         known = self._shape if node.target in _OF_A_SHAPE else self
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
@@ -92,11 +91,3 @@ _OF_A_SHAPE = {
 def _is_function(target: Any) -> bool:
     """Operations are, and arithmetic on numbers; other Python functions may do anything, such as enter a ``vmap``."""
     return isinstance(target, OperatorBase) or getattr(target, "__module__", "") in ("_operator", "math")
-
-
-def _is_random(node: fx.Node) -> bool:
-    """Does the call draw random numbers? A dropout that is not training does not."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    call = Call(node.target, node.args, dict(node.kwargs), node)  # type: ignore[arg-type]
-    return call.get("train", call.get("training", True)) is not False

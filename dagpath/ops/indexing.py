@@ -15,7 +15,7 @@ from dagpath.flow.edge_values import Nodes
 from dagpath.flow.edges import EdgeFlow, Values, all_places
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, expanded
+from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight, expanded
 from dagpath.ops.base import Operation, register
 from dagpath.ops.movement import Movement
 
