@@ -90,11 +90,7 @@ class _State(str):
 _SECOND_LISTS = ("_flat_weights", "_flat_weight_refs")
 """Where recurrent layers of PyTorch keep their parameters once more."""
 
-_Iterators: tuple[type, ...] = (
-    types.GeneratorType,
-    itertools.count,
-    *(type(iter(part)) for part in ([], (), {}, range(0))),
-)
+_Iterators = (types.GeneratorType, itertools.count, *map(type, (iter([0]), iter((0,)), iter({0: 0}), iter(range(1)))))
 
 
 class Reach:
@@ -249,7 +245,7 @@ class Reach:
         further objects of libraries, which lead into all of the library.
         """
         attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
+        if isinstance(attributes, dict) and not type(value).__module__.startswith("torch.distributed"):
             for place, part in self._of_attributes(path, attributes):
                 if isinstance(part, (dict, list, set, deque, tuple, Tensor, nn.Module)) or is_users(
                     type(part).__module__

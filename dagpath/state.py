@@ -130,7 +130,7 @@ _MOST_BYTES = 1 << 28
 
 def _is_copied(tensor: Tensor) -> bool:
     """Are the values of a tensor kept that is neither parameter nor buffer? It may be a whole data set."""
-    has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and _has_memory(tensor)
     return has_values and tensor.numel() * tensor.element_size() <= _MOST_BYTES
 
 
@@ -156,6 +156,16 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
                     parameter.copy_(value)
                     written.append(name)
         written[:] = dict.fromkeys(written)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Is there memory for the entries of a tensor? Libraries free that of tensors that they make again."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return True
+    last = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return own(tensor).untyped_storage().nbytes() > last * tensor.element_size()
 
 
 def _address(tensor: Tensor) -> int | None:

@@ -89,7 +89,7 @@ def test_the_optimum_is_the_same_from_any_rescaled_copy():
 
 def test_the_objective_is_the_criterion_of_the_gram_diagonal():
     net = mlp(4, 6, 5, 2).double()
-    traced = dagpath.trace(net, torch.zeros(1, 4))
+    traced = dagpath.trace(net, torch.zeros(1, 4, dtype=torch.float64))
     rescaling = dagpath.balance(traced)
 
     def criterion() -> float:
@@ -115,7 +115,7 @@ def test_multipliers_are_what_apply_multiplies_with():
 
 def test_multipliers_are_the_exponentials_of_incidence():
     net = mlp(3, 4, 2).double()
-    rescaling = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 3)))
+    rescaling = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 3, dtype=torch.float64)))
     exponents = rescaling.traced.graph.incidence() @ rescaling.log_scales
     multipliers = rescaling.multipliers()
     flat = torch.cat([multipliers[name].expand(p.shape).reshape(-1) for name, p in net.named_parameters()])

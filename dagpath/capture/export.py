@@ -95,7 +95,7 @@ def export(
         batch,
         left.structure or program.call_spec.out_spec,
         call,
-        tuple(left.changes or sorted(written)),
+        tuple(left.changes or sorted(parameters.get(place, buffers.get(place, place)) for place in written)),
     )
     _make_shapes_known(graph, model, inputs)
     return graph

@@ -225,9 +225,8 @@ class _Survey:
                 trials += [{**base, **kind} for kind in kinds]
         inputs = [one, *(resized(given, trial) if trial else given for trial in trials)]
         found: dict[str, _Call] = {}
-        for tried, sizes_ in zip(inputs, [batch_sizes(given, 1), *trials], strict=True):
+        for tried, changed in zip(inputs, [{}, *trials], strict=True):
             if tried is given or (_text(tried) not in found and self._is_taken(given, tried, dry_run, training)):
-                changed = {} if tried is given else sizes_
                 found.setdefault(_text(tried), _Call(tried, _text(tried), dry_run(tried), changed))
         further = enumerate(self._more, 1)
         return [
@@ -415,7 +414,8 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
-        self._train_leaves = self._train_leaves or trained.leaves
+        if not _is_clear(first):
+            self._train_leaves = trained.leaves
         apart = [call for call in calls if not alike(first, call.record)]
         return trained, self._graphs(apart, None, training=True), ""
 
@@ -438,7 +438,9 @@ class _Survey:
         leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))
         if leaves:
             looked = f"the first {self._in_a_row} calls" if self._in_a_row > 1 else "the first call"
-            lines.append(f"{looked} alone: a call changes {', '.join(leaves)}, which later calls may read")
+            more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+            text = f"{', '.join([*leaves][:3])}{more}"
+            lines.append(f"{looked} alone: a call changes {text}, which later calls may read")
         if self._not_captured:
             names = [name.removeprefix("a ") for name in dict.fromkeys(self._not_captured)]
             lines.append(f"no {' and no '.join(names)}, which could not be captured")
