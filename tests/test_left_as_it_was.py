@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import gc
 import itertools
 import random
+import types
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -264,3 +266,113 @@ def test_a_buffer_that_is_resized_comes_back() -> None:
     net.register_buffer("size", torch.zeros(2))
     dagpath.trace(net, X)
     assert torch.equal(net.size, torch.zeros(2))
+
+
+# -- gradients, hooks, memory, and what libraries' objects hold -------------------------------------------------------
+
+
+def two_layers(function: Any, **parts: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = Net(function, a=nn.Linear(5, 6), b=nn.Linear(6, 2))
+    for name, part in parts.items():
+        setattr(net, name, part)
+    return net
+
+
+def backwards(m: Any, y: Tensor) -> None:
+    if torch.is_grad_enabled():
+        (y.detach().sum() * m.gain).backward()
+
+
+def steps(m: Any, y: Tensor) -> None:
+    if m.training and torch.is_grad_enabled():
+        m.b.weight.grad = torch.autograd.grad(y.sum(), [m.b.weight], retain_graph=True)[0]
+        m.optimizer.step()
+
+
+def halves(m: Any, y: Tensor) -> None:
+    if m.a.weight.requires_grad:
+        m.a.weight.register_hook(lambda gradient: gradient * 0.5)
+
+
+WRITERS = {
+    "gradients are freed": lambda m, y: m.zero_grad(),
+    "a gradient is set": lambda m, y: setattr(m.a.bias, "grad", torch.ones(6)),
+    "a backward pass": backwards,
+    "hooks on a parameter": halves,
+    "the memory of a parameter": lambda m, y: setattr(m.a.weight, "data", m.a.weight.data.clone()),
+    "a namespace": lambda m, y: setattr(m.options, "last", y),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_gradients_hooks_and_memory_come_back(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(F.relu(m.a(x)))
+        WRITERS[name](m, y)
+        return y
+
+    gain = torch.ones((), requires_grad=True)
+    net = two_layers(forward, gain=gain, options=types.SimpleNamespace(last=None))
+    F.relu(net.a(X)).sum().backward()
+
+    def state() -> list[Any]:
+        found: list[Any] = [gain.grad is None, net.options.last is None]
+        for parameter in net.parameters():
+            hooks = dict(parameter._backward_hooks or {})
+            found += [parameter.data_ptr(), hooks, None if parameter.grad is None else id(parameter.grad)]
+        return found
+
+    before = state()
+    with contextlib.suppress(dagpath.CaptureError):
+        dagpath.trace(net, X)
+    assert state() == before
+
+
+def test_the_state_of_an_optimizer_that_a_model_holds_comes_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(F.relu(m.a(x)))
+        steps(m, y)
+        return y.detach()
+
+    net = two_layers(forward)
+    net.optimizer = torch.optim.Adam([net.b.weight], lr=0.1)
+    before = net.b.weight.detach().clone()
+    dagpath.trace(net, X)
+    assert not net.optimizer.state
+    assert torch.equal(net.b.weight, before)
+
+
+def test_hooks_of_all_modules_keep_nothing_of_a_trace() -> None:
+    kept: list[Any] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        dagpath.trace(two_layers(lambda m, x: m.b(F.relu(m.a(x)))), X)
+    finally:
+        hook.remove()
+    assert not kept
+
+
+def test_what_an_iterator_decides_is_named() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.b(h) + (h.exp().sum() if next(m.calls) == 1 else 0.0)
+
+    traced = dagpath.trace(two_layers(forward, calls=itertools.count()), X)
+    assert "a call changes self.calls" in traced.explain()
+
+
+def test_random_numbers_come_back_where_shapes_depend_on_values() -> None:
+    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return m.b(torch.dropout(F.relu(m.a(x)), 0.5, m.training))[mask]
+
+    net = two_layers(forward)
+    state = torch.get_rng_state()
+    dagpath.trace(net, (X, torch.tensor([True, False, True])))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_leaves_nothing_behind(kind: type[nn.Module]) -> None:
+    net = Net(lambda m, x: m.b(m.a(x)[0]), a=kind(5, 6, batch_first=True), b=nn.Linear(6, 2))
+    assert "calls alone" not in dagpath.trace(net, torch.randn(2, 4, 5)).explain()

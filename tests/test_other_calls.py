@@ -258,6 +258,68 @@ def test_the_modes_of_gradients_are_looked_at(asks: Callable[[], bool]) -> None:
     assert all(map(torch.equal, outputs(), before))
 
 
+def lent_type(m: Any, x: Tensor) -> Tensor:
+    """Units in an order that depends on the length; the input lends its type alone."""
+    shift = torch.ones(x.shape[1]).sum().to(x).long()
+    return m.head(F.relu(m.a(x))[..., (torch.arange(6) + shift) % 6])
+
+
+def written_through_a_view(m: Any, x: Tensor) -> Tensor:
+    shift = torch.zeros(1, dtype=torch.long)
+    shift.view(-1).add_(torch.ones(x.shape[1], dtype=torch.long).sum())
+    return m.head(F.relu(m.a(x))[..., (torch.arange(6) + shift) % 6])
+
+
+def written_to_a_part(m: Any, x: Tensor) -> Tensor:
+    h, kept = F.relu(m.a(x)).detach(), x.new_zeros(x.shape[0], x.shape[1], 6)
+    with torch.no_grad():
+        torch.mul(h[:, :3], 2.0, out=kept[:, :3])
+    return m.head(kept[:, -1])
+
+
+def masked_by_position(m: Any, x: Tensor) -> Tensor:
+    late = torch.arange(x.shape[1])[:, None] > 5
+    return m.head(torch.where(late, F.relu(m.b(x)), F.relu(m.a(x))).mean(1))
+
+
+def used_by_two_lengths(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    order = {15: [1, 0, 2, 3, 4, 5], 9: [0, 1, 3, 2, 4, 5]}.get(x.shape[1], [0, 1, 2, 3, 4, 5])
+    return m.head(h) + (m.head(m.u(h[..., order])) if x.shape[1] > 7 else 0.0)
+
+
+@pytest.mark.parametrize(
+    "function", [lent_type, written_through_a_view, written_to_a_part, masked_by_position, used_by_two_lengths]
+)
+@pytest.mark.parametrize("length", [4, 7])
+def test_what_the_length_decides_is_no_constant(function: Callable[..., Any], length: int) -> None:
+    others = [(numbers(2, other, 5),) for other in (length - 1, length + 1, 2 * length + 1)]
+    check(make(function), numbers(2, length, 5), others=others)
+
+
+def test_a_dimension_that_is_even_and_one_that_is_odd_are_looked_at() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = F.pixel_shuffle(F.relu(m.conv(x)), 2).chunk(2, -1)
+        return (left[..., 0] - 2 * right[..., 0]).mean(-1) @ m.out.weight.t()
+
+    net = make(forward, conv=nn.Conv2d(3, 8, 3, padding=1), out=nn.Linear(2, 2))
+    check(net, numbers(2, 3, 4, 4), others=[(numbers(2, 3, *size),) for size in ((4, 5), (5, 4), (9, 9), (3, 6))])
+
+
+def test_a_model_with_attention_is_compared_with_its_graph() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.scaled_dot_product_attention(x, x, x)
+        return m.head(F.relu(m.a(h)) + (0.0 if torch.compiler.is_compiling() else m.b(h).exp()))
+
+    with pytest.raises(dagpath.CaptureError, match="something else than the model"):
+        dagpath.trace(make(forward), numbers(2, 4, 5))
+
+
+def test_inputs_that_the_model_refuses_are_refused() -> None:
+    with pytest.raises(dagpath.CaptureError, match="same dtype"):
+        dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)))), numbers(2, 5).float())
+
+
 def test_a_call_that_cannot_be_captured_is_named() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.relu(m.a(x))

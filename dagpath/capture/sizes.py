@@ -119,7 +119,7 @@ def _trials(dims: list[Dim], sizes: Sequence[int]) -> Iterator[dict[Dim, int]]:
     repeated = any(order.values())
     if repeated:
         for size in sizes:
-            yield {dim: size + order[dim] for dim in dims}
+            yield {dim: size + 2 * order[dim] for dim in dims}  # so that each of them is odd once, and even once
     for size in sizes:
         yield dict.fromkeys(dims, size)
     if repeated:
