@@ -133,6 +133,18 @@ OTHERS = {
     "several outputs": lambda m, x: (m.head(first(m, x)), first(m, x).argmax(1)),
 }
 
+DIRECT = {
+    "times weights": lambda m, x: F.linear(F.relu(x * m.a.weight[0]), m.a.weight[1:]),
+    "times weights and a bias": lambda m, x: F.relu(x * m.a.weight[0] + m.a.weight[1]) * 2,
+    "times weights twice": lambda m, x: F.relu(x * m.a.weight[0]) * m.a.weight[1],
+    "minus, times weights": lambda m, x: -(x * m.a.weight[0]),
+    "the mean, times weights": lambda m, x: (x * m.a.weight[0]).mean(1),
+    "shifted, times weights": lambda m, x: F.linear((x - 1) * m.a.weight[0], m.a.weight[1:]),
+    "one of them, times weights": lambda m, x: m.head(F.relu(x[:, :1] * m.v)),
+    "normalized": lambda m, x: F.linear(F.relu(F.layer_norm(x, (3,), m.a.weight[0], m.a.weight[1])), m.a.weight[2:]),
+}
+"""Inputs that enter something else than a linear layer."""
+
 OF_INTEGERS = {
     "an embedding": lambda m, i: m.head(F.relu(F.embedding(i, m.table))),
     "a computed embedding": lambda m, i: m.head(F.relu(F.embedding(i, m.p @ m.q))),
@@ -145,5 +157,5 @@ OF_INTEGERS = {
 
 def all_networks() -> dict[str, tuple[Callable, Tensor]]:
     x, i = torch.linspace(-1, 2, 3, dtype=torch.float64)[None], torch.tensor([2])
-    real = {name: (function, x) for name, function in {**WEIGHTS, **OTHERS}.items()}
+    real = {name: (function, x) for name, function in {**WEIGHTS, **OTHERS, **DIRECT}.items()}
     return real | {name: (function, i) for name, function in OF_INTEGERS.items()}

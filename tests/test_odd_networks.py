@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_networks import WEIGHTS, Odd, all_networks, first
+from odd_networks import DIRECT, WEIGHTS, Odd, all_networks, first
 from torch import Tensor, nn
 
 import dagpath
@@ -102,6 +102,14 @@ def test_the_shares_of_all_paths_are_one_or_the_weight_is_named(name):
     if name not in ("a constant matrix", "weights 1, 1, 4"):  # constants on the way make parallel paths
         expected = sorted(lifting.values.abs()[lifting.values != 0].tolist(), reverse=True)
         assert [path.value for path in paths] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_the_paths_of_inputs_that_enter_no_linear_layer_are_found(name):
+    _, traced, lifting, _ = lifted(name)
+    paths = dagpath.top_paths(traced, len(lifting) + 1, progress=False)
+    expected = sorted(lifting.values.abs()[lifting.values != 0].tolist(), reverse=True)
+    assert [path.value for path in paths] == pytest.approx(expected, rel=1e-9)
 
 
 ENDS_WITHOUT_ELEMENTS = {"a barrier at the end", "no parameter", "constants alone", "booleans", "no path"}

@@ -88,7 +88,7 @@ one_position = {
     "constant factors": lambda m, x: m.head(F.relu(m.a(x / 3)) * torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0, 3.0]) * 0.7),
     "constant summand": lambda m, x: m.head(F.relu(m.a(x) + 0.25)),
     "constant tensor": lambda m, x: m.head(F.relu(m.a(x) + torch.arange(6.0))),
-    "fixed projection": lambda m, x: m.head(F.linear(m.a(x), torch.eye(6) * 0.5)),
+    "fixed projection": lambda m, x: m.head(F.linear(m.a(x), torch.eye(6, dtype=x.dtype) * 0.5)),
     "a sum over neurons": lambda m, x: m.head(m.a(x).sum(1, keepdim=True).expand(-1, 6)),
     "a mean over neurons": lambda m, x: m.head(m.a(x).view(-1, 3, 2).mean(2).repeat(1, 2)),
     "a maximum over neurons": lambda m, x: m.head(m.a(x).view(-1, 2, 3).amax(1).repeat(1, 2)),

@@ -292,6 +292,10 @@ class NeuronFlow(fx.Interpreter):
             fixed = tuple(node for node in self.node.all_input_nodes if self._is_fixed(self.env.get(node)))
             self.ties.append(Tie(pairs // size, pairs % size, self.node, reason, fixed))
 
+    def enters(self, x: Tensor) -> bool:
+        """Does an activation say where elements come from that are multiplied by it, entry by entry?"""
+        return bool((compact(x) > FIXED).any())
+
     @staticmethod
     def _is_fixed(value: Any) -> bool:
         return isinstance(value, Tensor) and not bool((compact(value) > FIXED).any())

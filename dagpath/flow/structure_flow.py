@@ -291,7 +291,8 @@ class StructureFlow(WeightFlow):
         at, reads = self._reads
         gain = self._edges[at]
         added = [index for index in range(self._first_edge, len(self._edges)) if index != at]
-        if response.ended:
+        goes_on = any(bool(factor.any()) for factor in response.factors)
+        if response.ended or not goes_on:
             self._edges[at] = replace(gain, src=nodes_of(self._barrier_number()), order=self._next())
             return
         dst, src = broadcast(compact(numbers), compact(reads))

@@ -168,6 +168,9 @@ class NodeFlow(NeuronFlow):
         self._link(made[first], torch.tensor(FIXED), constant[chosen][first])
         return small.masked_scatter(chosen, made).expand(numbers.shape)
 
+    def enters(self, x: Tensor) -> bool:
+        return has_nodes(x)  # a path goes on from an input too
+
     def product(self, factors: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor]) -> Tensor:
         may_be_free = [bool((compact(factor) > FIXED).any()) for factor in factors]
         index = self._known_kept.get(self.node, int(may_be_free[1]))

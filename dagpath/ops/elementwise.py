@@ -280,7 +280,7 @@ class Product(Operation):
     @staticmethod
     def _weighted(flow: NeuronFlow, weight: Weight, x: Tensor, shape: torch.Size) -> Any:
         """A parameter times an activation, entry by entry (a layer scale): a linear layer without sums."""
-        if not (compact(x) > FIXED).any():
+        if not flow.enters(x):
             elements = flow.elements(weight).expand(shape)
             return weight if weight.shape == shape else Weight(shape, elements=elements)
         padded = (1,) * (len(shape) - len(weight.shape)) + tuple(weight.shape)
