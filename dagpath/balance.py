@@ -274,7 +274,10 @@ def check_values(traced: TracedModel) -> None:
 def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise BalanceError(f"{kind} {name!r} is on the meta device: balancing needs its values; load them first")
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+    if not tensor.is_floating_point():
+        return
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()  # there are no sums of 8-bit numbers
+    if bool(torch.isfinite(tensor.sum())):
         return
     bad = ~torch.isfinite(tensor) if kind == "parameter" else torch.isnan(tensor)  # masks hold infinities
     if bool(bad.any()):

@@ -70,6 +70,8 @@ def values_of(model: nn.Module) -> Mapping[str, Tensor]:
     for name, parameter in named.items():
         if parameter.is_meta:
             raise ValueError(f"the parameter {name!r} is on the meta device, where it has no values: load them first")
+        if parameter.layout is not torch.strided:
+            raise ValueError(f"the parameter {name!r} is sparse ({parameter.layout}): make it dense first (to_dense())")
     spread = [parameter for parameter in named.values() if is_spread(parameter)]
     if spread:
         return Fetched(list(named), lambda name: whole(named[name]), spread[0].device)

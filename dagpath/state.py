@@ -142,6 +142,7 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
     with a largest norm). Parameters that have no values here, or parts of them alone, are left out.
     """
     named = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not is_spread(p)]
+    named = [(name, p) for name, p in named if p.layout is torch.strided]
     saved = [(parameter.data, parameter.detach().clone()) for _, parameter in named]
     written: list[str] = []
     try:
@@ -152,7 +153,7 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
                 if _address(parameter) != _address(memory):
                     parameter.data = memory
                     written.append(name)
-                if not bool(((parameter == value) | (value != value)).all()):
+                if not _is_equal(parameter, value) and not bool(((parameter == value) | (value != value)).all()):
                     parameter.copy_(value)
                     written.append(name)
         written[:] = dict.fromkeys(written)

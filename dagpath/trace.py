@@ -307,6 +307,10 @@ def trace(
         NeuronGraph(10 neurons, 8 free groups, 58 parameters)
     """
     start = time.perf_counter()
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a dictionary of arguments by their names, got {type(kwargs).__name__}")
+    if not isinstance(more_examples, (list, tuple)):
+        raise TypeError(f"more_examples must be a list of example inputs, got {type(more_examples).__name__}")
     inner = unwrap(model)
     peers, model = Peers.of(model), inner
     with peers.together():

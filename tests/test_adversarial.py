@@ -11,7 +11,7 @@ import dagpath
 from dagpath.capture.alike import alike, same
 from dagpath.capture.dry_run import dry_runs
 
-from networks import Net
+from networks import Net, mlp
 
 
 def two_into_one(function, **parts) -> Net:
@@ -431,3 +431,43 @@ def test_a_constant_made_in_the_shape_of_an_activation_is_a_constant():
     norm = dagpath.path_norm(traced)
     dagpath.random_rescaling(traced, 3.0).apply_()
     assert dagpath.path_norm(traced) == pytest.approx(norm, rel=1e-9)
+
+
+def test_what_cannot_be_computed_is_refused_by_its_name():
+    x = torch.randn(2, 4)
+    sparse = Net(lambda m, x: m.head(F.relu((m.w.t() @ x.t()).t())), head=nn.Linear(6, 2))
+    sparse.w = nn.Parameter(torch.randn(4, 6).to_sparse())
+    with pytest.raises(ValueError, match=r"the parameter 'w' is sparse \(torch.sparse_coo\)"):
+        dagpath.balance(dagpath.trace(sparse, x))
+
+    def turns(m, x):
+        h = torch.view_as_complex(F.relu(m.a(x)).view(-1, 3, 2))
+        return m.head(torch.view_as_real(h * 1j).reshape(-1, 6))
+
+    with pytest.raises(dagpath.UnsupportedOpError, match=r"mul .* cannot be unrolled: it reads a complex number"):
+        dagpath.trace(Net(turns, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), x).unroll()
+    net = mlp(4, 6, 2)
+    with pytest.raises(TypeError, match="more_examples must be a list of example inputs, got Tensor"):
+        dagpath.trace(net, x, more_examples=x)
+    with pytest.raises(TypeError, match="kwargs must be a dictionary of arguments by their names, got list"):
+        dagpath.trace(net, x, kwargs=[1])
+
+
+def test_odd_types_and_layouts_are_read():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.randn(1, 2, 4, 4)
+    expected = [path.value for path in dagpath.top_paths(dagpath.trace(net, x), 3)]
+    found = dagpath.top_paths(dagpath.trace(net.to(memory_format=torch.channels_last), x), 3)
+    assert [path.value for path in found] == pytest.approx(expected)
+    small = Net(lambda m, x: m.head(F.relu(m.a(x))) * m.w.float(), a=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    small.register_buffer("w", torch.ones(2).to(torch.float8_e4m3fn))
+    before = small(x[0, 0])
+    dagpath.rescale_(small, x[0, 0])
+    torch.testing.assert_close(small(x[0, 0]), before)
+
+
+def test_a_compiled_part_is_run_as_it_is_written(caplog):
+    net = mlp(4, 6, 2)
+    net[0].compile(backend="eager")
+    assert dagpath.trace(net, torch.randn(2, 4)).graph.num_groups == 6
+    assert not caplog.records

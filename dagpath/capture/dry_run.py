@@ -176,7 +176,8 @@ def dry_runs(model: nn.Module, training: bool | None, grad_mode: GradMode = torc
         training: in train mode? None for the modes that its modules are in.
         grad_mode: makes the context that says whether it records what a backward pass needs.
     """
-    with mode(model, training), without_autocast(), grad_mode():
+    interpreted = torch.compiler.set_stance("force_eager")  # modules that are compiled run as they are written
+    with mode(model, training), without_autocast(), grad_mode(), interpreted:
         stand_in(model)
         yield DryRuns(model)
 

@@ -183,6 +183,8 @@ class EdgeFlow(fx.Interpreter):
 
     def number(self, value: Any, name: str) -> Nodes | EdgeWeights:
         """A Python number as a constant; what is only known with the input (the argument ``name``) is a new input."""
+        if isinstance(value, complex):
+            raise NotImplementedError("it reads a complex number, and edges have real values")
         if plain(value) is not None:
             return EdgeWeights.constant(torch.tensor(value, dtype=torch.float64))
         node = Call(self.node.target, self.node.args, dict(self.node.kwargs), self.node)[name]  # type: ignore[arg-type]

@@ -198,7 +198,10 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
     """
     parameters = dict(traced.values)
     names = {edges.parameter for edges in structure.edges}
-    marked = {name: torch.zeros_like(parameters[name], dtype=_wide(parameters[name])) for name in names}
+    marked = {
+        name: torch.zeros(parameters[name].shape, dtype=_wide(parameters[name]), device=parameters[name].device)
+        for name in names
+    }
     expected = -_MARK / 2
     for step in steps:
         log_constant = step.log_value
