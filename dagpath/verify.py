@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.running import mode_text, run
-from dagpath.capture.sizes import common_batch, resized, with_batch
+from dagpath.capture.sizes import common_batch, num_entries, resized, with_batch
 from dagpath.distributed import computed_types, has_all_values
 from dagpath.errors import CaptureError, VerificationError
 from dagpath.rescaling import Rescaling
@@ -78,7 +78,7 @@ class Verification:
         if has_mixed_modes(self._model):
             checks.append(Check(given, None, optional=True))
         if captured.sizes:
-            smallest = min((resized(given, sizes) for sizes in captured.sizes), key=_num_entries)
+            smallest = min((resized(given, sizes) for sizes in captured.sizes), key=num_entries)
             checks.append(Check(smallest, False, optional=True))
         return checks
 
@@ -262,7 +262,3 @@ def _types_of_outputs(graph: CapturedGraph) -> list[set[torch.dtype]]:
 def _num_leaves(graph: CapturedGraph, outputs: list[fx.Node]) -> int:
     """How many of the last outputs are the model's own; those before them are written into buffers and inputs."""
     return min(graph.structure.num_leaves, len(outputs))
-
-
-def _num_entries(inputs: Any) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -50,6 +50,10 @@ def resized(given: Any, sizes: Mapping[Dim, int]) -> Any:
     return pytree.tree_unflatten(leaves, structure)
 
 
+def num_entries(inputs: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
 def copies(inputs: Any) -> Any:
     """Copies of the tensors among inputs, since a model may write to them."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)

@@ -29,6 +29,7 @@ from dagpath.capture.sizes import (
     copies,
     larger,
     neighbours,
+    num_entries,
     other_lengths,
     resized,
     smaller,
@@ -429,7 +430,8 @@ class _Survey:
             lines.append(f"sizes of dimension 0 that were looked at ({', '.join(map(str, tried))})")
         other = [call for call in captured if set(call.sizes) - set(batch_sizes(self._given, 1))]
         if other:
-            looked = "; ".join(sorted({_shapes(call.inputs, anything) for call in other}))
+            by_size = sorted(other, key=lambda call: num_entries(with_batch(call.inputs, 1)))
+            looked = "; ".join(dict.fromkeys(_shapes(call.inputs, anything) for call in by_size))
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the size {_shapes(self._given, anything)} alone: the model took no other one")
