@@ -361,7 +361,8 @@ def _set_hooks(tensor: Tensor, name: str, contents: Contents) -> None:
 def is_users(module: str | None) -> bool:
     """Does a module of this name hold a user's code, or that of a library of models?"""
     root = _root(module)
-    return root == "__main__" or (root not in _LIBRARIES and root not in sys.stdlib_module_names)
+    is_compiled = root.startswith("_cython_")
+    return root == "__main__" or not (root in _LIBRARIES or root in sys.stdlib_module_names or is_compiled)
 
 
 def _text(place: Place) -> str:
@@ -396,7 +397,9 @@ def _refill(container: Any, contents: Contents) -> None:
 
 
 def _slots_of(kind: type) -> list[Any]:
-    return [slot for base in kind.__mro__ for slot in vars(base).values() if type(slot) is types.MemberDescriptorType]
+    """Those that classes written in Python declare; members of others may only be read."""
+    bases = [base for base in kind.__mro__ if "__slots__" in vars(base)]
+    return [slot for base in bases for slot in vars(base).values() if type(slot) is types.MemberDescriptorType]
 
 
 def _slots(value: Any, slots: Iterable[Any]) -> Contents:
@@ -410,7 +413,10 @@ def _slots(value: Any, slots: Iterable[Any]) -> Contents:
 
 
 def _fill_slots(value: Any, slots: Iterable[Any], contents: Contents) -> None:
+    now = _slots(value, slots)
     for slot in slots:
+        if slot.__name__ in contents and now.get(slot.__name__, slot) is contents[slot.__name__]:
+            continue
         if slot.__name__ in contents:
             slot.__set__(value, contents[slot.__name__])
         elif slot.__name__ in _slots(value, [slot]):

@@ -209,9 +209,9 @@ CASES: dict[str, Case] = {
     ),
     "added to zeros by indices that repeat": vectors(
         lambda m, x: m.head(
-            F.pad(x[:, :1] * 0, (1, 2)).index_add(1, torch.tensor([1, 3, 1, 3]), F.pad(m.b(x)[:, :2], (0, 2)))
+            F.pad(x[:, :1] * 0, (1, 2)).index_add(1, torch.tensor([1, 3, 1, 3]), F.pad(m.b(x)[:, :2], (0, 2))) + m.a(x)
         ),
-        3,
+        5,
     ),
     "added where the input says": vectors(  # the last unit of b is read by nothing
         lambda m, x: m.head(m.a(x).index_add(1, x[0].argsort(), m.b(x)[:, :3], alpha=2)), 2

@@ -197,7 +197,7 @@ def test_a_layer_of_zeros_comes_to_life():
 def test_the_skeleton_of_ones_is_one_and_its_basis_paths_are_the_elements():
     torch.manual_seed(0)
     net = mlp(5, 8, 6, 3).double()
-    optimizer = GSGD(dagpath.trace(net, torch.zeros(1, 5)), lr=0.0, skeleton="ones")
+    optimizer = GSGD(dagpath.trace(net, torch.zeros(1, 5).double()), lr=0.0, skeleton="ones")
     assert (optimizer._skeleton.read(list(net.parameters())) == 1).all()
     before = [p.detach().clone() for p in net.parameters()]
     x, target = torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))
@@ -216,7 +216,7 @@ def test_the_skeleton_may_be_set_to_any_positive_number():
     torch.manual_seed(0)
     net = mlp(5, 8, 6, 3).double()
     before = [p.detach().clone() for p in net.parameters()]
-    optimizer = GSGD(dagpath.trace(net, torch.zeros(1, 5)), lr=1e-3, skeleton=0.5)
+    optimizer = GSGD(dagpath.trace(net, torch.zeros(1, 5).double()), lr=1e-3, skeleton=0.5)
     assert (optimizer._skeleton.read(list(net.parameters())) == 0.5).all()
     changed = sum(int((p != old).sum()) for p, old in zip(net.parameters(), before, strict=True))
     assert changed == len(optimizer._skeleton.members)
