@@ -413,7 +413,7 @@ class Point:
 
     @cached_property
     def held(self) -> Any:
-        """Which groups the bound stops, bool [num_groups]: the objective falls beyond it."""
+        """A boolean for each group that the bound stops, beyond which the objective still falls."""
         bound = self.problem.bound
         if (np.abs(self.z) < bound).all():
             return np.zeros(len(self.z), dtype=np.bool_)
