@@ -14,7 +14,6 @@ import operator
 import random
 import sys
 import types
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -75,9 +74,7 @@ class _Kept:
 
 
 def _is_alike(value: Any, saved: Any) -> bool:
-    """Is it the same for a call that reads it? Lists of the same objects are, and references to one object."""
-    if isinstance(value, weakref.ref) and isinstance(saved, weakref.ref):
-        return True  # a module that keeps such to its own parameters makes them anew
+    """Is it the same for a call that reads it? Lists of the same objects are."""
     if isinstance(value, (list, tuple)) and type(value) is type(saved):
         return len(value) == len(saved) and all(map(_is_alike, value, saved))
     return value is saved

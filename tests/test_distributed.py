@@ -191,6 +191,19 @@ def what_fails_in_one_process_fails_in_all() -> None:
     assert all(torch.equal(value, before[name]) for name, value in values(plain).items())
 
 
+def calls_to_compare_that_differ_are_refused_in_all() -> None:
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    for differs in ("examples", "modes"):
+        model = DistributedDataParallel(mlp(4, 8, 3))
+        before = values(model)
+        if differs == "modes" and dist.get_rank() == 0:
+            model.module[0].eval()
+        more = [x[:1]] if differs == "examples" and dist.get_rank() == 0 else []
+        with pytest.raises(ValueError, match="the calls to compare differ between the processes"):
+            dagpath.rescale_(model, x, more_examples=more)
+        assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
 def random_factors_are_those_of_the_first() -> None:
     torch.manual_seed(dist.get_rank())
     for wrap in (DistributedDataParallel, sharded):
@@ -320,6 +333,7 @@ SCENES = [
     random_factors_are_those_of_the_first,
     everything_that_reads_parameters_works_where_they_are_spread,
     calls_that_differ_are_refused_in_all,
+    calls_to_compare_that_differ_are_refused_in_all,
     what_would_be_lost_in_a_half_type_is_refused_in_shards_too,
     parameters_that_stay_gathered_are_found,
     a_model_that_computes_in_a_half_type_is_compared_in_it,

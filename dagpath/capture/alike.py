@@ -17,8 +17,10 @@ from dagpath.capture.dry_run import Called, Place, Record
 
 Shape = tuple[int, ...]
 
-_OF_A_SHAPE = ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
-_VALUES_READ = {**dict.fromkeys(_OF_A_SHAPE, 0), "to": 1, **dict.fromkeys(("type_as", "expand_as", "view_as"), 1)}
+_FILLED_ALIKE = ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
+_VALUES_READ = dict.fromkeys(_FILLED_ALIKE, 0) | dict.fromkeys(
+    ("to", "type_as", "expand_as", "view_as", "reshape_as"), 1
+)
 """Of so many of their first operands, these functions read the values; of the others, the shape or the type."""
 
 
@@ -96,7 +98,7 @@ class _Sources:
         for place in call.written:
             before = {self.of(place), source} if not place.whole else {source}
             self._written[place.storage] = max(before, key=_STRENGTH.index)
-        for position in range(len(call.results) + 1):
+        for position in range(len(call.results) + len(call.written)):
             self._results[number, position] = source
 
 
@@ -326,7 +328,7 @@ _NAMES: dict[_Rule, str] = {
         clone detach alias data grad __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__
         __truediv__ __itruediv__ __neg__ __abs__ __pow__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__ __invert__ __and__
         __or__""",
-    _fills: "zeros ones empty new_zeros new_ones new_empty zeros_like ones_like empty_like",
+    _fills: " ".join(("zeros", "ones", "empty", *_FILLED_ALIKE)),
     _of_a_shape: """
         arange linspace size dim numel stride __len__ is_floating_point is_complex element_size nelement ndimension
         is_contiguous storage_offset _assert""",

@@ -280,7 +280,7 @@ class _Survey:
             return [export(self._model, call.inputs, training, self._is_compound, **options)]
         except Exception:
             if not self._may_run() or self._runs(call.inputs, training):
-                self._not_captured.append(call.name)
+                self._not_captured.append(f"{call.name} in {mode_text(training)}" if training else call.name)
             return []
 
     def _graphs(self, calls: Sequence[_Call], first: _Call | None, training: bool | None) -> list[CapturedGraph]:
@@ -318,7 +318,8 @@ class _Survey:
                 numbers.append(number)
                 self._rows.append(record)
         looked = max(2, sum(map(_is_clear, records)))
-        self._in_a_row = numbers[_MOST_LATER] if len(numbers) > _MOST_LATER else looked
+        looked = numbers[_MOST_LATER] if len(numbers) > _MOST_LATER else looked
+        self._in_a_row = looked if self._in_a_row == 1 else min(looked, self._in_a_row)  # of both modes
         found = [self._after(modes[:number], training, inputs) for number in numbers[:_MOST_LATER]]
         return [graph for graph in found if graph is not None]
 
