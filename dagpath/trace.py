@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from dagpath.capture.graph import CapturedGraph, shared_parameters
-from dagpath.capture.survey import Capture, survey
+from dagpath.capture.graph import Capture, CapturedGraph, shared_parameters
+from dagpath.capture.survey import survey
 from dagpath.distributed import Peers, values_of, whole
 from dagpath.flow.agreement import agree, grouped, reconciled
 from dagpath.flow.masses import MassFlow

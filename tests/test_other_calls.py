@@ -487,6 +487,58 @@ def test_images_of_other_sizes_are_right(size: int) -> None:
     check(net, numbers(2, 3, size, size), others=others)
 
 
+def flipped_beyond_many_examples(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    return m.head(h.flip(-1) if len(x) > 64 else h)
+
+
+def read_beyond_a_position(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    return m.head(h.sum(1) + h[:, 32:].flip(-1).sum(1))
+
+
+def another_layer_beyond_a_length(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    if x.shape[1] >= 200:
+        h = torch.cat([h[:, :1], m.u(h[:, 1:])], 1)
+    return m.head(h)
+
+
+def rolled_after_many_steps(m: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 6)
+    for t in range(x.shape[1]):
+        h = F.relu(m.a(x[:, t]) + m.u(h))
+        if t > 40:
+            h = h.roll(1, -1)
+    return m.head(h)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "other"),
+    [
+        (flipped_beyond_many_examples, (3, 5), (300, 5)),
+        (read_beyond_a_position, (3, 4, 5), (2, 150, 5)),
+        (another_layer_beyond_a_length, (3, 4, 5), (2, 300, 5)),
+        (rolled_after_many_steps, (3, 4, 5), (2, 60, 5)),
+    ],
+)
+def test_a_size_from_which_on_the_model_takes_another_way_is_found(
+    function: Callable[..., Any], shape: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    check(make(function), numbers(*shape), others=[(numbers(*other),)])
+
+
+def test_a_loop_over_a_sequence_takes_one_way() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 6)
+        for t in range(x.shape[1]):
+            h = F.relu(m.a(x[:, t]) + m.u(h))
+        return m.head(h)
+
+    traced = check(make(forward), numbers(3, 4, 5), others=[(numbers(2, 70, 5),)], free=6)
+    assert "looked at: [n, 1, 5]; [n, 5, 5]; [n, 9, 5]" in traced.explain()
+
+
 def test_further_examples_are_looked_at() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.head(F.relu(m.a(x) if x.shape[1] < 20 else m.a(x) + m.b(x)).mean(1))

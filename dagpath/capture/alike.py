@@ -69,6 +69,35 @@ def alike(record: Record | None, other: Record | None) -> bool:
     return True
 
 
+class Ways:
+    """The ways through its code that a model took in calls: which functions it called, in what order.
+
+    Where calls of other sizes make other numbers of calls of functions (a loop over a sequence), the order tells
+    nothing, but a function that is new, or is called with a new parameter, does.
+    """
+
+    def __init__(self, records: Sequence[Record | None]) -> None:
+        ways = [_way(record) for record in records if record is not None and record.is_clear]
+        self._ways, self._steps = set(ways), {step for way in ways for step in way}
+        self._loops = len({len(way) for way in ways}) > 1
+
+    def __contains__(self, record: Record) -> bool:
+        way = _way(record)
+        return way in self._ways or (self._loops and self._steps.issuperset(way))
+
+
+def _way(record: Record) -> tuple[tuple[object, ...], ...]:
+    """Of each call its function, the parameters and buffers among its arguments, and which results have no entry."""
+    return tuple(
+        (
+            call.name,
+            *(leaf.origin for leaf in call.leaves if isinstance(leaf, Place) and isinstance(leaf.origin, str)),
+            *(0 in shape for shape in call.results),
+        )
+        for call in record.calls
+    )
+
+
 def _source_of_result(pair: _Pair, rule: _Rule | None, read: set[Source]) -> Source:
     if Source.INPUTS in read:
         return Source.INPUTS
@@ -107,7 +136,7 @@ _STRENGTH = [Source.NOTHING, Source.REPEATED, Source.INPUTS, Source.SIZES]
 
 
 def _match(call: Called, other: Called) -> bool:
-    """Are these calls of one function, on tensors of one origin and as many dimensions?"""
+    """Are these calls of one function, on tensors of one origin and as many dimensions, with entries or without?"""
     if (call.name, call.structure, len(call.results)) != (other.name, other.structure, len(other.results)):
         return False
     for leaf, grown in zip(call.leaves, other.leaves, strict=True):
@@ -118,7 +147,8 @@ def _match(call: Called, other: Called) -> bool:
     for part, grown in zip(call.written, other.written, strict=True):
         if not (part.whole and grown.whole) and (part.shape, part.memory) != (grown.shape, grown.memory):
             return False  # what is written to is a part of what grows
-    return all(len(shape) == len(grown) for shape, grown in zip(call.results, other.results, strict=True))
+    results = zip(call.results, other.results, strict=True)
+    return all(len(shape) == len(grown) and (0 in shape) == (0 in grown) for shape, grown in results)
 
 
 class _Pair:

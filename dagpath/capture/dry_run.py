@@ -125,6 +125,11 @@ class Record:
     is_clear: bool = True
 
 
+def is_clear(record: Record | None) -> bool:
+    """Did the model take the call, and did the dry run come to its end?"""
+    return record is not None and record.is_clear
+
+
 class DryRuns:
     """Makes dry runs of a model that is ready for them."""
 

@@ -1,9 +1,9 @@
-"""A captured call of a model."""
+"""Captured calls of a model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from dagpath.capture.sizes import Dim
 from dagpath.distributed import own
 
 
@@ -40,6 +41,56 @@ class CapturedGraph:
     structure: pytree.TreeSpec
     call: str = ""
     leaves: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The graphs of a model.
+
+    Attributes:
+        eval: the eval graph.
+        train: the train graph; None where it puts the same constraints on scales, or cannot be captured.
+        others: graphs of further calls in eval mode: other sizes, further examples, a second call.
+        train_others: those in train mode.
+        train_failure: why train mode cannot be captured; empty if it can.
+        covers: what the trace holds for, a line each.
+        not_captured: calls that the model takes and that could not be captured, in words.
+        sizes: other sizes of dimensions of the inputs that the model takes too, one for each call with them.
+        written: names of the parameters that a call writes to.
+    """
+
+    eval: CapturedGraph
+    train: CapturedGraph | None
+    others: tuple[CapturedGraph, ...]
+    train_others: tuple[CapturedGraph, ...]
+    train_failure: str
+    covers: tuple[str, ...]
+    not_captured: tuple[str, ...] = ()
+    sizes: tuple[Mapping[Dim, int], ...] = ()
+    written: tuple[str, ...] = ()
+
+    @property
+    def graphs(self) -> list[CapturedGraph]:
+        """All graphs, the eval graph first."""
+        return [graph for graph in (self.eval, self.train, *self.others, *self.train_others) if graph is not None]
+
+    def buffers_read(self) -> dict[str, Tensor]:
+        """Buffer name -> tensor, for the buffers that any graph reads."""
+        return {name: graph.tensors[node.name] for graph, node, name in self._readers()}
+
+    def tables(self) -> dict[str, Tensor]:
+        """Buffer name -> a copy of it, for those of which the neurons may depend: all but running statistics."""
+        statistics: dict[str, bool] = {}
+        for _, node, name in self._readers():
+            are = all("_norm" in str(user.target) and node in user.args[3:5] for user in node.users)
+            statistics[name] = are and statistics.get(name, True)
+        return {name: t.detach().clone() for name, t in self.buffers_read().items() if not statistics[name]}
+
+    def _readers(self) -> Iterator[tuple[CapturedGraph, fx.Node, str]]:
+        for graph in self.graphs:
+            for node in graph.module.graph.nodes:
+                if node.users and node.name in graph.buffers:
+                    yield graph, node, graph.buffers[node.name]
 
 
 def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[str]:

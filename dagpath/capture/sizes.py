@@ -50,6 +50,27 @@ def resized(given: Any, sizes: Mapping[Dim, int]) -> Any:
     return pytree.tree_unflatten(leaves, structure)
 
 
+def without_values(given: Any, sizes: Mapping[Dim, int]) -> Any:
+    """As :func:`resized`, on the meta device: inputs of any size cost no memory."""
+    leaves, structure = pytree.tree_flatten(given)
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            shape = [sizes.get((position, dim), size) for dim, size in enumerate(leaf.shape)]
+            leaves[position] = torch.empty(shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def shapes_text(inputs: Any, any_batch: bool = False) -> str:
+    """The shapes of inputs; with n for their number of examples, if it may be any."""
+    batch = set(batch_sizes(inputs, 1)) if any_batch else set()
+    shapes = [
+        ["n" if (position, dim) in batch else str(size) for dim, size in enumerate(leaf.shape)]
+        for position, leaf in enumerate(pytree.tree_leaves(inputs))
+        if isinstance(leaf, Tensor)
+    ]
+    return ", ".join(f"[{', '.join(shape)}]" for shape in shapes)
+
+
 def num_entries(inputs: Any) -> int:
     return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 

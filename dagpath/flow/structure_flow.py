@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dagpath.capture.survey import Capture
+from dagpath.capture.graph import Capture
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.responses import Response, Responses
 from dagpath.flow.structure import CONSTANT, Links, Structure

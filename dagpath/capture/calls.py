@@ -1,0 +1,200 @@
+"""The calls of a model that a trace looks at: with other numbers of examples, and with other lengths."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dagpath.capture.alike import Ways, alike
+from dagpath.capture.dry_run import Place, Record, is_clear
+from dagpath.capture.running import run
+from dagpath.capture.sizes import (
+    Dim,
+    batch_sizes,
+    common_batch,
+    larger,
+    neighbours,
+    other_lengths,
+    resized,
+    shapes_text,
+    smaller,
+    with_batch,
+    without_values,
+)
+from dagpath.errors import CaptureError
+
+MANY = 13
+"""A number of examples that few models have as a size."""
+
+_FAR = (515, 512, 131, 128)
+"""Sizes beyond most of those that code compares a size with."""
+
+DryRun = Callable[[Any], Record | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call to look at.
+
+    Attributes:
+        inputs: its inputs.
+        name: what it is in words.
+        record: its dry run; None where that fails.
+        sizes: in which sizes the inputs differ from those that were given.
+    """
+
+    inputs: Any
+    name: str
+    record: Record | None
+    sizes: Mapping[Dim, int] = field(default_factory=dict)
+
+    def trains(self) -> bool:
+        """May train mode be looked at in this call? A batch norm does not train on one example."""
+        return common_batch(self.inputs) != 1
+
+    def has_rows(self) -> bool:
+        """Have the outputs as many rows as the inputs, as far as the dry run knows?"""
+        outputs = self.record.calls[-1].leaves if self.record is not None and self.record.is_clear else []
+        places = [place for place in outputs if isinstance(place, Place) and place.shape]
+        return all(place.shape[0] == common_batch(self.inputs) for place in places)
+
+
+class Calls:
+    """Finds the calls to look at.
+
+    Args:
+        model: the model.
+        given: its example inputs.
+        more: further example inputs.
+        has_values: has the model values?
+    """
+
+    def __init__(self, model: nn.Module, given: Any, more: Sequence[Any], has_values: bool) -> None:
+        self._model, self._given, self._more, self._has_values = model, given, more, has_values
+        self._batch = common_batch(given)
+
+    def may_run(self) -> bool:
+        """May the model be run with any indices? (It has values, and on a GPU one out of range ends the process.)"""
+        return self._has_values and all(parameter.device.type == "cpu" for parameter in self._model.parameters())
+
+    def runs(self, inputs: Any, training: bool | None) -> bool:
+        """Does the model take these inputs? With its values where it has them, since indices may be out of range."""
+        try:
+            run(self._model, inputs, training=training, dry=not self._has_values)
+        except CaptureError:
+            return False
+        return True
+
+    def taken(self, dry_run: DryRun, training: bool) -> list[Call]:
+        """The call with one example, that with the inputs as given, and those with other numbers of examples, with
+        other lengths, and with further examples: those that the model takes.
+
+        Args:
+            dry_run: makes dry runs of the model.
+            training: in train mode?
+        """
+        found: dict[str, Call] = {}
+
+        def look_at(inputs: Any, sizes: Mapping[Dim, int]) -> None:
+            name = f"a call with inputs of the sizes {shapes_text(inputs)}"
+            if inputs is self._given or (name not in found and self._is_taken(inputs, dry_run, training)):
+                found.setdefault(name, Call(inputs, name, dry_run(inputs), sizes))
+
+        look_at(with_batch(self._given, 1), {})
+        look_at(self._given, {})
+        for sizes in [*self._other_sizes(dry_run, training)]:
+            look_at(resized(self._given, sizes), sizes)
+        for sizes in [*self._turns([*found.values()], dry_run)]:
+            look_at(resized(self._given, sizes), sizes)
+        further = enumerate(self._more, 1)
+        return [
+            *found.values(),
+            *(Call(inputs, f"further example {number}", dry_run(inputs)) for number, inputs in further),
+        ]
+
+    def _other_sizes(self, dry_run: DryRun, training: bool) -> Iterator[Mapping[Dim, int]]:
+        """Larger, neighbouring and smaller sizes."""
+        given, batch = self._given, self._batch or 1
+        tells = dry_run(with_batch(given, 1)) is not None or dry_run(given) is not None
+
+        def takes(inputs: Any) -> bool:
+            record = dry_run(inputs)
+            if (tells and (record is None or record.is_clear)) or not self.may_run():
+                return record is not None
+            return self.runs(inputs, training)
+
+        many, few = (MANY, *larger(batch)), (2, *smaller(batch))
+        grown: dict[Dim, int] | None = None
+        for sizes, batches in ((larger, many), (neighbours, few), (smaller, few)):
+            candidates = [batch_sizes(given, size) for size in batches if size != self._batch]
+            base = next((chosen for chosen in candidates if chosen and takes(resized(given, chosen))), {})
+            if sizes is neighbours and not grown:
+                continue  # what takes no larger size takes none next to it
+            lengths = grown = other_lengths(resized(given, base), sizes, takes)
+            whole = {**base, **lengths}
+            yield base
+            if self._is_taken(resized(given, whole), dry_run, training):
+                yield whole
+            else:  # the dry run took sizes that the model does not take: each kind of them alone
+                leaves = pytree.tree_leaves(given)
+                before = {dim: leaves[dim[0]].shape[dim[1]] for dim in lengths}
+                for size in set(before.values()):
+                    yield {**base, **{dim: n for dim, n in lengths.items() if before[dim] == size}}
+
+    def _turns(self, calls: Sequence[Call], dry_run: DryRun) -> Iterator[Mapping[Dim, int]]:
+        """The sizes from which on the model takes another way through its code than in all of these calls.
+
+        Dry runs of inputs that are far larger, of more examples or longer, tell.
+        """
+        ways = Ways([call.record for call in calls])
+        given = batch_sizes(self._given, self._batch or 1)
+        longer = [call.sizes for call in calls if call.sizes.keys() - given.keys()]
+        for dims, base in ((given.keys(), given), *((sizes.keys() - given.keys(), sizes) for sizes in longer[-1:])):
+            if dims:
+                yield from self._turn(dims, base, ways, dry_run)
+
+    def _turn(
+        self, dims: Collection[Dim], base: Mapping[Dim, int], ways: Ways, dry_run: DryRun
+    ) -> Iterator[Mapping[Dim, int]]:
+        """The least sizes in these dimensions, above those of ``base``, with which the model takes another way."""
+        least = min(base[dim] for dim in dims)
+
+        def sizes(size: int) -> dict[Dim, int]:
+            return {**base, **{dim: size + base[dim] - least for dim in dims}}
+
+        def record(size: int) -> Record | None:
+            return dry_run(without_values(self._given, sizes(size)))
+
+        def turns(size: int) -> bool:
+            found = record(size)
+            return found is not None and found.is_clear and found not in ways
+
+        far = next((size for size in _FAR if size > least and is_clear(record(size))), least)
+        if turns(far):
+            yield sizes(bisect.bisect_left(range(far), True, lo=least + 1, key=turns))
+
+    def _is_taken(self, inputs: Any, dry_run: DryRun, training: bool) -> bool:
+        """Does the model take these inputs, values and all? A dry run knows of no index that is out of range."""
+        record = dry_run(inputs)
+        if alike(dry_run(self._given), record):
+            return True
+        return self.runs(inputs, training) if self.may_run() else record is not None
+
+
+def once(dry_run: DryRun) -> DryRun:
+    """The same function, which makes one dry run for inputs of the same sizes."""
+    known: dict[tuple[Any, ...], Record | None] = {}
+
+    def run_once(inputs: Any) -> Record | None:
+        leaves, structure = pytree.tree_flatten(inputs)
+        key = shapes_text(inputs), repr([leaf for leaf in leaves if not isinstance(leaf, Tensor)]), structure
+        if key not in known:
+            known[key] = dry_run(inputs)
+        return known[key]
+
+    return run_once
