@@ -249,6 +249,18 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_value_checks() -> Iterator[None]:
+    """Distributions of PyTorch do not check the values that they are given, which no graph could."""
+    kind = torch.distributions.Distribution
+    checks = kind._validate_args
+    try:
+        kind.set_default_validate_args(False)
+        yield
+    finally:
+        kind.set_default_validate_args(checks)
+
+
+@contextlib.contextmanager
 def plain_computation() -> Iterator[None]:
     """Outside of inference mode and autocast, with new tensors on the CPU, whatever the caller is in."""
     with contextlib.ExitStack() as stack:

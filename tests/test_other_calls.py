@@ -579,6 +579,16 @@ def test_the_trace_says_what_it_covers() -> None:
     assert fixed.explain(format="dict")["covers"] == list(fixed.captured.covers)
 
 
+def test_arguments_that_are_no_tensors_are_named() -> None:
+    def forward(m: Any, x: Tensor, steps: int = 1, *, options: Any = None) -> Tensor:
+        return m.head(sum((F.relu(m.a(x)) for _ in range(steps)), 0))
+
+    given = numbers(4, 5), 3
+    traced = dagpath.trace(make(forward), given, {"options": {"reduce": ["mean", None]}})
+    assert "Holds for the arguments" in traced.explain()
+    assert "args[1]=3, kwargs['options']['reduce'][0]='mean' as given" in traced.explain()
+
+
 def test_weights_that_met_zeros_alone_are_left_as_they_are_and_reported() -> None:
     class OneStep(nn.Module):
         def __init__(self) -> None:

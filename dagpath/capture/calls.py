@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import inspect
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,3 +200,15 @@ def once(dry_run: DryRun) -> DryRun:
         return known[key]
 
     return run_once
+
+
+def plain_arguments(model: nn.Module, given: Any) -> dict[str, str]:
+    """Name -> text of the arguments that are neither tensors nor None: code decides by them, so they are constants."""
+    args, kwargs = given
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {
+        f"{name}{pytree.keystr(path)}": reprlib.repr(leaf)
+        for name, argument in arguments.items()
+        for path, leaf in pytree.tree_flatten_with_path(argument)[0]
+        if leaf is not None and not isinstance(leaf, Tensor)
+    }

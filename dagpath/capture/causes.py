@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from tqdm import TMonitor
 
 from dagpath.distributed import has_all_values
@@ -15,14 +17,15 @@ from dagpath.errors import CaptureError
 
 _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("pack_padded_sequence", "pack_sequence", "PackedSequence"),
+        ("packed_sequence", "pack_padded_sequence", "pack_sequence", "PackedSequence"),
         "A packed sequence has a shape that depends on the lengths, which no graph can hold: run the recurrent layer "
         "on the padded sequence, and mask what lies behind the lengths.",
     ),
     (
         ("fake tensor in the exported program constant",),
-        "The forward makes a tensor in a way that the exporter does not see (from NumPy, or from memory that another "
-        "library holds): make it with functions of PyTorch, or once, as a buffer.",
+        "The forward makes a tensor in a way that the exporter does not see: from NumPy, from memory that another "
+        "library holds, or as a gradient that it computes itself (backward, torch.autograd.grad). Make constants with "
+        "functions of PyTorch, or once, as buffers; trace the submodule that computes no gradient.",
     ),
     (
         (".numpy() is not supported", "can't convert", "numpy"),
@@ -37,6 +40,11 @@ _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("s .data of shape",),
         "Give the new value to the module's attribute instead, or copy into the tensor.",
+    ),
+    (
+        ("expression zuf", "SymFloat", "specialized integer", "SymInt.__format__"),
+        "A number that is read from a tensor (float(t), int(t), t.item()) is not known while the graph is made: leave "
+        "it a tensor, or compute it once, outside of the forward.",
     ),
     (
         ("data-dependent", "DataDependent", "unbacked", "_local_scalar_dense", "Eq(u", "is_nonzero", "symbolic"),
@@ -80,17 +88,25 @@ def cause_of(model: nn.Module, text: str) -> str:
 
 
 def messages(failure: BaseException) -> str:
-    """The messages of an error and of those that it comes from."""
+    """The messages of an error and of those that it comes from; and a word for what no message names."""
     found: list[str] = []
     current: BaseException | None = failure
     while current is not None and len(found) < 10:
         found.append(f"{type(current).__name__}: {current}")
+        held = (value for frame, _ in traceback.walk_tb(current.__traceback__) for value in frame.f_locals.values())
+        if any(isinstance(value, PackedSequence) for value in held):
+            found.append("PackedSequence")
         current = current.__cause__ or current.__context__
     return "\n".join(found)
 
 
 def check_model(model: nn.Module) -> None:
     """Raise CaptureError for a model of which no graph can be made, whatever its inputs are."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise CaptureError(
+            "a model is traced outside of vmap, grad and the other transforms of torch.func: trace it first, and use "
+            "the result inside"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"{type(model).__name__} is a TorchScript module, which holds no Python code to capture; trace the "

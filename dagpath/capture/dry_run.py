@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
 from dagpath.reach import Reach
-from dagpath.state import GradMode, mode, random_states, without_autocast
+from dagpath.state import GradMode, mode, random_states, without_autocast, without_value_checks
 
 MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,
@@ -182,7 +182,7 @@ def dry_runs(model: nn.Module, training: bool | None, grad_mode: GradMode = torc
         grad_mode: makes the context that says whether it records what a backward pass needs.
     """
     interpreted = torch.compiler.set_stance("force_eager")  # modules that are compiled run as they are written
-    with mode(model, training), without_autocast(), grad_mode(), interpreted:
+    with mode(model, training), without_autocast(), without_value_checks(), grad_mode(), interpreted:
         stand_in(model)
         yield DryRuns(model)
 

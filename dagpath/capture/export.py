@@ -22,7 +22,7 @@ from dagpath.capture.graph import CapturedGraph, storage_of
 from dagpath.capture.sizes import copies
 from dagpath.distributed import has_all_values, stand_in
 from dagpath.errors import CaptureError
-from dagpath.state import GradMode, mode, random_states
+from dagpath.state import GradMode, mode, random_states, without_value_checks
 
 _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
 
@@ -55,7 +55,7 @@ def export(
         CaptureError: the forward depends on something that no graph can stand for. The exporter raises many other
             types.
     """
-    with mode(model, training), grad_mode(), quiet():
+    with mode(model, training), grad_mode(), quiet(), without_value_checks():
         args, kwargs = stand_in(model, inputs)
         before = random_states()
         with exported_with_what_is_left(model) as left, followed():

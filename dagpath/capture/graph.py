@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,6 +42,12 @@ class CapturedGraph:
     structure: pytree.TreeSpec
     call: str = ""
     leaves: tuple[str, ...] = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "what was traced belongs to one model in one process, and is neither copied nor pickled: trace the copy of "
+            "the model, or trace in the other process; Rescaling.save writes factors to a file"
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dagpath.capture.alike import alike, same
-from dagpath.capture.calls import Call, Calls, once
+from dagpath.capture.calls import Call, Calls, once, plain_arguments
 from dagpath.capture.causes import check_model
 from dagpath.capture.dry_run import Record, dry_runs, is_clear
 from dagpath.capture.export import export, quiet
@@ -302,6 +302,9 @@ class _Survey:
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the size {shapes_text(self._given, anything)} alone: the model took no other one")
+        plain = plain_arguments(self._model, self._given)
+        if plain:
+            lines.append(f"the arguments {', '.join(f'{name}={value}' for name, value in plain.items())} as given")
         if self._more:
             lines.append("the further examples: " + "; ".join(shapes_text(inputs) for inputs in self._more))
         leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))

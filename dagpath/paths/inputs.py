@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.export.graph_signature import CustomObjArgument
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
@@ -22,7 +23,9 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
     given = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
     held = {*graph.parameters, *graph.tensors, *graph.state}
-    nodes = [node for node in nodes if node.name not in held]
+    nodes = [
+        node for node in nodes if node.name not in held and not isinstance(node.meta.get("val"), CustomObjArgument)
+    ]
     if len(given) != len(nodes):
         names = ", ".join(node.name for node in nodes)
         raise ValueError(f"the model was traced with {len(nodes)} inputs ({names}), got {len(given)}")
@@ -36,7 +39,8 @@ def examples(graph: CapturedGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
         if not isinstance(value, Tensor):
             raise ValueError(f"input {name!r} must be a Tensor of shape {_text(shape, batched)}, got {value!r}")
         if value.ndim != len(shape) or value.shape[int(batched) :] != shape[int(batched) :]:
-            raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {_text(shape, batched)}")
+            alone = "" if batched or graph.batch is None else "; one example, since outputs have no row for each"
+            raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {_text(shape, batched)}{alone}")
         if _kind(value) != _kind(expected[name]):
             raise ValueError(
                 f"input {name!r} has dtype {value.dtype}, the model was traced with {expected[name].dtype}"

@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dagpath.capture.graph import is_random
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.level_masses import numbers_of, product_of_each, running_products
 from dagpath.flow.real import RealFlow, widened
@@ -218,8 +219,9 @@ class PathLifting:
             ValueError: an input has another shape than the traced one, or another kind of type (integers for real
                 numbers), or no example; the message says which.
             TypeError: ``x`` is neither a tensor nor a tuple.
-            UnsupportedOpError: an operation cuts paths, or the examples mix (``h - h.mean(0)``), so that an example
-                alone gives another output than in the batch; the message says where.
+            UnsupportedOpError: an operation cuts paths or draws random numbers, or the examples mix
+                (``h - h.mean(0)``), so that an example alone gives another output than in the batch; the message says
+                where.
         """
         return torch.stack([self._activation(values) for values in self._runs(x, kwargs)])
 
@@ -266,6 +268,9 @@ class PathLifting:
                 f"{describe(self.graph.cuts[0])} is not positively homogeneous: it cuts paths, and the output is no "
                 "sum over them"
             )
+        drawn = next(filter(is_random, self._captured.module.graph.nodes), None)
+        if drawn is not None:
+            raise UnsupportedOpError(f"{describe(drawn)} draws random numbers: the output is no sum over paths alone")
         args = (x,) if isinstance(x, Tensor) else x
         if not isinstance(args, tuple):
             raise TypeError(
