@@ -92,6 +92,12 @@ def _difference(ours: Tensor, theirs: Tensor) -> str:
     ours, theirs = whole(ours).cpu(), whole(theirs).cpu()
     if ours.shape != theirs.shape:
         return f"shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"
+    if ours.layout != theirs.layout:
+        return f"layout {theirs.layout}, not {ours.layout}"
+    if ours.layout != torch.strided:
+        ours, theirs = (tensor.to_sparse().coalesce() for tensor in (ours, theirs))
+        places = _difference(ours.indices(), theirs.indices()) and "other entries are stored"
+        return places or _difference(ours.values(), theirs.values())
     theirs = theirs.to(ours.dtype)
     same = (ours == theirs) | ((ours != ours) & (theirs != theirs))
     if bool(same.all()):

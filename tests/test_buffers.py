@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import dagpath
 
@@ -271,3 +271,53 @@ def test_what_is_asked_of_the_trace_of_a_file_is_answered_from_the_file(name, qu
             torch.testing.assert_close(answer, expected)
         else:
             assert answer == expected
+
+
+class GraphConvolution(nn.Module):
+    def __init__(self, layout, product):
+        super().__init__()
+        torch.manual_seed(0)
+        self.product = product
+        self.first, self.second, self.head = nn.Linear(6, 7), nn.Linear(7, 8), nn.Linear(8, 5)
+        self.double()
+        adjacency = 0.5 * torch.eye(3) + torch.eye(3).roll(1, 0)
+        self.register_buffer("adjacency", layout(adjacency.double()))
+
+    def forward(self, x):
+        return self.head(F.relu(self.product(self.adjacency, self.second(F.relu(self.first(x))))))
+
+
+QUANTITIES = {
+    "path_norm": dagpath.path_norm,
+    "path_count": lambda traced: float(dagpath.path_count(traced)),
+    "gram_diagonal": lambda traced: sum(float(values.sum()) for values in dagpath.gram_diagonal(traced).values()),
+    "unroll": lambda traced: traced.unroll().path_norm(2),
+    "gram": lambda traced: float((dagpath.gram(traced) @ torch.ones(158, dtype=torch.float64)).sum()),
+    "top_paths": lambda traced: sum(path.value for path in dagpath.top_paths(traced, 5)),
+    "realize": lambda traced: float(dagpath.PathLifting(traced).realize(NODES).sum()),
+    "rescale": lambda traced: float(dagpath.rescale_(traced.model, NODES).log_scales.sum()),
+}
+NODES = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr])
+@pytest.mark.parametrize("product", [torch.matmul, torch.sparse.mm])
+def test_a_sparse_buffer_is_treated_as_the_dense_one(layout, product):
+    dense = dagpath.trace(GraphConvolution(Tensor.contiguous, torch.matmul), NODES)
+    traced = dagpath.trace(GraphConvolution(layout, product), NODES)
+    assert traced.graph.num_groups == dense.graph.num_groups == 15
+    for name, quantity in QUANTITIES.items():
+        assert quantity(traced) == pytest.approx(quantity(dense), rel=1e-9), name
+
+
+def test_another_sparse_buffer_is_noticed():
+    traced = dagpath.trace(GraphConvolution(Tensor.to_sparse, torch.sparse.mm), NODES)
+    rescaling = dagpath.random_rescaling(traced)
+    other = GraphConvolution(Tensor.to_sparse, torch.sparse.mm)
+    rescaling.apply_(other)
+    other.adjacency = torch.eye(3, dtype=torch.float64).to_sparse()
+    rescaling.apply_(other)  # other weights of the same kind, with which the same neurons meet
+    other.adjacency = torch.zeros(4, 3, dtype=torch.float64).to_sparse()
+    with pytest.raises(ValueError, match=r"'adjacency' of .* has shape \(4, 3\), not \(3, 3\)"):
+        rescaling.apply_(other)

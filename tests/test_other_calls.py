@@ -327,6 +327,29 @@ def test_inputs_that_the_model_refuses_are_refused() -> None:
         dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)))), numbers(2, 5).float())
 
 
+@pytest.mark.parametrize("include_last", [False, True])
+def test_indices_that_pytorch_does_not_check_are_not_made_up(include_last: bool) -> None:
+    def forward(m: Any, indices: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+        return m.head(F.relu(m.bags(indices, starts, weights)))
+
+    bags = nn.EmbeddingBag(10, 6, mode="sum", include_last_offset=include_last)
+    given = torch.tensor([1, 3, 9, 0, 4, 4, 2]), torch.tensor([0, 3, 7]), numbers(7).abs()
+    other = torch.tensor([5, 3, 9]), torch.tensor([0, 1, 3]), numbers(3, seed=2).abs()
+    check(make(forward, bags=bags), *given, others=[other])
+
+
+def test_operations_of_other_libraries_are_not_run_on_inputs_that_were_made_up(capsys: Any) -> None:
+    @torch.library.custom_op("dagpath_tests::rows_unchecked", mutates_args=())
+    def rows(x: Tensor, index: Tensor) -> Tensor:
+        print("rows of", len(x))
+        return x[index.clamp(max=len(x) - 1)]
+
+    rows.register_fake(lambda x, index: x.new_empty((*index.shape, x.shape[-1])))
+    net = make(lambda m, x, index: m.head(rows(F.relu(m.a(x)), index)))
+    dagpath.trace(net, (numbers(4, 5), torch.tensor([0, 3, 3])))
+    assert set(capsys.readouterr().out.splitlines()) == {"rows of 4"}
+
+
 def test_a_call_that_cannot_be_captured_is_named() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.relu(m.a(x))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagpath.capture.alike import Ways, alike
 from dagpath.capture.dry_run import Place, Record, is_clear
@@ -35,6 +36,9 @@ MANY = 13
 
 _FAR = (515, 512, 131, 128)
 """Sizes beyond most of those that code compares a size with."""
+
+_UNCHECKED = ("embedding_bag", "segment_reduce", "sparse")
+"""Parts of the names of PyTorch's operations that do not look whether the indices that they are given are in range."""
 
 DryRun = Callable[[Any], Record | None]
 
@@ -66,6 +70,19 @@ class Call:
         return all(place.shape[0] == common_batch(self.inputs) for place in places)
 
 
+class _UncheckedError(Exception):
+    """An operation does not check its arguments."""
+
+
+class _OnlyChecked(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops before an operation that does not check its arguments: some of PyTorch's, and all of other libraries."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in ("aten", "prim", "prims") or any(part in func.__name__ for part in _UNCHECKED):
+            raise _UncheckedError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class Calls:
     """Finds the calls to look at.
 
@@ -80,14 +97,19 @@ class Calls:
         self._model, self._given, self._more, self._has_values = model, given, more, has_values
         self._batch = common_batch(given)
 
-    def may_run(self) -> bool:
-        """May the model be run with any indices? (It has values, and on a GPU one out of range ends the process.)"""
-        return self._has_values and all(parameter.device.type == "cpu" for parameter in self._model.parameters())
+    def runs(self, inputs: Any, training: bool | None) -> bool | None:
+        """Does the model take these inputs, values and all? Indices among them may be out of range.
 
-    def runs(self, inputs: Any, training: bool | None) -> bool:
-        """Does the model take these inputs? With its values where it has them, since indices may be out of range."""
+        None where nobody can tell: the model has no values, or does not check its indices, so that reading one that is
+        out of range ends the process: on a GPU, and in some operations.
+        """
+        if not self._has_values or any(parameter.device.type != "cpu" for parameter in self._model.parameters()):
+            return None
         try:
-            run(self._model, inputs, training=training, dry=not self._has_values)
+            with _OnlyChecked():  # type: ignore[no-untyped-call]
+                run(self._model, inputs, training=training)
+        except _UncheckedError:
+            return None
         except CaptureError:
             return False
         return True
@@ -126,9 +148,8 @@ class Calls:
 
         def takes(inputs: Any) -> bool:
             record = dry_run(inputs)
-            if (tells and (record is None or record.is_clear)) or not self.may_run():
-                return record is not None
-            return self.runs(inputs, training)
+            known = None if tells and (record is None or record.is_clear) else self.runs(inputs, training)
+            return record is not None if known is None else known
 
         many, few = (MANY, *larger(batch)), (2, *smaller(batch))
         grown: dict[Dim, int] | None = None
@@ -183,9 +204,8 @@ class Calls:
     def _is_taken(self, inputs: Any, dry_run: DryRun, training: bool) -> bool:
         """Does the model take these inputs, values and all? A dry run knows of no index that is out of range."""
         record = dry_run(inputs)
-        if alike(dry_run(self._given), record):
-            return True
-        return self.runs(inputs, training) if self.may_run() else record is not None
+        known = True if alike(dry_run(self._given), record) else self.runs(inputs, training)
+        return record is not None if known is None else known
 
 
 def once(dry_run: DryRun) -> DryRun:

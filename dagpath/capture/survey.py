@@ -147,7 +147,7 @@ class _Survey:
         try:
             return [export(self._model, call.inputs, training, self._is_compound, **options)]
         except Exception:
-            if not self._calls.may_run() or self._calls.runs(call.inputs, training):
+            if self._calls.runs(call.inputs, training) is not False:
                 self._not_captured.append(f"{call.name} in {mode_text(training)}" if training else call.name)
             return []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from dagpath.flow.values import Operand
+from dagpath.flow.values import Operand, dense
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class EdgeWeights(Operand):
     @classmethod
     def constant(cls, tensor: Tensor) -> EdgeWeights:
         """Edges of fixed weight; infinite ones are none."""
+        tensor = dense(tensor)
         values = (tensor.abs() if tensor.is_complex() else tensor).detach().cpu().double()[None]
         values = values.masked_fill(values.isinf(), 0.0) if bool(values.isinf().any()) else values
         none = values.new_zeros((1, 0, *values.shape[1:]))

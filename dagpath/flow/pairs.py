@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.constants import Constants
 from dagpath.flow.masses import Coefficient, MassFlow
-from dagpath.flow.values import NOTHING, Mass
+from dagpath.flow.values import NOTHING, Mass, dense
 
 _EVEN = {torch.float64: 150, torch.float32: 16}
 """Tensors whose largest entry is between 2**-e and 2**e are multiplied as they are."""
@@ -97,6 +97,7 @@ class PairFlow(MassFlow):
             return first
         if first is second or first.is_complex():
             return self.constant(first)
+        first, second = dense(first), dense(second)
         known = (tensor.detach().masked_fill(~tensor.isfinite(), 0.0) for tensor in (first, second))
         return self._pair(*map(self.scaled_of, known))
 

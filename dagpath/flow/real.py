@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from dagpath.capture.graph import CapturedGraph
-from dagpath.flow.values import mapped
+from dagpath.flow.values import dense, mapped
 
 
 class RealFlow(fx.Interpreter):
@@ -39,6 +39,7 @@ class RealFlow(fx.Interpreter):
 def widened(value: Any) -> Any:
     """Floating-point tensors and types in float64, and everything on the CPU."""
     if isinstance(value, Tensor):
+        value = dense(value)
         return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point else value

@@ -389,3 +389,8 @@ def compact(tensor: Tensor, dims: Iterable[int] | None = None) -> Tensor:
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor with all of its entries in memory."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()

@@ -304,6 +304,8 @@ class MatrixProduct(Contraction):
             if names[0] in call.arguments:
                 a, b, bias = (call[name] for name in names)
                 return a, b, bias
+        if "sparse" in call.arguments:
+            return call["sparse"], call["dense"], None
         return call["input"], call.get("mat2", call.get("other")), None
 
     def labels(self, call: Call) -> Labels | None:
@@ -367,5 +369,5 @@ def _shape(operand: Any) -> tuple[int, ...]:
 register(Convolution(), "conv1d", "conv2d", "conv3d", "convolution")
 register(Convolution(transposed=True), "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 register(Linear(), "linear")
-register(MatrixProduct(), "matmul", "mm", "bmm", "addmm", "baddbmm")
+register(MatrixProduct(), "matmul", "mm", "bmm", "addmm", "baddbmm", "_sparse_mm")
 register(Einsum(), "einsum")
