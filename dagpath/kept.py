@@ -7,11 +7,14 @@ Each object that can change has a function that reads its contents and one that 
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import operator
 import random
 import re
 import types
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Contents = dict[Any, Any]
 Place = tuple[Any, ...]
@@ -31,7 +35,8 @@ PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.d
 class Kept:
     """Something that a call can change: where it is, how its contents are read and put back, and what they were.
 
-    The form is a text with gaps for the place of it and for that of one of its contents.
+    The form is a text with gaps for the place of it and for that of one of its contents. The memory is that of numbers
+    that PyTorch may share: a tensor that lies there changes with them.
     """
 
     place: Place
@@ -39,6 +44,7 @@ class Kept:
     write: Callable[[Contents], None]
     form: str
     contents: Contents
+    memory: range | None = None
 
     def is_same(self) -> bool:
         return self.difference(lambda value, saved: value is saved) is None
@@ -77,12 +83,50 @@ def place_text(place: Place) -> str:
 
 
 def position_of(iterator: Any) -> str:
-    """How far an iterator came, in a text."""
+    """How far an iterator came, in a text: its own position, and those of the iterators that it takes from."""
     if isinstance(iterator, types.GeneratorType):
-        return (
-            f"{iterator.gi_frame and iterator.gi_frame.f_lasti} {iterator.gi_frame and id(iterator.gi_frame.f_locals)}"
-        )
-    return f"{operator.length_hint(iterator)} {iterator!r}"
+        frame = iterator.gi_frame
+        variables = {} if frame is None else frame.f_locals
+        inner = [position_of(value) for value in variables.values() if isinstance(value, Iterator)]
+        return f"{frame and frame.f_lasti} { ({name: id(value) for name, value in variables.items()}) } {inner}"
+    parts = pytree.tree_leaves([part for part in gc.get_referents(iterator) if isinstance(part, (tuple, Iterator))])
+    inner = [position_of(part) for part in parts if isinstance(part, Iterator)]
+    counts = isinstance(iterator, itertools.count)
+    return f"{operator.length_hint(iterator)} {repr(iterator) if counts else _reduced(iterator)} {inner}"
+
+
+def _reduced(iterator: Any) -> str:
+    """What an iterator says to who copies it: many say how far they came."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = iterator.__reduce__()
+    except TypeError:  # it cannot be copied
+        return ""
+    return " ".join(
+        str(part) if isinstance(part, int) else str(id(part)) for part in pytree.tree_leaves(state[1:])[:1000]
+    )
+
+
+def stream(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], None]]:
+    """How the text or the bytes that a stream in memory holds are read and put back."""
+    saved, at = value.getvalue(), value.tell()
+
+    def write(_: Contents) -> None:
+        value.seek(0)
+        value.truncate()
+        value.write(saved)
+        value.seek(at)
+
+    return lambda: {0: State(f"{value.tell()} {value.getvalue()!r}")}, write
+
+
+def addresses(array: Any) -> range:
+    """The addresses of the memory that an array is a view of."""
+    while isinstance(array.base, numpy.ndarray):
+        array = array.base
+    first = array.ctypes.data
+    return range(first, first + array.nbytes)
 
 
 def read_hooks(tensor: Tensor, name: str) -> Contents:

@@ -7,9 +7,10 @@ values, so none of them may stay there; and what one call leaves behind, the nex
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
-import itertools
+import io
 import random
 import sys
 import types
@@ -17,7 +18,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -30,6 +31,7 @@ from dagpath.kept import (
     Kept,
     Place,
     State,
+    addresses,
     is_alike,
     misses_of,
     place_text,
@@ -40,6 +42,7 @@ from dagpath.kept import (
     refill,
     slots_of,
     stateful,
+    stream,
     write_cell,
     write_hooks,
     write_slots,
@@ -62,7 +65,7 @@ _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 _SECOND_LISTS = ("_flat_weights", "_flat_weight_refs")
 """Where recurrent layers of PyTorch keep their parameters once more."""
 
-_Iterators = (types.GeneratorType, itertools.count, *map(type, (iter([0]), iter((0,)), iter({0: 0}), iter(range(1)))))
+_CTypes = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes.c_int.__mro__[1])
 
 
 class Reach:
@@ -119,6 +122,10 @@ class Reach:
         """Did Python's or NumPy's generators of random numbers move?"""
         return any(not kept.is_same() for kept in self._generators)
 
+    def changed_memory(self) -> list[range]:
+        """The addresses of numbers outside of tensors that are others now."""
+        return [kept.memory for kept in self._kept if kept.memory is not None and not kept.is_same()]
+
     def left_since(self, before: Reach) -> dict[str, Tensor]:
         """The tensors that can be reached now and could not be then, by where they are."""
         return {place_text(path): tensor for key, (path, tensor) in self.tensors.items() if key not in before.tensors}
@@ -127,9 +134,16 @@ class Reach:
         """The tensors that could be reached then and cannot be now."""
         return [tensor for key, (_, tensor) in before.tensors.items() if key not in self.tensors]
 
-    def _keep(self, path: Place, read: Callable[[], Contents], write: Callable[[Contents], None], form: str) -> Found:
+    def _keep(
+        self,
+        path: Place,
+        read: Callable[[], Contents],
+        write: Callable[[Contents], None],
+        form: str,
+        memory: range | None = None,
+    ) -> Found:
         contents = read()
-        self._kept.append(Kept(path, read, write, form, contents))
+        self._kept.append(Kept(path, read, write, form, contents, memory))
         if len(contents) > _MOST_ENTRIES:
             return iter(())
         return (((path, form, key), part) for key, part in contents.items())
@@ -167,12 +181,18 @@ class Reach:
             found = self._keep(path, *stateful(value), "{}")
             self._generators += self._kept[-1:] if not isinstance(value, (torch.Generator, ContextVar)) else []
             return found
-        if isinstance(value, _Iterators):  # which cannot be put back: that a call moves them is said
-            return self._keep(path, lambda: {0: State(position_of(value))}, lambda _: None, "{}")
         if isinstance(value, numpy.ndarray):
             return self._of_array(path, value)
         if isinstance(value, (bytearray, array)):
             return self._of_bytes(path, value)
+        if isinstance(value, memoryview):
+            return [] if value.readonly else self._of_array(path, numpy.asarray(value))
+        if isinstance(value, _CTypes):
+            return self._of_array(path, numpy.frombuffer(cast(Any, value), numpy.uint8))
+        if isinstance(value, (io.StringIO, io.BytesIO)):
+            return [] if value.closed else self._keep(path, *stream(value), "{}")
+        if isinstance(value, Iterator) and not hasattr(value, "__dict__"):  # it cannot be put back, but is named
+            return self._keep(path, lambda: {0: State(position_of(value))}, lambda _: None, "{}")
         if isinstance(value, type):
             return self._of_class(value) if is_users(value.__module__) else []
         return self._of_object(path, value)
@@ -187,9 +207,9 @@ class Reach:
         if isinstance(tensor, nn.Parameter) or vars(tensor):
             yield from self._of_attributes(path, vars(tensor))
         if tensor.is_leaf:
-            yield from self._keep(
-                path, lambda: {0: tensor.grad}, lambda contents: setattr(tensor, "grad", contents[0]), "{}.grad"
-            )
+            for name in ("grad", "requires_grad"):
+                read, write = functools.partial(_attribute, tensor, name), functools.partial(_set, tensor, name)
+                yield from self._keep(path, read, write, "{}." + name)
         if tensor.requires_grad:
             for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
                 read, write = functools.partial(read_hooks, tensor, name), functools.partial(write_hooks, tensor, name)
@@ -271,7 +291,8 @@ class Reach:
         def write(_: Contents) -> None:
             values[:] = saved
 
-        return self._keep(path, lambda: {0: State(hashlib.sha1(bytes(values)).hexdigest())}, write, "{}")
+        memory = addresses(numpy.frombuffer(values, numpy.uint8)) if len(values) else None
+        return self._keep(path, lambda: {0: State(hashlib.sha1(bytes(values)).hexdigest())}, write, "{}", memory)
 
     def _of_array(self, path: Place, array: Any) -> Found:
         if array.nbytes > _MOST_BYTES:
@@ -288,7 +309,15 @@ class Reach:
         def read() -> Contents:
             return {0: State(hashlib.sha1(array.tobytes()).hexdigest())}
 
-        return self._keep(path, read, lambda _: numpy.copyto(array, saved), "{}")
+        return self._keep(path, read, lambda _: numpy.copyto(array, saved), "{}", addresses(array))
+
+
+def _attribute(tensor: Tensor, name: str) -> Contents:
+    return {0: getattr(tensor, name)}
+
+
+def _set(tensor: Tensor, name: str, contents: Contents) -> None:
+    setattr(tensor, name, contents[0])
 
 
 def _global_hooks() -> list[tuple[Place, Any]]:

@@ -53,7 +53,16 @@ _NO_VALUES = re.compile(r"\bmeta tensors?\b|'Meta' backend|\bmeta device\b|aten:
 
 
 class UnclearError(Exception):
-    """The dry run met something that it cannot see through."""
+    """The dry run met something that it cannot see through.
+
+    Args:
+        message: what it is.
+        changes: what the call leaves behind there.
+    """
+
+    def __init__(self, message: str, *changes: str) -> None:
+        super().__init__(message)
+        self.changes = changes
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,9 @@ class DryRuns:
     def _one(self, inputs: Any) -> Record | None:
         try:
             return _record(self._model, inputs, self._ready)
-        except (UnclearError, NotImplementedError):
+        except UnclearError as error:
+            return Record([], [], error.changes, is_clear=False)
+        except NotImplementedError:
             return Record([], [], is_clear=False)
         except Exception as error:  # a model refuses inputs in many ways
             return Record([], [], is_clear=False) if _NO_VALUES.search(str(error)) else None
@@ -300,6 +311,8 @@ class _Recorder(TorchFunctionMode):
         if name == "__get__":
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             self.asks_for_gradients |= attribute in ("requires_grad", "is_leaf", "grad_fn")
+            if attribute == "requires_grad":
+                return self.twin(args[0]).requires_grad
             if attribute in _GETTERS:
                 return func(*args, **(kwargs or {}))
             if attribute == "device":
@@ -307,6 +320,8 @@ class _Recorder(TorchFunctionMode):
             if attribute in _ON_META:
                 return self._device is not None and self._device.type == _ON_META[attribute]
             name = attribute
+        if name == "requires_grad_" or name == "__set__":
+            self._note_attribute(func, args, kwargs or {})
         args, kwargs = pytree.tree_map(self.twin, (args, kwargs or {}))
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
@@ -338,6 +353,19 @@ class _Recorder(TorchFunctionMode):
             self.know(leaf, (len(self.calls), position))
         self.calls[-1] = replace(self.calls[-1], results=tuple(tuple(leaf.shape) for leaf in returned))
         return result
+
+    def _note_attribute(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What a call writes to a tensor that the model keeps, the next call finds there; what it writes to its own,
+        nobody does.
+        """
+        tensor, twin = args[0], self.twin(args[0])
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "requires_grad")
+        if tensor is twin or attribute == "data":
+            return
+        if attribute == "requires_grad":
+            func(*args, **kwargs)
+        elif getattr(tensor, attribute) is not args[1]:
+            raise UnclearError(f"{attribute} is written", f"self.{self._known[id(twin)]}.{attribute}")
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:

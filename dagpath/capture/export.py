@@ -85,7 +85,11 @@ def export(
             tensors[placeholder] = program.constants[str(spec.target)]
     moving = {storage_of(tensor) for tensor in (*left.gone, *made_before)}
     written |= {place for place, name in buffers.items() if name in left.replaced}
-    state = {place: t for place, t in tensors.items() if place in written or storage_of(t) in moving}
+    state = {
+        place: t
+        for place, t in tensors.items()
+        if place in written or storage_of(t) in moving or any(storage_of(t)[1] in memory for memory in left.memory)
+    }
     graph = CapturedGraph(
         module,
         parameters,

@@ -29,6 +29,7 @@ class Left:
         replaced: the names of the buffers that the call replaced.
         changes: where something holds another object than before, a few places.
         structure: how the model arranges its outputs.
+        memory: addresses of numbers outside of tensors that the call changed.
         drawn: did it draw random numbers in Python, from generators of its own?
     """
 
@@ -37,6 +38,7 @@ class Left:
     replaced: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     structure: Any = None
+    memory: list[range] = field(default_factory=list)
     drawn: bool = False
 
 
@@ -46,14 +48,18 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
     left = Left()
     before: list[Reach] = []
     buffers: dict[str, Tensor] = {}
+    attributes = {name: dict(vars(tensor)) for name, tensor in _named_tensors(model)}
 
     def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        for name, tensor in _named_tensors(model):  # what stands for a tensor has none of its attributes
+            vars(tensor).update({key: value for key, value in attributes[name].items() if key not in vars(tensor)})
         before[:] = [Reach(model, args, kwargs)]
         buffers.update(model.named_buffers(remove_duplicate=False))
 
     def end(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         after = Reach(model, args, kwargs)
         left.changes, left.drawn = before[0].changes(), before[0].is_drawn()
+        left.memory = before[0].changed_memory()
         now = dict(model.named_buffers(remove_duplicate=False))
         left.replaced = [name for name, buffer in buffers.items() if now.get(name) is not buffer]
         own = {id(buffer) for buffer in buffers.values()}  # while the exporter runs, these are without values
@@ -67,6 +73,11 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
         model.register_forward_hook(end, with_kwargs=True),
     ):
         yield left
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 @contextlib.contextmanager

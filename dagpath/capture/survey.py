@@ -93,6 +93,8 @@ class _Survey:
         with dry_runs(self._model, training=False) as dry_run:
             calls = self._calls.taken(once(dry_run), training=False)
         graph, first = self._first_graph(calls)
+        if not graph.leaves and first.record is not None:
+            graph = replace(graph, leaves=first.record.changes)
         if self._has_values:
             check_faithful(graph, self._model, first.inputs)
         graphs = self._graphs([call for call in calls if not alike(first.record, call.record)], first, training=False)
