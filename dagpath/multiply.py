@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from dagpath.distributed import Peers, own, own_part
 from dagpath.errors import BalanceError
@@ -66,6 +67,7 @@ def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor
     with transaction(item.tensor for item in once), peers.together():
         for item in once:
             multiply_one_(item, ends[item.parameter], scales)
+    parametrize._cache.clear()  # weights that were made of the old parameters, inside of parametrize.cached()
 
 
 class transaction:  # noqa: N801 (a context manager, used like a function)

@@ -207,7 +207,7 @@ class Reach:
         if isinstance(tensor, nn.Parameter) or vars(tensor):
             yield from self._of_attributes(path, vars(tensor))
         if tensor.is_leaf:
-            for name in ("grad", "requires_grad"):
+            for name in ("grad", "requires_grad")[: 2 if isinstance(tensor, nn.Parameter) else 1]:
                 read, write = functools.partial(_attribute, tensor, name), functools.partial(_set, tensor, name)
                 yield from self._keep(path, read, write, "{}." + name)
         if tensor.requires_grad:

@@ -38,9 +38,12 @@ def _is_number(cell: str) -> bool:
 def explain(title: str, graph: NeuronGraph, train_failure: str, covers: Sequence[str]) -> str:
     """What is free, tied and fixed in each module, and for everything fixed the operation, module and source line."""
     facts = explanation(title, graph, train_failure, covers)
+    elsewhere = graph.num_groups - int(torch.unique(graph.group_of[graph.group_of > 0]).numel())
+    other = f" ({elsewhere:,} of which other calls have neurons)" if elsewhere else ""
     lines = [
         f"{title}: {counted(graph.num_neurons, 'neuron')}, {facts['free']:,} free in "
-        f"{counted(graph.num_groups, 'group')}, {facts['fixed']:,} fixed; {counted(graph.num_parameters, 'parameter')}",
+        f"{counted(graph.num_groups, 'group')}{other}, {facts['fixed']:,} fixed; "
+        f"{counted(graph.num_parameters, 'parameter')}",
         "Free neurons may be rescaled, tied ones only together, by one factor a group; fixed ones keep their scale.",
     ]
     lines += [f"Holds for {line}." for line in covers]

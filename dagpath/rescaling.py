@@ -179,9 +179,9 @@ class Rescaling:
             The model.
 
         Raises:
-            ValueError: the model's parameters have other names or shapes; a buffer that the traced model reads (a table
-                of indices, a mask) has other values, with which other neurons meet (running statistics may differ: the
-                factors are exact for any); or an optimizer has state that is not known.
+            ValueError: the model's parameters have other names or shapes, or no values; a buffer that the traced model
+                reads (a table of indices, a mask) has other values, with which other neurons meet (running statistics
+                may differ: the factors are exact for any); or an optimizer has state that is not known.
             BalanceError: a product leaves the range of its type. A parameter may not overflow; where all factors are
                 powers of two, its products must be exact (a subnormal number may not be); otherwise, rounding below the
                 normal range (6e-5 in float16, 1e-38 in bfloat16 and float32), to zero even, may change an element by no
@@ -287,6 +287,9 @@ class Rescaling:
             require_same_neurons(traced, buffers, "this model", advice)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
+        empty = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+        if empty is not None:
+            raise ValueError(f"the parameter {empty!r} has no values (PyTorch's meta device): load them first")
         return parameters
 
     def _movable(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,18 +9,28 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 
 from dagpath.distributed import imported, is_spread, own, reshard
 from dagpath.reach import Reach
 
 GradMode = Callable[[], contextlib.AbstractContextManager[Any]]
 """``torch.enable_grad``, ``torch.no_grad`` or ``torch.inference_mode``."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is called: in train mode (None for the modes that its modules are in)? recording gradients?"""
+
+    training: bool | None
+    grad_mode: GradMode = torch.enable_grad
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -103,7 +113,7 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     values = [(tensor, own(tensor).detach().clone()) for tensor in written.values()]
     derived = {key for key, tensor in written.items() if tensor.grad_fn is not None}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), python_random_state():
+    with torch.random.fork_rng(devices=devices), python_random_state(), _without_cached_weights():
         try:
             if training is not None:
                 with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
@@ -123,6 +133,17 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
                         if local.shape != value.shape:
                             local.resize_(value.shape)
                         local.copy_(value)
+
+
+@contextlib.contextmanager
+def _without_cached_weights() -> Iterator[None]:
+    """Parametrized weights are made anew at each use, also inside of ``parametrize.cached()``."""
+    enabled, known = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, known
 
 
 _MOST_BYTES = 1 << 28

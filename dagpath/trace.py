@@ -320,7 +320,7 @@ def trace(
     if captured.train_failure:
         warnings.warn(
             f"{type(model).__name__} cannot be captured in train mode ({captured.train_failure}); rescalings of it "
-            "are exact in eval mode only, if train mode uses parameters that eval mode does not",
+            "are exact in eval mode, and in train mode only if neurons meet there as they do in eval mode",
             stacklevel=2,
         )
     if captured.not_captured:

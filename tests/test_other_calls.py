@@ -536,9 +536,24 @@ def rolled_after_many_steps(m: Any, x: Tensor) -> Tensor:
     return m.head(h)
 
 
+def rolled_by_the_number_of_examples(m: Any, x: Tensor) -> Tensor:
+    return m.head(F.relu(m.a(x)).roll(len(x) // 16, 1))
+
+
+def rolled_by_the_length(m: Any, x: Tensor) -> Tensor:
+    return m.head(F.relu(m.a(x)).roll(int(x.shape[1] / 16), 2))
+
+
+def in_an_order_of_the_length(m: Any, x: Tensor) -> Tensor:
+    return m.head(F.relu(m.a(x))[..., (torch.arange(6) + x.shape[1] // 20) % 6])
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "other"),
     [
+        (rolled_by_the_number_of_examples, (3, 5), (40, 5)),
+        (rolled_by_the_length, (3, 4, 5), (2, 16, 5)),
+        (in_an_order_of_the_length, (3, 4, 5), (2, 20, 5)),
         (flipped_beyond_many_examples, (3, 5), (300, 5)),
         (read_beyond_a_position, (3, 4, 5), (2, 150, 5)),
         (another_layer_beyond_a_length, (3, 4, 5), (2, 300, 5)),
@@ -551,6 +566,37 @@ def test_a_size_from_which_on_the_model_takes_another_way_is_found(
     check(make(function), numbers(*shape), others=[(numbers(*other),)])
 
 
+def rows_of_blocks(m: Any, x: Tensor) -> Tensor:
+    return m.head(F.relu(m.a(x) + m.rows[torch.arange(x.shape[1]) // 16]))
+
+
+def a_head_for_a_length(m: Any, x: Tensor) -> Tensor:
+    return m.heads[x.shape[1] % 7](F.relu(m.a(x)))
+
+
+def as_many_layers_as_positions(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x)).mean(1)
+    for layer in m.heads[: x.shape[1]]:
+        h = F.relu(layer(h))
+    return h
+
+
+@pytest.mark.parametrize("function", [rows_of_blocks, a_head_for_a_length, as_many_layers_as_positions])
+def test_sizes_for_which_nothing_is_known_are_not_claimed(function: Callable[..., Any]) -> None:
+    parts = {"rows": nn.Parameter(torch.randn(8, 6)), "heads": nn.ModuleList(nn.Linear(6, 6) for _ in range(7))}
+    traced = dagpath.trace(make(function, **parts), numbers(2, 4, 5))
+    looked = "[n, 4, 5]; [n, 1, 5]; [n, 5, 5]; [n, 9, 5]"
+    assert f"inputs of the sizes {looked} alone: calls of other sizes differ" in traced.captured.covers
+
+
+def test_numbers_of_examples_for_which_nothing_is_known_are_not_claimed() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.a(x)) + m.rows[torch.arange(len(x)) // 16])
+
+    traced = dagpath.trace(make(forward, rows=nn.Parameter(torch.randn(8, 6))), numbers(4, 5))
+    assert traced.captured.covers[0] == "sizes of dimension 0 that were looked at (1, 2, 4, 13)"
+
+
 def test_a_loop_over_a_sequence_takes_one_way() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = x.new_zeros(len(x), 6)
@@ -559,7 +605,8 @@ def test_a_loop_over_a_sequence_takes_one_way() -> None:
         return m.head(h)
 
     traced = check(make(forward), numbers(3, 4, 5), others=[(numbers(2, 70, 5),)], free=6)
-    assert "looked at: [n, 1, 5]; [n, 5, 5]; [n, 9, 5]" in traced.explain()
+    looked = "[n, 4, 5]; [n, 1, 5]; [n, 5, 5]; [n, 9, 5]"
+    assert f"Holds for inputs of the sizes {looked} alone: calls of other sizes differ." in traced.explain()
 
 
 def test_further_examples_are_looked_at() -> None:
@@ -594,8 +641,8 @@ def test_keyword_arguments_may_be_further_examples() -> None:
 
 
 def test_the_trace_says_what_it_covers() -> None:
-    flexible = dagpath.trace(make(unrolled), numbers(2, 3, 5))
-    assert "Holds for inputs of other sizes too" in flexible.explain()
+    flexible = dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)).mean(1))), numbers(2, 3, 5))
+    assert "Holds for inputs of other sizes too; looked at: [n, 1, 5]; [n, 4, 5]; [n, 7, 5]." in flexible.explain()
     fixed = dagpath.trace(make(lambda m, x: m.head(F.relu(m.a(x)))), numbers(2, 5))
     assert "any number n of examples" in fixed.explain()
     assert "inputs of the size [n, 5] alone" in fixed.explain()

@@ -319,6 +319,11 @@ def _mixes(pair: _Pair) -> bool:
     return pair.same_numbers() if len(pair.shapes) == 1 else _elementwise(pair)
 
 
+def _rolls(pair: _Pair) -> bool:
+    """Entries are moved along dimensions that are named; without names, over the ends of all of them."""
+    return pair.same_numbers() and len(pair.numbers) > 1
+
+
 def _pads(pair: _Pair) -> bool:
     """Entries are added at the ends of dimensions that do not grow."""
     widths = [a for a, _ in pair.numbers if type(a) is int]
@@ -338,15 +343,18 @@ def _multiplies(pair: _Pair) -> bool:
 
 
 def _resizes(pair: _Pair) -> bool:
-    """Positions are repeated or interpolated: along what grows, or in the same way."""
+    """Positions are repeated or interpolated: along what grows, or in the same way; a single one is repeated."""
     (x, grown), (result, result_grown) = pair.shapes[0], pair.results[0]
     positions = [
-        (a != b) and (c != d) for a, b, c, d in zip(x[2:], grown[2:], result[2:], result_grown[2:], strict=True)
+        (a != b and c != d) or a == b == 1
+        for a, b, c, d in zip(x[2:], grown[2:], result[2:], result_grown[2:], strict=True)
     ]
     return x[1:2] == grown[1:2] and (pair.same_numbers() or all(positions))
 
 
-_KEEP_WHAT_IS_REPEATED = (_elementwise, _regroups, _expands, _joins, _stacks, _splits, _indexes)
+_reads_last = _layer(lambda x, weight: -1)
+
+_KEEP_WHAT_IS_REPEATED = (_reads_last, _elementwise, _regroups, _expands, _joins, _stacks, _splits, _indexes)
 
 _NAMES: dict[_Rule, str] = {
     _elementwise: """
@@ -371,7 +379,7 @@ _NAMES: dict[_Rule, str] = {
     _stacks: "stack",
     _splits: "chunk split split_with_sizes tensor_split",
     _indexes: "__getitem__ select narrow embedding",
-    _layer(lambda x, weight: -1): "linear layer_norm rms_norm",
+    _reads_last: "linear layer_norm rms_norm",
     _layer(lambda x, weight: 1 - len(weight)): """
         conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""",
     _layer(lambda x, weight: 1): "batch_norm group_norm instance_norm",
@@ -381,6 +389,7 @@ _NAMES: dict[_Rule, str] = {
         adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
     _multiplies: "matmul bmm mm __matmul__",
     _pads: "pad",
+    _rolls: "roll",
     _resizes: "interpolate upsample",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

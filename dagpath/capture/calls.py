@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import inspect
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,22 +170,29 @@ class Calls:
                     yield {**base, **{dim: n for dim, n in lengths.items() if before[dim] == size}}
 
     def _turns(self, calls: Sequence[Call], dry_run: DryRun) -> Iterator[Mapping[Dim, int]]:
-        """The sizes from which on the model takes another way through its code than in all of these calls.
+        """The sizes from which on the model does something else than in all of these calls.
 
         Dry runs of inputs that are far larger, of more examples or longer, tell.
         """
-        ways = Ways([call.record for call in calls])
         given = batch_sizes(self._given, self._batch or 1)
         longer = [call.sizes for call in calls if call.sizes.keys() - given.keys()]
         for dims, base in ((given.keys(), given), *((sizes.keys() - given.keys(), sizes) for sizes in longer[-1:])):
             if dims:
-                yield from self._turn(dims, base, ways, dry_run)
+                yield from self._turn(dims, base, calls, dry_run)
 
     def _turn(
-        self, dims: Collection[Dim], base: Mapping[Dim, int], ways: Ways, dry_run: DryRun
+        self, dims: Set[Dim], base: Mapping[Dim, int], calls: Sequence[Call], dry_run: DryRun
     ) -> Iterator[Mapping[Dim, int]]:
-        """The least sizes in these dimensions, above those of ``base``, with which the model takes another way."""
-        least = min(base[dim] for dim in dims)
+        """The least sizes in these dimensions, above those of ``base``, with which the model does something else.
+
+        Where the calls of other sizes are alike, something else is what is like none of them; where they differ, it is
+        another way through the code.
+        """
+        least, records = min(base[dim] for dim in dims), [call.record for call in calls]
+        ways, are_alike = (
+            Ways(records),
+            all(alike(records[0], call.record) for call in calls if dims & call.sizes.keys()),
+        )
 
         def sizes(size: int) -> dict[Dim, int]:
             return {**base, **{dim: size + base[dim] - least for dim in dims}}
@@ -195,7 +202,9 @@ class Calls:
 
         def turns(size: int) -> bool:
             found = record(size)
-            return found is not None and found.is_clear and found not in ways
+            if found is None or not found.is_clear:
+                return False
+            return not any(alike(known, found) for known in records) if are_alike else found not in ways
 
         far = next((size for size in _FAR if size > least and is_clear(record(size))), least)
         if turns(far):

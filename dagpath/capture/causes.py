@@ -33,6 +33,11 @@ _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "not depend on the input once, as a buffer.",
     ),
     (
+        ("functorch", "no attribute 'constant'"),
+        "A transform of torch.func inside the forward (grad, jacrev, vmap of these) has no form that the exporter "
+        "knows: trace the module that it transforms.",
+    ),
+    (
         ("Sparse", "sparse", "layout"),
         "An operation on sparse tensors has no form that the exporter knows: pass or keep the tensor dense, or as "
         "indices and values that index_add puts in their places.",

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
 from dagpath.reach import Reach
-from dagpath.state import GradMode, mode, random_states, without_autocast, without_value_checks
+from dagpath.state import GradMode, Setting, mode, random_states, without_autocast, without_value_checks
 
 MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,
@@ -150,24 +150,28 @@ class DryRuns:
 
         The model is left as it was.
         """
-        return self.in_a_row(inputs, [None])[0]
+        return self._in_a_row(inputs, [contextlib.nullcontext()])[0]
 
-    def in_a_row(self, inputs: Any, modes: Sequence[bool | None]) -> list[Record | None]:
+    def in_a_row(self, inputs: Any, settings: Sequence[Setting]) -> list[Record | None]:
         """The records of calls one after the other, each of which finds what those before it left behind.
 
         The model is left as it was. After a dry run that fails or is not clear, there are no more of them.
 
         Args:
             inputs: of every call.
-            modes: for each call, is it one in train mode? None where the mode stays as it is.
+            settings: how each of them is made.
         """
+        return self._in_a_row(inputs, [_set(self._model, setting) for setting in settings])
+
+    def _in_a_row(
+        self, inputs: Any, contexts: Sequence[contextlib.AbstractContextManager[None]]
+    ) -> list[Record | None]:
         records: list[Record | None] = []
         try:
-            for training in modes:
-                if training is not None:
-                    self._model.train(training)
-                goes_on = not records or (records[-1] is not None and records[-1].is_clear)
-                records.append(self._one(inputs) if goes_on else None)
+            for context in contexts:
+                goes_on = not records or is_clear(records[-1])
+                with context:
+                    records.append(self._one(inputs) if goes_on else None)
         finally:
             self._ready.restore()
         return records
@@ -181,6 +185,14 @@ class DryRuns:
             return Record([], [], is_clear=False)
         except Exception as error:  # a model refuses inputs in many ways
             return Record([], [], is_clear=False) if _NO_VALUES.search(str(error)) else None
+
+
+@contextlib.contextmanager
+def _set(model: nn.Module, setting: Setting) -> Iterator[None]:
+    if setting.training is not None:
+        model.train(setting.training)
+    with setting.grad_mode():
+        yield
 
 
 @contextlib.contextmanager

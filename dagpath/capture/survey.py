@@ -13,26 +13,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dagpath.capture.alike import alike, same
 from dagpath.capture.calls import Call, Calls, once, plain_arguments
 from dagpath.capture.causes import check_model
-from dagpath.capture.dry_run import Record, dry_runs, is_clear
+from dagpath.capture.dry_run import Record, dry_runs
 from dagpath.capture.export import export, quiet
 from dagpath.capture.faithful import check_faithful
 from dagpath.capture.graph import Capture, CapturedGraph, outputs_have_batch
+from dagpath.capture.rows import Rows
 from dagpath.capture.running import capture_error, headline, mode_text, run, user_line
 from dagpath.capture.sizes import (
     batch_sizes,
     common_batch,
-    copies,
     num_entries,
     shapes_text,
     with_batch,
 )
 from dagpath.distributed import has_all_values
-from dagpath.reach import Reach
-from dagpath.state import GradMode, has_mixed_modes, mode, parameters_kept, without_autocast
+from dagpath.errors import CaptureError
+from dagpath.state import GradMode, Setting, has_mixed_modes, mode, parameters_kept
 
 
 def survey(
@@ -63,13 +64,6 @@ def survey(
     return replace(captured, written=tuple(written))
 
 
-_CALLS_IN_A_ROW = 10
-"""Calls in a row that are looked at where one leaves something behind: most counters are small."""
-
-_MOST_LATER = 4
-"""Of these, as many are captured that are like no earlier one."""
-
-
 class _Survey:
     def __init__(
         self,
@@ -84,9 +78,8 @@ class _Survey:
         self._has_values = has_all_values(model)
         self._calls = Calls(model, given, more, self._has_values)
         self._trained = given
-        self._train_leaves: tuple[str, ...] = ()
-        self._in_a_row = 1
-        self._rows: list[Record | None] = []
+        self._leaves: dict[Setting, tuple[str, ...]] = {}
+        self._rows: Rows | None = None
         self._not_captured: list[str] = []
 
     def captured(self) -> Capture:
@@ -96,19 +89,24 @@ class _Survey:
         if not graph.leaves and first.record is not None:
             graph = replace(graph, leaves=first.record.changes)
         if self._has_values:
-            check_faithful(graph, self._model, first.inputs)
+            try:
+                check_faithful(graph, self._model, first.inputs)
+            except CaptureError:
+                run(self._model, self._given, training=False)  # if these are refused too, the message is about them
+                raise
         graphs = self._graphs([call for call in calls if not alike(first.record, call.record)], first, training=False)
         graphs += self._without_gradients(calls)
         if has_mixed_modes(self._model):
             graphs += self._mixed_graphs(calls)
         train, train_graphs, failure = self._train_graphs(graph, calls)
-        if graph.leaves:
-            graphs += self._later_calls(first.inputs, training=False)
-        if self._train_leaves:
-            train_graphs += self._later_calls(self._trained, training=True)
-            graphs += self._in_other_mode(self._trained, training=True)
-        if graph.leaves:
-            train_graphs += self._in_other_mode(self._trained, training=False)
+        self._leaves[Setting(False)] = graph.leaves
+        if self._has_values:
+            inputs = {setting: self._trained if setting.training else first.inputs for setting in self._leaves}
+            self._rows = Rows(self._model, self._is_compound, inputs)
+            for leaving in [setting for setting, leaves in self._leaves.items() if leaves]:
+                for setting, later in self._rows.after(leaving).items():
+                    (train_graphs if setting.training else graphs).extend(later)
+            self._not_captured += self._rows.not_captured
         return Capture(
             graph,
             train,
@@ -170,79 +168,24 @@ class _Survey:
             run(self._model, call.inputs, training=training, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
 
-    def _later_calls(self, inputs: Any, training: bool) -> list[CapturedGraph]:
-        """The graphs of the calls after one that leaves something behind, where they are others."""
-        if not self._has_values:
-            return []
-        modes = [training] * _CALLS_IN_A_ROW
-        with dry_runs(self._model, training) as dry_run:
-            records = dry_run.in_a_row(inputs, modes)
-        numbers = []
-        for number, record in enumerate(records[1:], 1):  # the second one may read other values than the first did
-            known = self._rows if number == 1 else [records[0], *self._rows]
-            if (number == 1 or is_clear(record)) and not any(same(record, other) for other in known):
-                numbers.append(number)
-                self._rows.append(record)
-        looked = max(2, sum(map(is_clear, records)))
-        looked = numbers[_MOST_LATER] if len(numbers) > _MOST_LATER else looked
-        self._in_a_row = looked if self._in_a_row == 1 else min(looked, self._in_a_row)  # of both modes
-        found = [self._after(modes[:number], training, inputs) for number in numbers[:_MOST_LATER]]
-        return [graph for graph in found if graph is not None]
-
-    def _in_other_mode(self, inputs: Any, training: bool) -> list[CapturedGraph]:
-        """The graph of the call in the other mode that follows, if it is another one than without the call before."""
-        if not self._has_values:
-            return []
-        with dry_runs(self._model, not training) as dry_run:
-            record = dry_run.in_a_row(inputs, [training, not training])[1]
-            if any(same(record, other) for other in [dry_run(inputs), *self._rows]):
-                return []
-        graph = self._after([training], not training, inputs)
-        return [] if graph is None else [graph]
-
-    def _after(self, modes: Sequence[bool], training: bool, inputs: Any) -> CapturedGraph | None:
-        """The graph of a call after others with the same inputs.
-
-        Args:
-            modes: the modes of those before.
-            training: that of the call.
-            inputs: of each call.
-        """
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        with mode(self._model, training), without_autocast():
-            before = Reach(self._model)
-            for earlier in modes:
-                self._model.train(earlier)
-                args, kwargs = copies(inputs)
-                with torch.no_grad():
-                    self._model(*args, **kwargs)
-            self._model.train(training)
-            made = Reach(self._model).left_since(before).values()
-            call = _ordinal(len(modes) + 1), [*made], names
-            try:
-                return export(self._model, inputs, training, self._is_compound, None, *call)
-            except Exception as failure:
-                if len(names) != len(list(self._model.parameters())):
-                    return None  # the first call made parameters, which no model has before it
-                if training or modes != [False]:
-                    self._not_captured.append(f"{_ordinal(len(modes) + 1)} in {mode_text(training)}")
-                    return None
-                raise capture_error(self._model, failure) from failure
-
     def _without_gradients(self, calls: Sequence[Call]) -> list[CapturedGraph]:
         """The graphs of the calls that record no gradients, where they are others."""
         found: list[CapturedGraph] = []
         known: list[Record | None] = []
         asks = any(call.record is not None and call.record.asks_for_gradients for call in calls)
         for call in calls if asks else [calls[0], *(call for call in calls[1:] if call.inputs is self._given)]:
-            if not is_clear(call.record):
+            if call.record is None or not call.record.is_clear:
                 name = f"{call.name} in torch.no_grad"
                 found += self._exported(replace(call, name=name), grad_mode=torch.no_grad)
                 continue
             for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
                 with dry_runs(self._model, training=False, grad_mode=grad_mode) as dry_run:
                     record = dry_run(call.inputs)
+                if asks and call is calls[0] and record is not None:
+                    self._leaves[Setting(False, grad_mode)] = record.changes
                 if same(record, call.record):
+                    if asks:
+                        continue
                     break
                 if not any(same(record, other) or alike(record, other) for other in known):
                     known.append(record)
@@ -268,7 +211,7 @@ class _Survey:
         inputs = self._trained = with_batch(self._given, batch)
         with dry_runs(self._model, training=True) as dry_run:
             first = dry_run(inputs)
-            self._train_leaves = () if first is None else first.changes
+            self._leaves[Setting(True)] = () if first is None else first.changes
             training = [call for call in calls if call.trains()] or calls
             telling = [call for call in training if _tells(call, training)]
             if all(same(dry_run(call.inputs), call.record) for call in telling):
@@ -284,34 +227,41 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
-        if not is_clear(first):
-            self._train_leaves = trained.leaves
+        counted = {f"{name}." for name, part in self._model.named_modules() if isinstance(part, _NormBase)}
+        written = [place for place in trained.leaves if f"{place.rpartition('.')[0]}." not in counted]
+        self._leaves[Setting(True)] = tuple(dict.fromkeys((*self._leaves[Setting(True)], *written)))
         apart = [call for call in calls if not alike(first, call.record)]
         return trained, self._graphs(apart, None, training=True), ""
 
     def _covers(self, graph: CapturedGraph, calls: Sequence[Call]) -> tuple[str, ...]:
-        lines, anything = [], graph.batch == 1
         captured = [call for call in calls if call.name not in self._not_captured]
+        batch = set(batch_sizes(self._given, 1))
+        longer = [call for call in captured if set(call.sizes) - batch]
+        anything = graph.batch == 1 and _are_alike([call for call in captured if call not in longer])
+        lines = []
         if anything:
             lines.append("any number n of examples: the model treats each one alike")
         elif self._batch is not None:
-            tried = sorted({batch for call in captured if (batch := common_batch(call.inputs)) is not None})
+            tried = sorted({number for call in captured if (number := common_batch(call.inputs)) is not None})
             lines.append(f"sizes of dimension 0 that were looked at ({', '.join(map(str, tried))})")
-        other = [call for call in captured if set(call.sizes) - set(batch_sizes(self._given, 1))]
-        if other:
-            by_size = sorted(other, key=lambda call: num_entries(with_batch(call.inputs, 1)))
-            looked = "; ".join(dict.fromkeys(shapes_text(call.inputs, anything) for call in by_size))
+        by_size = sorted(longer, key=lambda call: num_entries(with_batch(call.inputs, 1)))
+        looked = "; ".join(dict.fromkeys(shapes_text(call.inputs, anything) for call in by_size))
+        shapes = shapes_text(self._given, anything)
+        if not longer:
+            lines.append(f"inputs of the size {shapes} alone: the model took no other one")
+        elif _are_alike([captured[0], *longer]):
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
-            lines.append(f"inputs of the size {shapes_text(self._given, anything)} alone: the model took no other one")
+            lines.append(f"inputs of the sizes {shapes}; {looked} alone: calls of other sizes differ")
         plain = plain_arguments(self._model, self._given)
         if plain:
             lines.append(f"the arguments {', '.join(f'{name}={value}' for name, value in plain.items())} as given")
         if self._more:
             lines.append("the further examples: " + "; ".join(shapes_text(inputs) for inputs in self._more))
-        leaves = dict.fromkeys((*graph.leaves, *self._train_leaves))
+        leaves = dict.fromkeys(place for places in self._leaves.values() for place in places)
         if leaves:
-            looked = f"the first {self._in_a_row} calls" if self._in_a_row > 1 else "the first call"
+            number = 1 if self._rows is None else self._rows.looked
+            looked = f"the first {number} calls" if number > 1 else "the first call"
             more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
             text = f"{', '.join([*leaves][:3])}{more}"
             lines.append(f"{looked} alone: a call changes {text}, which later calls may read")
@@ -321,10 +271,11 @@ class _Survey:
         return tuple(lines)
 
 
+def _are_alike(calls: Sequence[Call]) -> bool:
+    """Is it certain that one graph stands for all of these calls?"""
+    return all(alike(calls[0].record, call.record) for call in calls)
+
+
 def _tells(call: Call, calls: Sequence[Call]) -> bool:
     """Is the call not provably like a later one of these?"""
     return not any(alike(call.record, other.record) for other in calls[calls.index(call) + 1 :])
-
-
-def _ordinal(number: int) -> str:
-    return f"a {['first', 'second', 'third'][number - 1] if number < 4 else f'{number}th'} call"
