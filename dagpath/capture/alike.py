@@ -319,6 +319,12 @@ def _mixes(pair: _Pair) -> bool:
     return pair.same_numbers() if len(pair.shapes) == 1 else _elementwise(pair)
 
 
+def _recurs(pair: _Pair) -> bool:
+    """Step by step, each example by itself, from a first state that is even."""
+    x, grown = pair.shapes[0]
+    return pair.same_numbers() and x[-1] == grown[-1]
+
+
 def _rolls(pair: _Pair) -> bool:
     """Entries are moved along dimensions that are named; without names, over the ends of all of them."""
     return pair.same_numbers() and len(pair.numbers) > 1
@@ -390,6 +396,7 @@ _NAMES: dict[_Rule, str] = {
     _multiplies: "matmul bmm mm __matmul__",
     _pads: "pad",
     _rolls: "roll",
+    _recurs: "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
     _resizes: "interpolate upsample",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
