@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import operator
 import random
 import re
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
 
 Contents = dict[Any, Any]
 Place = tuple[Any, ...]
@@ -62,15 +60,22 @@ class Kept:
         return None
 
 
-def is_alike(value: Any, saved: Any) -> bool:
-    """Is it the same for a call that reads it? Lists of the same objects are."""
-    if isinstance(value, (list, tuple)) and type(value) is type(saved):
-        return len(value) == len(saved) and all(map(is_alike, value, saved))
-    return value is saved
+def is_alike(value: Any, saved: Any, depth: int = 5) -> bool:
+    """Is it the same for a call that reads it? Lists of the same objects are, and numbers of the same value.
+
+    Lists may hold themselves: they are compared down to some depth.
+    """
+    if value is saved:
+        return True
+    if type(value) is not type(saved) or not depth:
+        return False
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(saved) and all(is_alike(*pair, depth - 1) for pair in zip(value, saved, strict=True))
+    return isinstance(value, (str, bytes, int, float, complex)) and (value == saved or value != value)
 
 
 class State(str):
-    """A state that is equal where it is written alike."""
+    """The text of a state. Two states are equal if their texts are."""
 
 
 def place_text(place: Place) -> str:
@@ -82,51 +87,95 @@ def place_text(place: Place) -> str:
     return re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
 
 
-def position_of(iterator: Any) -> str:
-    """How far an iterator came, in a text: its own position, and those of the iterators that it takes from."""
-    if isinstance(iterator, types.GeneratorType):
-        frame = iterator.gi_frame
-        variables = {} if frame is None else frame.f_locals
-        inner = [position_of(value) for value in variables.values() if isinstance(value, Iterator)]
-        return f"{frame and frame.f_lasti} { ({name: id(value) for name, value in variables.items()}) } {inner}"
-    parts = pytree.tree_leaves([part for part in gc.get_referents(iterator) if isinstance(part, (tuple, Iterator))])
-    inner = [position_of(part) for part in parts if isinstance(part, Iterator)]
-    counts = isinstance(iterator, itertools.count)
-    return f"{operator.length_hint(iterator)} {repr(iterator) if counts else _reduced(iterator)} {inner}"
+def is_builtin_iterator(value: Any) -> bool:
+    """Is it an iterator of Python itself or of ``itertools``, which cannot be put back but says how far it came?"""
+    return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
 
 
-def _reduced(iterator: Any) -> str:
-    """What an iterator says to who copies it: many say how far they came."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = iterator.__reduce__()
-    except TypeError:  # it cannot be copied
-        return ""
-    return " ".join(
-        str(part) if isinstance(part, int) else str(id(part)) for part in pytree.tree_leaves(state[1:])[:1000]
-    )
+def held_by(iterator: Any) -> list[Any]:
+    """What an iterator takes from, and the functions that it calls."""
+    parts = gc.get_referents(iterator)
+    return [item for part in parts for item in (part[:10] if type(part) is tuple else [part])]
+
+
+def position_of(iterator: Any) -> Contents:
+    """How far an iterator came, and the iterators that it takes from: numbers, texts, and what a generator holds."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting = [iterator]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, types.GeneratorType):
+            frame = part.gi_frame
+            held = [] if frame is None else list(frame.f_locals.values())
+            found += [State("ended" if frame is None else frame.f_lasti), *held]
+        else:
+            held = held_by(part)
+            found.append(State(_count(part)))
+        waiting += filter(is_builtin_iterator, held)
+    return dict(enumerate(found))
+
+
+def _count(iterator: Any) -> Any:
+    """The position that an iterator tells."""
+    if isinstance(iterator, (itertools.count, itertools.repeat)):
+        return repr(iterator)
+    if isinstance(iterator, enumerate):
+        return iterator.__reduce__()[1][1]
+    return iterator.__length_hint__() if hasattr(iterator, "__length_hint__") else ""
 
 
 def stream(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], None]]:
     """How the text or the bytes that a stream in memory holds are read and put back."""
     saved, at = value.getvalue(), value.tell()
 
-    def write(_: Contents) -> None:
-        value.seek(0)
-        value.truncate()
-        value.write(saved)
-        value.seek(at)
+    def read() -> Contents:
+        return {} if value.closed else {0: State(f"{value.tell()} {value.getvalue()!r}")}
 
-    return lambda: {0: State(f"{value.tell()} {value.getvalue()!r}")}, write
+    def write(_: Contents) -> None:
+        if not value.closed:
+            value.seek(0)
+            value.write(saved)
+            if len(value.getvalue()) > len(saved):
+                value.truncate(len(saved))
+            value.seek(at)
+
+    return read, write
+
+
+def is_writable(view: memoryview) -> bool:
+    """Is there something in this memory that a call may write to?"""
+    try:
+        return bool(view.nbytes) and not view.readonly
+    except ValueError:  # it was released
+        return False
 
 
 def addresses(array: Any) -> range:
-    """The addresses of the memory that an array is a view of."""
-    while isinstance(array.base, numpy.ndarray):
-        array = array.base
-    first = array.ctypes.data
-    return range(first, first + array.nbytes)
+    """The addresses of the entries of an array, and of what lies between them."""
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    first = array.ctypes.data + sum(step for step in steps if step < 0)
+    return range(first, first + sum(map(abs, steps)) + array.itemsize) if array.size else range(0)
+
+
+def overlaps(tensor: Tensor, memory: range) -> bool:
+    """Do the entries of a tensor lie in this memory, some of them?"""
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    first = tensor.data_ptr()
+    return first < memory.stop and memory.start < first + (sum(steps) + 1) * tensor.element_size()
+
+
+def read_value(number: Any) -> Contents:
+    return {0: number.value}
+
+
+def write_value(number: Any, contents: Contents) -> None:
+    number.value = contents[0]
 
 
 def read_hooks(tensor: Tensor, name: str) -> Contents:
@@ -148,7 +197,7 @@ def refill(container: Any, contents: Contents) -> None:
 
 
 def slots_of(kind: type) -> list[Any]:
-    """Those that classes written in Python declare; members of others may only be read."""
+    """The slots that classes written in Python declare. Slots of other classes may only be read."""
     bases = [base for base in kind.__mro__ if "__slots__" in vars(base)]
     return [slot for base in bases for slot in vars(base).values() if type(slot) is types.MemberDescriptorType]
 

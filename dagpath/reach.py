@@ -32,13 +32,17 @@ from dagpath.kept import (
     Place,
     State,
     addresses,
+    held_by,
     is_alike,
+    is_builtin_iterator,
+    is_writable,
     misses_of,
     place_text,
     position_of,
     read_cell,
     read_hooks,
     read_slots,
+    read_value,
     refill,
     slots_of,
     stateful,
@@ -46,6 +50,7 @@ from dagpath.kept import (
     write_cell,
     write_hooks,
     write_slots,
+    write_value,
 )
 
 Found = Iterator[tuple[Place, Any]]
@@ -65,7 +70,8 @@ _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 _SECOND_LISTS = ("_flat_weights", "_flat_weight_refs")
 """Where recurrent layers of PyTorch keep their parameters once more."""
 
-_CTypes = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes.c_int.__mro__[1])
+_Number: Any = ctypes._SimpleCData
+_POINTERS = (ctypes.c_char_p, ctypes.c_wchar_p, ctypes.c_void_p, ctypes.py_object)
 
 
 class Reach:
@@ -91,22 +97,32 @@ class Reach:
         waiting: deque[tuple[Place, Any]] = deque([((), model), (("the inputs",), inputs), *_global_hooks()])
         while waiting:
             path, value = waiting.popleft()
-            if isinstance(value, PLAIN) or id(value) in seen:
+            is_users_own = is_users(type(value).__module__)
+            if (isinstance(value, PLAIN) and not is_users_own) or id(value) in seen:
                 continue
             seen[id(value)] = value  # an id is only known while its object lives
             if isinstance(value, Tensor):
                 self.tensors[id(value)] = path, value
                 waiting.extend(self._of_tensor(path, value))
             else:
-                waiting.extend(self._parts(path, value))
+                parts = self._parts(path, value)
+                waiting.extend(parts or ())
+                if parts is None or (is_users_own and not isinstance(value, type)):  # a user's kind of list, say
+                    waiting.extend(self._of_object(path, value))
 
     def restore(self) -> None:
         """Put back everything that holds another object than it did. What did not change is left alone: other threads
         may read it.
         """
+        failures = []
         for kept in self._kept:
-            if not kept.is_same():
-                kept.write(kept.contents)
+            try:
+                if not kept.is_same():
+                    kept.write(kept.contents)
+            except Exception as failure:  # what else there is comes back all the same
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def changes(self) -> list[str]:
         """Where something holds another object than it did, a few places."""
@@ -123,7 +139,7 @@ class Reach:
         return any(not kept.is_same() for kept in self._generators)
 
     def changed_memory(self) -> list[range]:
-        """The addresses of numbers outside of tensors that are others now."""
+        """The address ranges of arrays whose numbers changed."""
         return [kept.memory for kept in self._kept if kept.memory is not None and not kept.is_same()]
 
     def left_since(self, before: Reach) -> dict[str, Tensor]:
@@ -148,8 +164,10 @@ class Reach:
             return iter(())
         return (((path, form, key), part) for key, part in contents.items())
 
-    def _parts(self, path: Place, value: Any) -> Iterable[tuple[Place, Any]]:
-        """What an object holds; what a call can change there is kept."""
+    def _parts(self, path: Place, value: Any) -> Iterable[tuple[Place, Any]] | None:
+        """What an object holds beside its attributes; what a call can change there is kept. None for nothing."""
+        if isinstance(value, PLAIN):
+            return None
         if isinstance(value, dict):
             return self._keep(path, lambda: dict(value), functools.partial(refill, value), "{}[{!r}]")
         if isinstance(value, (list, set, deque)):
@@ -163,7 +181,7 @@ class Reach:
         if isinstance(value, types.BuiltinMethodType):
             return [(path, value.__self__)]
         if isinstance(value, functools.partial):
-            return [(path, value.func), (path, value.args), (path, value.keywords)]
+            return [(path, value.func), (path, value.args), (path, value.keywords), (path, vars(value))]
         if isinstance(value, (staticmethod, classmethod)):
             return [(path, value.__func__)]
         if isinstance(value, property):
@@ -186,16 +204,22 @@ class Reach:
         if isinstance(value, (bytearray, array)):
             return self._of_bytes(path, value)
         if isinstance(value, memoryview):
-            return [] if value.readonly else self._of_array(path, numpy.asarray(value))
-        if isinstance(value, _CTypes):
-            return self._of_array(path, numpy.frombuffer(cast(Any, value), numpy.uint8))
+            return self._of_array(path, numpy.asarray(value)) if is_writable(value) else []
+        if isinstance(value, _Number):
+            return self._keep(path, functools.partial(read_value, value), functools.partial(write_value, value), "{}")
+        if isinstance(value, ctypes.Array):
+            is_plain = (
+                isinstance(value._type_, type) and issubclass(value._type_, _Number) and value._type_ not in _POINTERS
+            )
+            return self._of_array(path, numpy.frombuffer(cast(Any, value), numpy.uint8)) if is_plain else []
         if isinstance(value, (io.StringIO, io.BytesIO)):
             return [] if value.closed else self._keep(path, *stream(value), "{}")
-        if isinstance(value, Iterator) and not hasattr(value, "__dict__"):  # it cannot be put back, but is named
-            return self._keep(path, lambda: {0: State(position_of(value))}, lambda _: None, "{}")
+        if is_builtin_iterator(value):  # it cannot be put back, but is named
+            inner = [(path, part) for part in held_by(value) if is_users(type(part).__module__)]
+            return [*self._keep(path, functools.partial(position_of, value), lambda _: None, "{}"), *inner]
         if isinstance(value, type):
             return self._of_class(value) if is_users(value.__module__) else []
-        return self._of_object(path, value)
+        return None
 
     def _of_attributes(self, path: Place, attributes: dict[str, Any]) -> Found:
         return self._keep(path, lambda: dict(attributes), functools.partial(refill, attributes), "{}.{}")
@@ -204,12 +228,11 @@ class Reach:
         """Attributes, the gradient and hooks; those of a tensor without values are PyTorch's own."""
         if isinstance(tensor, FakeTensor):
             return
-        if isinstance(tensor, nn.Parameter) or vars(tensor):
-            yield from self._of_attributes(path, vars(tensor))
+        yield from self._of_attributes(path, vars(tensor))
         if tensor.is_leaf:
-            for name in ("grad", "requires_grad")[: 2 if isinstance(tensor, nn.Parameter) else 1]:
-                read, write = functools.partial(_attribute, tensor, name), functools.partial(_set, tensor, name)
-                yield from self._keep(path, read, write, "{}." + name)
+            for name in ("grad", "requires_grad"):
+                read = functools.partial(_attribute, tensor, name, getattr(tensor, name))
+                yield from self._keep(path, read, functools.partial(_set, tensor, name), "{}." + name)
         if tensor.requires_grad:
             for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
                 read, write = functools.partial(read_hooks, tensor, name), functools.partial(write_hooks, tensor, name)
@@ -284,7 +307,7 @@ class Reach:
         return self._keep((str(variables.get("__name__", "")),), read, write, "{}.{}")
 
     def _of_bytes(self, path: Place, values: Any) -> Found:
-        if len(values) > _MOST_BYTES:
+        if memoryview(values).nbytes > _MOST_BYTES:
             return iter(())
         saved = values[:]
 
@@ -292,28 +315,41 @@ class Reach:
             values[:] = saved
 
         memory = addresses(numpy.frombuffer(values, numpy.uint8)) if len(values) else None
-        return self._keep(path, lambda: {0: State(hashlib.sha1(bytes(values)).hexdigest())}, write, "{}", memory)
+        return self._keep(path, lambda: {0: State(_digest(bytes(values)))}, write, "{}", memory)
 
     def _of_array(self, path: Place, array: Any) -> Found:
+        if not array.flags.writeable:  # a view of something that may be written to
+            return self._of_array(path, array.base) if isinstance(array.base, numpy.ndarray) else iter(())
         if array.nbytes > _MOST_BYTES:
             return iter(())
         if array.dtype == object:
-            flat = array.reshape(-1)
 
             def refill(contents: Contents) -> None:
-                flat[:] = list(contents.values())
+                array.flat = list(contents.values())
 
-            return self._keep(path, lambda: dict(enumerate(flat.tolist())), refill, "{}[{}]")
+            return self._keep(path, lambda: dict(enumerate(array.flat)), refill, "{}[{}]")
         saved = array.copy()
 
         def read() -> Contents:
-            return {0: State(hashlib.sha1(array.tobytes()).hexdigest())}
+            return {0: State(f"{_digest(array.tobytes())} {array.shape} {array.flags.writeable}")}
 
-        return self._keep(path, read, lambda _: numpy.copyto(array, saved), "{}", addresses(array))
+        def write(_: Contents) -> None:
+            if not array.flags.writeable:
+                array.flags.writeable = True
+            if array.shape != saved.shape:
+                array.resize(saved.shape, refcheck=False)
+            numpy.copyto(array, saved)
+
+        return self._keep(path, read, write, "{}", addresses(array))
 
 
-def _attribute(tensor: Tensor, name: str) -> Contents:
-    return {0: getattr(tensor, name)}
+def _digest(numbers: bytes) -> str:
+    return hashlib.sha1(numbers, usedforsecurity=False).hexdigest()
+
+
+def _attribute(tensor: Tensor, name: str, first: Any) -> Contents:
+    """The attribute of a leaf; one that a call computes is no leaf until its value is put back."""
+    return {0: getattr(tensor, name) if tensor.is_leaf else first}
 
 
 def _set(tensor: Tensor, name: str, contents: Contents) -> None:

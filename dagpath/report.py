@@ -39,7 +39,7 @@ def explain(title: str, graph: NeuronGraph, train_failure: str, covers: Sequence
     """What is free, tied and fixed in each module, and for everything fixed the operation, module and source line."""
     facts = explanation(title, graph, train_failure, covers)
     elsewhere = graph.num_groups - int(torch.unique(graph.group_of[graph.group_of > 0]).numel())
-    other = f" ({elsewhere:,} of which other calls have neurons)" if elsewhere else ""
+    other = f" ({elsewhere:,} of them with neurons in other calls only)" if elsewhere else ""
     lines = [
         f"{title}: {counted(graph.num_neurons, 'neuron')}, {facts['free']:,} free in "
         f"{counted(graph.num_groups, 'group')}{other}, {facts['fixed']:,} fixed; "

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,14 @@ GradMode = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is called: in train mode (None for the modes that its modules are in)? recording gradients?"""
+    """How a model is called.
 
-    training: bool | None
+    Attributes:
+        training: in train mode?
+        grad_mode: makes the context that says whether the call records what a backward pass needs.
+    """
+
+    training: bool
     grad_mode: GradMode = torch.enable_grad
 
 
@@ -121,18 +126,35 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
             yield
         finally:
             reshard(model)
-            reach.restore()
-            for parameter, requires_grad in frozen:
-                parameter.requires_grad_(requires_grad)
-            with torch.no_grad():
-                for tensor, value in values:
-                    if tensor.grad_fn is not None and id(tensor) not in derived:
-                        tensor.detach_()
-                    local = own(tensor)
-                    if not local.is_meta and not _is_equal(local, value):
-                        if local.shape != value.shape:
-                            local.resize_(value.shape)
-                        local.copy_(value)
+            try:
+                reach.restore()
+            finally:
+                _put_back(frozen, values, derived)
+
+
+@torch.no_grad()
+def _put_back(
+    frozen: Sequence[tuple[Tensor, bool]], values: Sequence[tuple[Tensor, Tensor]], derived: set[int]
+) -> None:
+    """Put back what is saved of tensors.
+
+    Args:
+        frozen: parameters, and whether they need gradients.
+        values: tensors and their values.
+        derived: the ids of those that were computed from others before.
+    """
+    for parameter, requires_grad in frozen:
+        if parameter.grad_fn is not None:  # it was written to while gradients were recorded
+            parameter.detach_()
+        parameter.requires_grad_(requires_grad)
+    for tensor, value in values:
+        if tensor.grad_fn is not None and id(tensor) not in derived:
+            tensor.detach_()
+        local = own(tensor)
+        if not local.is_meta and not _is_equal(local, value):
+            if local.shape != value.shape:
+                local.resize_(value.shape)
+            local.copy_(value)
 
 
 @contextlib.contextmanager
@@ -151,6 +173,8 @@ _MOST_BYTES = 1 << 28
 
 def _is_copied(tensor: Tensor) -> bool:
     """Are the values of a tensor kept that is neither parameter nor buffer? It may be a whole data set."""
+    if tensor.is_nested:
+        return False
     has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and _has_memory(tensor)
     return has_values and tensor.numel() * tensor.element_size() <= _MOST_BYTES
 
@@ -271,7 +295,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_value_checks() -> Iterator[None]:
-    """Distributions of PyTorch do not check the values that they are given, which no graph could."""
+    """Distributions of PyTorch do not check their arguments: a graph has no values to check."""
     kind = torch.distributions.Distribution
     checks = kind._validate_args
     try:

@@ -59,6 +59,18 @@ def test_a_tensor_that_lies_in_an_array_changes_with_it() -> None:
     check(make(turned(lambda m: m.view), order=order, view=torch.from_numpy(order)), X, calls=3)
 
 
+def test_a_tensor_that_lies_around_an_array_changes_with_it() -> None:
+    numbers_before = torch.arange(-1, 6)
+    net = make(lambda m, x: m.head(F.relu(m.a(x))[:, turn(m)]))
+    net.whole, net.order = numbers_before, numbers_before[1:].numpy()
+    check(net, X, calls=3)
+
+
+def turn(m: Any) -> Tensor:
+    m.order[:] = np.roll(m.order, 1)
+    return m.whole[1:]
+
+
 def counting(m: Any) -> int:
     m.a.weight.calls = getattr(m.a.weight, "calls", -1) + 1
     return int(m.a.weight.calls)
@@ -243,6 +255,83 @@ def test_numbers_and_texts_in_memory_come_back(
     traced = dagpath.trace(net, X)
     assert read(kept) == before
     assert "a call changes self.kept" in traced.explain()
+
+
+class Items(list):  # type: ignore[type-arg]
+    """A user's kind of list, with attributes."""
+
+
+class Names(dict):  # type: ignore[type-arg]
+    """A user's kind of dictionary."""
+
+
+class Number(int):
+    """A user's kind of number."""
+
+
+class Slots(list):  # type: ignore[type-arg]
+    __slots__ = ("calls",)
+
+
+@pytest.mark.parametrize("kind", [Items, Names, Number, Slots])
+def test_attributes_of_objects_of_the_users_kinds_are_followed(kind: type) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.kept.calls += 1
+        return m.head(F.relu(m.a(x)).roll(m.kept.calls, 1))
+
+    net = make(forward, kept=kind())
+    net.kept.calls = 0
+    traced = dagpath.trace(net, X)
+    assert net.kept.calls == 0
+    assert "a call changes self.kept.calls" in traced.explain()
+    assert traced.graph.num_groups == 0
+
+
+class Endless:
+    """An iterator of a user's, which holds what it takes from."""
+
+    __slots__ = ("number", "parts")
+
+    def __init__(self) -> None:
+        self.number, self.parts = 0, [self]
+
+    def __iter__(self) -> Endless:
+        return self
+
+    def __next__(self) -> int:
+        self.number += 1
+        return self.number
+
+    def __length_hint__(self) -> int:
+        raise RuntimeError("nobody knows")
+
+
+def test_a_users_iterator_comes_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        next(m.items)
+        return m.head(F.relu(m.a(x)))
+
+    iterator = Endless()
+    for items in (iterator, zip(iterator, iterator, strict=True), enumerate(iterator)):
+        assert "a call changes self.items" in dagpath.trace(make(forward, items=items), X).explain()
+        assert iterator.number == 0
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_coming_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.ema.mul_(0.9).add_(0.1 * m.a.weight)
+        m.view_of[0] += 1
+        m.count += 1
+        return m.head(F.relu(m.a(x)))
+
+    base = np.zeros(3)
+    net = make(forward, view_of=base, shown=np.broadcast_to(base, (2, 3)), count=0)
+    net.ema = nn.Parameter(torch.zeros(6, 5, dtype=torch.float64), requires_grad=False)
+    dagpath.trace(net, X)
+    assert (net.count, base.tolist()) == (0, [0.0] * 3)
+    assert not net.ema.requires_grad
+    assert net.ema.grad_fn is None
+    assert not net.ema.any()
 
 
 class Absolute(nn.Module):

@@ -89,6 +89,17 @@ def test_advice_fits_what_stops_a_trace(function, line, advice):
     assert advice in str(caught.value)
 
 
+def test_inputs_that_no_graph_can_have_are_refused_by_name():
+    net = make(lambda m, x: m.head(F.relu(m.a(x))))
+    parts = [torch.randn(2, 4).double(), torch.randn(3, 4).double()]
+    with pytest.raises(dagpath.CaptureError, match="an input is a nested tensor"):
+        dagpath.trace(net, torch.nested.nested_tensor(parts, layout=torch.jagged))
+    with pytest.raises(dagpath.CaptureError, match="an input is a PackedSequence"):
+        dagpath.trace(net, (nn.utils.rnn.pack_sequence(parts, enforce_sorted=False),))
+    net.parts = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    assert dagpath.trace(net, X).graph.num_groups == 6
+
+
 @pytest.mark.parametrize("kind", [torch.distributions.Normal, torch.distributions.Laplace, torch.distributions.Gumbel])
 def test_distributions_that_check_their_arguments_are_captured(kind):
     def forward(m, x):

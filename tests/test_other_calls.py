@@ -548,9 +548,21 @@ def in_an_order_of_the_length(m: Any, x: Tensor) -> Tensor:
     return m.head(F.relu(m.a(x))[..., (torch.arange(6) + x.shape[1] // 20) % 6])
 
 
+def rolled_in_short_sequences(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    return m.head(h.roll(1, -1) if x.shape[1] < 3 else h)
+
+
+def branches_of_a_length(m: Any, x: Tensor) -> Tensor:
+    h = torch.cond(x.sum() > 0, lambda x: F.relu(m.a(x)), lambda x: F.relu(m.a(x) + 1.0), (x,))
+    return m.head(h.roll(x.shape[1] // 5, -1))
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "other"),
     [
+        (rolled_in_short_sequences, (3, 10, 5), (3, 2, 5)),
+        (branches_of_a_length, (3, 4, 5), (3, 9, 5)),
         (rolled_by_the_number_of_examples, (3, 5), (40, 5)),
         (rolled_by_the_length, (3, 4, 5), (2, 16, 5)),
         (in_an_order_of_the_length, (3, 4, 5), (2, 20, 5)),
@@ -587,6 +599,25 @@ def test_sizes_for_which_nothing_is_known_are_not_claimed(function: Callable[...
     traced = dagpath.trace(make(function, **parts), numbers(2, 4, 5))
     looked = "[n, 4, 5]; [n, 1, 5]; [n, 5, 5]; [n, 9, 5]"
     assert f"inputs of the sizes {looked} alone: calls of other sizes differ" in traced.captured.covers
+
+
+def test_a_model_that_takes_one_example_is_not_said_to_take_any_number() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if len(x) != 1:
+            raise ValueError("one example at a time")
+        return m.head(F.relu(m.a(x)))
+
+    traced = dagpath.trace(make(forward), numbers(1, 5))
+    assert traced.captured.covers[0] == "sizes of dimension 0 that were looked at (1)"
+
+
+def test_a_roll_over_all_entries_is_not_one_along_a_dimension() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x)).transpose(1, 2)
+        return torch.roll(h, 1, None).flip(2)[..., 3] @ m.head.weight.t()
+
+    others = [(numbers(2, length, 5),) for length in (5, 9)]
+    check(make(forward), numbers(2, 4, 5), others=others)
 
 
 def test_numbers_of_examples_for_which_nothing_is_known_are_not_claimed() -> None:

@@ -13,7 +13,9 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 
-from dagpath.capture.dry_run import Called, Place, Record
+from torch.utils import _pytree as pytree
+
+from dagpath.capture.dry_run import Called, Place, Record, writes
 
 Shape = tuple[int, ...]
 
@@ -62,7 +64,8 @@ def alike(record: Record | None, other: Record | None) -> bool:
             return False
         pair = _Pair(call, grown)
         rule = _RULES.get(call.name if call.name.endswith("__") else call.name.rstrip("_"))
-        read = {sources.of(place) for place, _ in pair.tensors[: _VALUES_READ.get(call.name)]}
+        filled = [] if writes(call.name) else [place for place in call.written if place.whole]  # by ``out=``
+        read = {sources.of(place) for place, _ in pair.tensors[: _VALUES_READ.get(call.name)] if place not in filled}
         if Source.SIZES in read or not (pair.is_equal() or (rule is not None and rule(pair))):
             return False
         sources.know(call, number, _source_of_result(pair, rule, read))
@@ -72,18 +75,22 @@ def alike(record: Record | None, other: Record | None) -> bool:
 class Ways:
     """The ways through its code that a model took in calls: which functions it called, in what order.
 
-    Where calls of other sizes make other numbers of calls of functions (a loop over a sequence), the order tells
-    nothing, but a function that is new, or is called with a new parameter, does.
+    Where calls of other sizes call functions other numbers of times (a loop over a sequence), the order is not
+    compared. A call is then new if it calls a function that no known call calls, or gives one a parameter that no known
+    call gives it.
+
+    Attributes:
+        loops: do calls of other sizes make other numbers of calls of functions?
     """
 
     def __init__(self, records: Sequence[Record | None]) -> None:
         ways = [_way(record) for record in records if record is not None and record.is_clear]
         self._ways, self._steps = set(ways), {step for way in ways for step in way}
-        self._loops = len({len(way) for way in ways}) > 1
+        self.loops = len({len(way) for way in ways}) > 1
 
     def __contains__(self, record: Record) -> bool:
         way = _way(record)
-        return way in self._ways or (self._loops and self._steps.issuperset(way))
+        return way in self._ways or (self.loops and self._steps.issuperset(way))
 
 
 def _way(record: Record) -> tuple[tuple[object, ...], ...]:
@@ -136,7 +143,9 @@ _STRENGTH = [Source.NOTHING, Source.REPEATED, Source.INPUTS, Source.SIZES]
 
 
 def _match(call: Called, other: Called) -> bool:
-    """Are these calls of one function, on tensors of one origin and as many dimensions, with entries or without?"""
+    """Do both calls name one function, with tensors of the same origin and number of dimensions, and results that are
+    empty in both or in neither?
+    """
     if (call.name, call.structure, len(call.results)) != (other.name, other.structure, len(other.results)):
         return False
     for leaf, grown in zip(call.leaves, other.leaves, strict=True):
@@ -155,6 +164,7 @@ class _Pair:
     """Two calls of one function, in which some dimensions have other sizes.
 
     Attributes:
+        call: the first of them.
         tensors: the tensors among their arguments.
         shapes: the shapes of those.
         numbers: all other arguments.
@@ -162,6 +172,7 @@ class _Pair:
     """
 
     def __init__(self, call: Called, other: Called) -> None:
+        self.call = call
         pairs = list(zip(call.leaves, other.leaves, strict=True))
         self.tensors = [(a, b) for a, b in pairs if isinstance(a, Place)]
         self.shapes = [(a.shape, b.shape) for a, b in self.tensors]
@@ -232,7 +243,7 @@ def _elementwise(pair: _Pair) -> bool:
 
 def _fills(pair: _Pair) -> bool:
     """One number everywhere, in a shape that is given."""
-    return True
+    return all(type(a) is type(b) and (type(a) is int or a == b) for a, b in pair.numbers)
 
 
 def _of_a_shape(pair: _Pair) -> bool:
@@ -326,13 +337,14 @@ def _recurs(pair: _Pair) -> bool:
 
 
 def _rolls(pair: _Pair) -> bool:
-    """Entries are moved along dimensions that are named; without names, over the ends of all of them."""
-    return pair.same_numbers() and len(pair.numbers) > 1
+    """Entries move along the dimensions that are given. Without any, the tensor is flattened first."""
+    return pair.same_numbers() and sum(a is not None for a, _ in pair.numbers) > 1
 
 
 def _pads(pair: _Pair) -> bool:
     """Entries are added at the ends of dimensions that do not grow."""
-    widths = [a for a, _ in pair.numbers if type(a) is int]
+    args, kwargs = pytree.tree_unflatten(pair.call.leaves, pair.call.structure)
+    widths = kwargs["pad"] if "pad" in kwargs else args[1]
     added = [dim for dim in range(len(widths) // 2) if widths[2 * dim] or widths[2 * dim + 1]]
     grows = _grown(*pair.shapes[0])[::-1]
     return pair.same_numbers() and not any(grows[dim] for dim in added)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import inspect
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,10 +37,16 @@ MANY = 13
 _FAR = (515, 512, 131, 128)
 """Sizes beyond most of those that code compares a size with."""
 
+_FAR_IN_LOOPS = (67, 64)
+"""For models that take a number of steps that depends on the size, since a dry run takes them all."""
+
 _UNCHECKED = ("embedding_bag", "segment_reduce", "sparse")
 """Parts of the names of PyTorch's operations that do not look whether the indices that they are given are in range."""
 
-DryRun = Callable[[Any], Record | None]
+_NEAR = (1, 2, 3)
+"""The smallest sizes that a model may take."""
+
+DryRun = Callable[..., Record | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +83,13 @@ class _UncheckedError(Exception):
 class _OnlyChecked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops before an operation that does not check its arguments: some of PyTorch's, and all of other libraries."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace not in ("aten", "prim", "prims") or any(part in func.__name__ for part in _UNCHECKED):
-            raise _UncheckedError(str(func))
+        if isinstance(func, torch._ops.OpOverload):
+            is_pytorchs = func.namespace in ("aten", "prim", "prims")
+            if not is_pytorchs or any(part in func.__name__ for part in _UNCHECKED):
+                raise _UncheckedError(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -100,18 +110,17 @@ class Calls:
     def runs(self, inputs: Any, training: bool | None) -> bool | None:
         """Does the model take these inputs, values and all? Indices among them may be out of range.
 
-        None where nobody can tell: the model has no values, or does not check its indices, so that reading one that is
-        out of range ends the process: on a GPU, and in some operations.
+        None where this cannot be tried: the model has no values, is not on the CPU, or runs an operation that does not
+        check its indices. Such an operation may end the process.
         """
         if not self._has_values or any(parameter.device.type != "cpu" for parameter in self._model.parameters()):
             return None
         try:
             with _OnlyChecked():  # type: ignore[no-untyped-call]
                 run(self._model, inputs, training=training)
-        except _UncheckedError:
-            return None
-        except CaptureError:
-            return False
+        except CaptureError as error:
+            is_untried = isinstance(error.__cause__, _UncheckedError) or "HigherOrderOperator" in str(error.__cause__)
+            return None if is_untried else False
         return True
 
     def taken(self, dry_run: DryRun, training: bool) -> list[Call]:
@@ -131,9 +140,9 @@ class Calls:
 
         look_at(with_batch(self._given, 1), {})
         look_at(self._given, {})
-        for sizes in [*self._other_sizes(dry_run, training)]:
+        for sizes in self._other_sizes(dry_run, training):
             look_at(resized(self._given, sizes), sizes)
-        for sizes in [*self._turns([*found.values()], dry_run)]:
+        for sizes in self._turns(list(found.values()), dry_run):
             look_at(resized(self._given, sizes), sizes)
         further = enumerate(self._more, 1)
         return [
@@ -170,9 +179,9 @@ class Calls:
                     yield {**base, **{dim: n for dim, n in lengths.items() if before[dim] == size}}
 
     def _turns(self, calls: Sequence[Call], dry_run: DryRun) -> Iterator[Mapping[Dim, int]]:
-        """The sizes from which on the model does something else than in all of these calls.
+        """The sizes from which on, upwards or downwards, the model does something that it does in none of these calls.
 
-        Dry runs of inputs that are far larger, of more examples or longer, tell.
+        Dry runs of inputs that are much larger, and of the smallest ones that the model takes, tell.
         """
         given = batch_sizes(self._given, self._batch or 1)
         longer = [call.sizes for call in calls if call.sizes.keys() - given.keys()]
@@ -183,22 +192,21 @@ class Calls:
     def _turn(
         self, dims: Set[Dim], base: Mapping[Dim, int], calls: Sequence[Call], dry_run: DryRun
     ) -> Iterator[Mapping[Dim, int]]:
-        """The least sizes in these dimensions, above those of ``base``, with which the model does something else.
+        """The sizes in these dimensions, next to those of ``base``, with which the model does something else.
 
         Where the calls of other sizes are alike, something else is what is like none of them; where they differ, it is
         another way through the code.
         """
         least, records = min(base[dim] for dim in dims), [call.record for call in calls]
-        ways, are_alike = (
-            Ways(records),
-            all(alike(records[0], call.record) for call in calls if dims & call.sizes.keys()),
-        )
+        ways = Ways(records)
+        are_alike = all(alike(records[0], call.record) for call in calls if dims & call.sizes.keys())
+        most_calls = 2000 + 10 * max((len(known.calls) for known in records if known is not None), default=0)
 
         def sizes(size: int) -> dict[Dim, int]:
             return {**base, **{dim: size + base[dim] - least for dim in dims}}
 
         def record(size: int) -> Record | None:
-            return dry_run(without_values(self._given, sizes(size)))
+            return dry_run(without_values(self._given, sizes(size)), most_calls)
 
         def turns(size: int) -> bool:
             found = record(size)
@@ -206,9 +214,17 @@ class Calls:
                 return False
             return not any(alike(known, found) for known in records) if are_alike else found not in ways
 
-        far = next((size for size in _FAR if size > least and is_clear(record(size))), least)
-        if turns(far):
-            yield sizes(bisect.bisect_left(range(far), True, lo=least + 1, key=turns))
+        larger_ones = [size for size in (_FAR_IN_LOOPS if ways.loops else _FAR) if size > least]
+        smaller_ones = [size for size in _NEAR if size < least]
+        for trials in (larger_ones, smaller_ones):
+            outside = next((size for size in trials if is_clear(record(size))), None)
+            if outside is None or not turns(outside):
+                continue
+            inside = least
+            while abs(outside - inside) > 1:
+                middle = (inside + outside) // 2
+                inside, outside = (inside, middle) if turns(middle) else (middle, outside)
+            yield sizes(outside)
 
     def _is_taken(self, inputs: Any, dry_run: DryRun, training: bool) -> bool:
         """Does the model take these inputs, values and all? A dry run knows of no index that is out of range."""
@@ -221,11 +237,11 @@ def once(dry_run: DryRun) -> DryRun:
     """The same function, which makes one dry run for inputs of the same sizes."""
     known: dict[tuple[Any, ...], Record | None] = {}
 
-    def run_once(inputs: Any) -> Record | None:
+    def run_once(inputs: Any, most_calls: int | None = None) -> Record | None:
         leaves, structure = pytree.tree_flatten(inputs)
         key = shapes_text(inputs), repr([leaf for leaf in leaves if not isinstance(leaf, Tensor)]), structure
         if key not in known:
-            known[key] = dry_run(inputs)
+            known[key] = dry_run(inputs, most_calls)
         return known[key]
 
     return run_once

@@ -5,21 +5,27 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 from tqdm import TMonitor
 
 from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
 
+_PACKED = (
+    "A packed sequence has a shape that depends on the lengths, which no graph can hold: run the recurrent layer on "
+    "the padded sequence, and mask what lies behind the lengths."
+)
+
 _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("packed_sequence", "pack_padded_sequence", "pack_sequence", "PackedSequence"),
-        "A packed sequence has a shape that depends on the lengths, which no graph can hold: run the recurrent layer "
-        "on the padded sequence, and mask what lies behind the lengths.",
+        _PACKED,
     ),
     (
         ("fake tensor in the exported program constant",),
@@ -33,14 +39,9 @@ _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "not depend on the input once, as a buffer.",
     ),
     (
-        ("functorch", "no attribute 'constant'"),
+        ("functorch tensor", "no attribute 'constant'"),
         "A transform of torch.func inside the forward (grad, jacrev, vmap of these) has no form that the exporter "
         "knows: trace the module that it transforms.",
-    ),
-    (
-        ("Sparse", "sparse", "layout"),
-        "An operation on sparse tensors has no form that the exporter knows: pass or keep the tensor dense, or as "
-        "indices and values that index_add puts in their places.",
     ),
     (
         ("s .data of shape",),
@@ -55,6 +56,11 @@ _CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         ("data-dependent", "DataDependent", "unbacked", "_local_scalar_dense", "Eq(u", "is_nonzero", "symbolic"),
         "A graph needs control flow that does not depend on the values of the input: replace such a branch by "
         "torch.where or torch.cond, or trace the submodule that does not contain it.",
+    ),
+    (
+        ("Sparse", "sparse", "layout"),
+        "An operation on sparse tensors has no form that the exporter knows: pass or keep the tensor dense, or as "
+        "indices and values that index_add puts in their places.",
     ),
     (
         ("DynamicOutputShape", "nonzero", "masked_select", "unique"),
@@ -134,6 +140,15 @@ def check_model(model: nn.Module) -> None:
                 f"{name!r} was made inside torch.inference_mode(), so that nothing can be derived from it or change it "
                 "in place: make or load the model outside of inference mode"
             )
+
+
+def check_inputs(given: Any) -> None:
+    """Raise CaptureError for inputs that no graph can have."""
+    leaves = pytree.tree_leaves(given, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
+    if any(isinstance(leaf, PackedSequence) for leaf in leaves):
+        raise CaptureError(f"an input is a PackedSequence. {_PACKED}")
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise CaptureError("an input is a nested tensor, whose parts differ in shape: pass a padded tensor and a mask")
 
 
 def _parts(model: nn.Module) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
+from dagpath.kept import place_text
 from dagpath.reach import Reach
 from dagpath.state import GradMode, Setting, mode, random_states, without_autocast, without_value_checks
 
@@ -145,12 +146,16 @@ class DryRuns:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._ready = model, Reach(model)
 
-    def __call__(self, inputs: Any) -> Record | None:
+    def __call__(self, inputs: Any, most_calls: int | None = None) -> Record | None:
         """The record of a call, given positional and keyword arguments; None where the model does not take them.
 
         The model is left as it was.
+
+        Args:
+            inputs: its arguments.
+            most_calls: a dry run that makes more calls of functions is given up, and is not clear.
         """
-        return self._in_a_row(inputs, [contextlib.nullcontext()])[0]
+        return self._in_a_row(inputs, [contextlib.nullcontext()], most_calls)[0]
 
     def in_a_row(self, inputs: Any, settings: Sequence[Setting]) -> list[Record | None]:
         """The records of calls one after the other, each of which finds what those before it left behind.
@@ -164,21 +169,24 @@ class DryRuns:
         return self._in_a_row(inputs, [_set(self._model, setting) for setting in settings])
 
     def _in_a_row(
-        self, inputs: Any, contexts: Sequence[contextlib.AbstractContextManager[None]]
+        self,
+        inputs: Any,
+        contexts: Sequence[contextlib.AbstractContextManager[None]],
+        most_calls: int | None = None,
     ) -> list[Record | None]:
         records: list[Record | None] = []
         try:
             for context in contexts:
                 goes_on = not records or is_clear(records[-1])
                 with context:
-                    records.append(self._one(inputs) if goes_on else None)
+                    records.append(self._one(inputs, most_calls) if goes_on else None)
         finally:
             self._ready.restore()
         return records
 
-    def _one(self, inputs: Any) -> Record | None:
+    def _one(self, inputs: Any, most_calls: int | None) -> Record | None:
         try:
-            return _record(self._model, inputs, self._ready)
+            return _record(self._model, inputs, self._ready, most_calls)
         except UnclearError as error:
             return Record([], [], error.changes, is_clear=False)
         except NotImplementedError:
@@ -189,8 +197,7 @@ class DryRuns:
 
 @contextlib.contextmanager
 def _set(model: nn.Module, setting: Setting) -> Iterator[None]:
-    if setting.training is not None:
-        model.train(setting.training)
+    model.train(setting.training)
     with setting.grad_mode():
         yield
 
@@ -210,8 +217,8 @@ def dry_runs(model: nn.Module, training: bool | None, grad_mode: GradMode = torc
         yield DryRuns(model)
 
 
-def _record(model: nn.Module, inputs: Any, ready: Reach) -> Record:
-    recorder = _Recorder(model, ready.tensors.keys())
+def _record(model: nn.Module, inputs: Any, ready: Reach, most_calls: int | None) -> Record:
+    recorder = _Recorder(model, ready.tensors, most_calls)
     args, kwargs = pytree.tree_map_only(Tensor, recorder.fresh_twin, inputs)
     for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
@@ -249,7 +256,8 @@ class _Recorder(TorchFunctionMode):
 
     Args:
         model: the model.
-        before: the ids of the tensors that it could reach before the first call.
+        before: the tensors that it could reach before the first call, and where they are, by their ids.
+        most_calls: as many calls are recorded.
 
     Attributes:
         calls: the record.
@@ -257,9 +265,9 @@ class _Recorder(TorchFunctionMode):
         asks_for_gradients: did the code ask whether gradients are recorded?
     """
 
-    def __init__(self, model: nn.Module, before: Collection[int]) -> None:
+    def __init__(self, model: nn.Module, before: Mapping[int, tuple[Any, Tensor]], most_calls: int | None) -> None:
         super().__init__()
-        self._before = before
+        self._before, self._most_calls = before, most_calls
         self.asks_for_gradients = False
         self.calls: list[Called] = []
         self.kept: list[Any] = []
@@ -303,6 +311,8 @@ class _Recorder(TorchFunctionMode):
         return self._twins[id(value)]
 
     def note(self, name: str, arguments: Any) -> None:
+        if self._most_calls is not None and len(self.calls) >= self._most_calls:
+            raise UnclearError("more calls than are looked at")
         leaves, structure = pytree.tree_flatten(arguments)
         self.calls.append(Called(name, [self._leaf(leaf) for leaf in leaves], structure))
 
@@ -332,7 +342,7 @@ class _Recorder(TorchFunctionMode):
             if attribute in _ON_META:
                 return self._device is not None and self._device.type == _ON_META[attribute]
             name = attribute
-        if name == "requires_grad_" or name == "__set__":
+        if name in ("requires_grad_", "__set__", "__delete__"):
             self._note_attribute(func, args, kwargs or {})
         args, kwargs = pytree.tree_map(self.twin, (args, kwargs or {}))
         if kwargs.get("device") is not None:
@@ -367,8 +377,8 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _note_attribute(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """What a call writes to a tensor that the model keeps, the next call finds there; what it writes to its own,
-        nobody does.
+        """Follow a write to an attribute of a tensor. If the model keeps the tensor, the next call reads the attribute.
+        Tensors that the call made are dropped.
         """
         tensor, twin = args[0], self.twin(args[0])
         attribute = getattr(getattr(func, "__self__", None), "__name__", "requires_grad")
@@ -376,8 +386,9 @@ class _Recorder(TorchFunctionMode):
             return
         if attribute == "requires_grad":
             func(*args, **kwargs)
-        elif getattr(tensor, attribute) is not args[1]:
-            raise UnclearError(f"{attribute} is written", f"self.{self._known[id(twin)]}.{attribute}")
+        elif len(args) < 2 or getattr(tensor, attribute) is not args[1]:
+            place = place_text(self._before[id(tensor)][0]) if id(tensor) in self._before else "a tensor"
+            raise UnclearError(f"{attribute} is written", f"{place}.{attribute}")
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:

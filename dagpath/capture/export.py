@@ -22,6 +22,7 @@ from dagpath.capture.graph import CapturedGraph, storage_of
 from dagpath.capture.sizes import copies
 from dagpath.distributed import has_all_values, stand_in
 from dagpath.errors import CaptureError
+from dagpath.kept import overlaps
 from dagpath.state import GradMode, mode, random_states, without_value_checks
 
 _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
@@ -88,7 +89,7 @@ def export(
     state = {
         place: t
         for place, t in tensors.items()
-        if place in written or storage_of(t) in moving or any(storage_of(t)[1] in memory for memory in left.memory)
+        if place in written or storage_of(t) in moving or any(overlaps(t, memory) for memory in left.memory)
     }
     graph = CapturedGraph(
         module,

@@ -43,8 +43,11 @@ def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
         **graph.state,
         **{place: owners[name] for place, name in graph.parameters.items() if name in owners},
     }
-    given = iter(pytree.tree_leaves(copies(inputs)))
+    leaves = [leaf for leaf in pytree.tree_leaves(copies(inputs)) if not isinstance(leaf, nn.Module)]
     places = [node.name for node in nodes if node.op == "placeholder"]
+    if len(leaves) < sum(name not in held for name in places):
+        return  # a module among the arguments brought parameters of its own
+    given = iter(leaves)
     values = [held[name].detach().clone() if name in graph.state else held.get(name) for name in places]
     values = [next(given) if name not in held else value for name, value in zip(places, values, strict=True)]
     try:

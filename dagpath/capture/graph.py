@@ -86,7 +86,7 @@ class Capture:
         return {name: graph.tensors[node.name] for graph, node, name in self._readers()}
 
     def tables(self) -> dict[str, Tensor]:
-        """Buffer name -> a copy of it, for those of which the neurons may depend: all but running statistics."""
+        """Buffer name -> a copy of it, for those on which the neurons may depend: all but running statistics."""
         statistics: dict[str, bool] = {}
         for _, node, name in self._readers():
             are = all("_norm" in str(user.target) and node in user.args[3:5] for user in node.users)

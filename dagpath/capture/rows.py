@@ -47,7 +47,7 @@ class Rows:
         self.not_captured: list[str] = []
 
     def after(self, setting: Setting) -> dict[Setting, list[CapturedGraph]]:
-        """The graphs of the calls that follow calls in one setting, by their own."""
+        """For each setting, the graphs of the calls in it that follow calls in the given setting."""
         found = {setting: self._in_one_setting(setting)}
         for other in self._settings:
             if other != setting:
@@ -97,11 +97,11 @@ class Rows:
         with mode(self._model, setting.training), without_autocast():
             reach = Reach(self._model)
             for earlier in before:
-                self._model.train(bool(earlier.training))
+                self._model.train(earlier.training)
                 args, kwargs = copies(inputs)
                 with earlier.grad_mode() if asks else torch.no_grad():
                     self._model(*args, **kwargs)
-            self._model.train(bool(setting.training))
+            self._model.train(setting.training)
             made = Reach(self._model).left_since(reach).values()
             call = _ordinal(len(before) + 1), [*made], names, setting.grad_mode
             try:

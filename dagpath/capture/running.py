@@ -24,7 +24,7 @@ from dagpath.state import mode, without_autocast
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER + os.sep, "<")
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_PASSED_THROUGH = ("__torch_function__", "applied", "called")
+_PASSED_THROUGH = ("__torch_function__", "__torch_dispatch__", "applied", "called")
 """Functions of dagpath that only hand on what a model calls."""
 
 
@@ -112,5 +112,5 @@ def capture_error(model: nn.Module, failure: Exception) -> CaptureError:
         raise failure
     return CaptureError(
         f"{type(model).__name__} cannot be captured as a graph: {headline(failure)}\n{_at(failure)}"
-        f"  {cause_of(model, f'{messages(failure)} {user_line(failure)}')}"
+        f"  {cause_of(model, messages(failure))}"
     )

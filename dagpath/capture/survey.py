@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dagpath.capture.alike import alike, same
 from dagpath.capture.calls import Call, Calls, once, plain_arguments
-from dagpath.capture.causes import check_model
+from dagpath.capture.causes import check_inputs, check_model
 from dagpath.capture.dry_run import Record, dry_runs
 from dagpath.capture.export import export, quiet
 from dagpath.capture.faithful import check_faithful
@@ -59,6 +59,7 @@ def survey(
         CaptureError: the model's forward raised, or no graph stands for it.
     """
     check_model(model)
+    check_inputs((given, *more))
     with quiet(), mode(model, None), parameters_kept(model) as written:
         captured = _Survey(model, given, more, is_compound, agree).captured()
     return replace(captured, written=tuple(written))
@@ -237,7 +238,9 @@ class _Survey:
         captured = [call for call in calls if call.name not in self._not_captured]
         batch = set(batch_sizes(self._given, 1))
         longer = [call for call in captured if set(call.sizes) - batch]
-        anything = graph.batch == 1 and _are_alike([call for call in captured if call not in longer])
+        shortest = [call for call in captured if call not in longer]
+        numbers = {common_batch(call.inputs) for call in shortest}
+        anything = graph.batch == 1 and len(numbers) > 1 and _are_alike(shortest)
         lines = []
         if anything:
             lines.append("any number n of examples: the model treats each one alike")
