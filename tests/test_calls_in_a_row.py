@@ -60,15 +60,8 @@ def test_a_tensor_that_lies_in_an_array_changes_with_it() -> None:
 
 
 def test_a_tensor_that_lies_around_an_array_changes_with_it() -> None:
-    numbers_before = torch.arange(-1, 6)
-    net = make(lambda m, x: m.head(F.relu(m.a(x))[:, turn(m)]))
-    net.whole, net.order = numbers_before, numbers_before[1:].numpy()
-    check(net, X, calls=3)
-
-
-def turn(m: Any) -> Tensor:
-    m.order[:] = np.roll(m.order, 1)
-    return m.whole[1:]
+    whole = torch.arange(-1, 6)
+    check(make(turned(lambda m: m.whole[1:]), order=whole[1:].numpy(), whole=whole), X, free=1)
 
 
 def counting(m: Any) -> int:

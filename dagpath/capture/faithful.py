@@ -66,7 +66,8 @@ def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
         return  # a model that draws its weights, say: no call tells of another
     raise CaptureError(
         "the exporter's graph computes something else than the model: the forward seems to look whether it is being "
-        "traced (torch.compiler.is_compiling(), the type of a tensor, a failure that it catches)"
+        "traced (torch.compiler.is_compiling(), the type of a tensor, a failure that it catches), or reads what each "
+        "call changes outside of tensors"
     )
 
 
