@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagpath.capture.alike import Ways, alike
-from dagpath.capture.dry_run import Place, Record, is_clear
+from dagpath.capture.dry_run import Place, Record
 from dagpath.capture.running import run
 from dagpath.capture.sizes import (
     Dim,
@@ -42,6 +42,9 @@ _FAR_IN_LOOPS = (67, 64)
 
 _UNCHECKED = ("embedding_bag", "segment_reduce", "sparse")
 """Parts of the names of PyTorch's operations that do not look whether the indices that they are given are in range."""
+
+_MOST_CALLS = 1500
+"""A dry run far beyond the examples is given up after so many calls of functions, or twice those of the examples."""
 
 _NEAR = (1, 2, 3)
 """The smallest sizes that a model may take."""
@@ -200,7 +203,7 @@ class Calls:
         least, records = min(base[dim] for dim in dims), [call.record for call in calls]
         ways = Ways(records)
         are_alike = all(alike(records[0], call.record) for call in calls if dims & call.sizes.keys())
-        most_calls = 2000 + 10 * max((len(known.calls) for known in records if known is not None), default=0)
+        most_calls = max(_MOST_CALLS, 2 * max((len(known.calls) for known in records if known is not None), default=0))
 
         def sizes(size: int) -> dict[Dim, int]:
             return {**base, **{dim: size + base[dim] - least for dim in dims}}
@@ -217,7 +220,7 @@ class Calls:
         larger_ones = [size for size in (_FAR_IN_LOOPS if ways.loops else _FAR) if size > least]
         smaller_ones = [size for size in _NEAR if size < least]
         for trials in (larger_ones, smaller_ones):
-            outside = next((size for size in trials if is_clear(record(size))), None)
+            outside = next((size for size in trials if record(size) is not None), None)
             if outside is None or not turns(outside):
                 continue
             inside = least
