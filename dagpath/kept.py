@@ -170,6 +170,22 @@ def overlaps(tensor: Tensor, memory: range) -> bool:
     return first < memory.stop and memory.start < first + (sum(steps) + 1) * tensor.element_size()
 
 
+def ctypes_kind(value: Any) -> str:
+    """What an object of ``ctypes`` is: a number (or a text), an array of numbers; empty for all else.
+
+    That module is not imported here: it calls foreign code.
+    """
+    names = {base.__name__ for base in type(value).__mro__ if base.__module__ == "_ctypes"}
+    if "_SimpleCData" in names:
+        return "number"
+    element = getattr(value, "_type_", None) if "Array" in names else None
+    return "array" if str(getattr(element, "_type_", "")) in _NUMBER_CODES else ""
+
+
+_NUMBER_CODES = tuple("bBhHiIlLqQfdgc?")
+"""How ctypes names the types of numbers, as the module :mod:`struct` does; pointers have others."""
+
+
 def read_value(number: Any) -> Contents:
     return {0: number.value}
 

@@ -7,7 +7,6 @@ values, so none of them may stay there; and what one call leaves behind, the nex
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import io
@@ -32,6 +31,7 @@ from dagpath.kept import (
     Place,
     State,
     addresses,
+    ctypes_kind,
     held_by,
     is_alike,
     is_builtin_iterator,
@@ -69,9 +69,6 @@ _Cache = type(functools.lru_cache(maxsize=0)(lambda: None))
 
 _SECOND_LISTS = ("_flat_weights", "_flat_weight_refs")
 """Where recurrent layers of PyTorch keep their parameters once more."""
-
-_Number: Any = ctypes._SimpleCData
-_POINTERS = (ctypes.c_char_p, ctypes.c_wchar_p, ctypes.c_void_p, ctypes.py_object)
 
 
 class Reach:
@@ -205,13 +202,11 @@ class Reach:
             return self._of_bytes(path, value)
         if isinstance(value, memoryview):
             return self._of_array(path, numpy.asarray(value)) if is_writable(value) else []
-        if isinstance(value, _Number):
+        kind = ctypes_kind(value)
+        if kind == "number":
             return self._keep(path, functools.partial(read_value, value), functools.partial(write_value, value), "{}")
-        if isinstance(value, ctypes.Array):
-            is_plain = (
-                isinstance(value._type_, type) and issubclass(value._type_, _Number) and value._type_ not in _POINTERS
-            )
-            return self._of_array(path, numpy.frombuffer(cast(Any, value), numpy.uint8)) if is_plain else []
+        if kind == "array":
+            return self._of_array(path, numpy.frombuffer(cast(Any, value), numpy.uint8))
         if isinstance(value, (io.StringIO, io.BytesIO)):
             return [] if value.closed else self._keep(path, *stream(value), "{}")
         if is_builtin_iterator(value):  # it cannot be put back, but is named

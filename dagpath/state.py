@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -160,12 +161,8 @@ def _put_back(
 @contextlib.contextmanager
 def _without_cached_weights() -> Iterator[None]:
     """Parametrized weights are made anew at each use, also inside of ``parametrize.cached()``."""
-    enabled, known = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
+    with mock.patch.object(parametrize, "_cache_enabled", 0), mock.patch.object(parametrize, "_cache", {}):
         yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = enabled, known
 
 
 _MOST_BYTES = 1 << 28
@@ -293,16 +290,9 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def without_value_checks() -> Iterator[None]:
+def without_value_checks() -> contextlib.AbstractContextManager[Any]:
     """Distributions of PyTorch do not check their arguments: a graph has no values to check."""
-    kind = torch.distributions.Distribution
-    checks = kind._validate_args
-    try:
-        kind.set_default_validate_args(False)
-        yield
-    finally:
-        kind.set_default_validate_args(checks)
+    return mock.patch.object(torch.distributions.Distribution, "_validate_args", False)
 
 
 @contextlib.contextmanager

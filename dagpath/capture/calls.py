@@ -203,6 +203,7 @@ class Calls:
         least, records = min(base[dim] for dim in dims), [call.record for call in calls]
         ways = Ways(records)
         are_alike = all(alike(records[0], call.record) for call in calls if dims & call.sizes.keys())
+        any_empty = any(known.is_empty() for known in records if known is not None)
         most_calls = max(_MOST_CALLS, 2 * max((len(known.calls) for known in records if known is not None), default=0))
 
         def sizes(size: int) -> dict[Dim, int]:
@@ -213,8 +214,8 @@ class Calls:
 
         def turns(size: int) -> bool:
             found = record(size)
-            if found is None or not found.is_clear:
-                return False
+            if found is None or not found.is_clear or (found.is_empty() and not any_empty):
+                return False  # an image that is too small for its crop, say, has no neurons
             return not any(alike(known, found) for known in records) if are_alike else found not in ways
 
         larger_ones = [size for size in (_FAR_IN_LOOPS if ways.loops else _FAR) if size > least]

@@ -134,6 +134,10 @@ class Record:
     asks_for_gradients: bool = False
     is_clear: bool = True
 
+    def is_empty(self) -> bool:
+        """Has a result no entries?"""
+        return any(0 in shape for call in self.calls for shape in call.results)
+
 
 def is_clear(record: Record | None) -> bool:
     """Did the model take the call, and did the dry run come to its end?"""
