@@ -122,6 +122,7 @@ class Calls:
             with _OnlyChecked():  # type: ignore[no-untyped-call]
                 run(self._model, inputs, training=training)
         except CaptureError as error:
+            # where PyTorch has no modes that take operators of a higher order (cond), these fail, and say their kind
             is_untried = isinstance(error.__cause__, _UncheckedError) or "HigherOrderOperator" in str(error.__cause__)
             return None if is_untried else False
         return True
@@ -254,7 +255,7 @@ def once(dry_run: DryRun) -> DryRun:
 def plain_arguments(model: nn.Module, given: Any) -> dict[str, str]:
     """Name -> text of the arguments that are neither tensors nor None: code decides by them, so they are constants."""
     args, kwargs = given
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments  # as the exporter does
     return {
         f"{name}{pytree.keystr(path)}": reprlib.repr(leaf)
         for name, argument in arguments.items()

@@ -228,8 +228,8 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
-        counted = {f"{name}." for name, part in self._model.named_modules() if isinstance(part, _NormBase)}
-        written = [place for place in trained.leaves if f"{place.rpartition('.')[0]}." not in counted]
+        norms = {name for name, part in self._model.named_modules() if isinstance(part, _NormBase)}
+        written = [place for place in trained.leaves if place.rpartition(".")[0] not in norms]  # statistics tie nothing
         self._leaves[Setting(True)] = tuple(dict.fromkeys((*self._leaves[Setting(True)], *written)))
         apart = [call for call in calls if not alike(first, call.record)]
         return trained, self._graphs(apart, None, training=True), ""
