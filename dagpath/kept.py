@@ -146,10 +146,10 @@ def stream(value: Any) -> tuple[Callable[[], Contents], Callable[[Contents], Non
     return read, write
 
 
-def is_writable(view: memoryview) -> bool:
-    """Is there something in this memory that a call may write to?"""
+def has_entries(view: memoryview) -> bool:
+    """Is there something in this memory that a call may read?"""
     try:
-        return bool(view.nbytes) and not view.readonly
+        return bool(view.nbytes)
     except ValueError:  # it was released
         return False
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from dagpath.distributed import Peers, own, own_part
 from dagpath.errors import BalanceError
 from dagpath.flow.neurons import Ends
+from dagpath.flow.values import broadcast
 from dagpath.state import uninterrupted
 
 _SMALLER = "rescale by less (a smaller bound of balance or rescale_, a smaller sigma of random_rescaling)"
@@ -63,11 +64,18 @@ def multiply_(moving: Iterable[Moving], ends: Mapping[str, Ends], scales: Tensor
         BalanceError: a product leaves the range of its type, loses more than it may, or should be exact and is not.
             Nothing is changed.
     """
-    once = {id(item.tensor): item for item in moving}.values()
+    once = [
+        item for item in {id(item.tensor): item for item in moving}.values() if _moves(ends[item.parameter], scales)
+    ]
     with transaction(item.tensor for item in once), peers.together():
         for item in once:
             multiply_one_(item, ends[item.parameter], scales)
     parametrize._cache.clear()  # weights that were made of the old parameters, inside of parametrize.cached()
+
+
+def _moves(ends: Ends, scales: Tensor) -> bool:
+    """Is any element multiplied by something else than one?"""
+    return not torch.equal(*broadcast(scales[ends.dst], scales[ends.src]))
 
 
 class transaction:  # noqa: N801 (a context manager, used like a function)

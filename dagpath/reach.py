@@ -32,10 +32,10 @@ from dagpath.kept import (
     State,
     addresses,
     ctypes_kind,
+    has_entries,
     held_by,
     is_alike,
     is_builtin_iterator,
-    is_writable,
     misses_of,
     place_text,
     position_of,
@@ -84,10 +84,12 @@ class Reach:
 
     Attributes:
         tensors: id -> where it is, and the tensor.
+        memories: address ranges of the numbers that it holds outside of tensors.
     """
 
     def __init__(self, model: nn.Module, *inputs: Any) -> None:
         self.tensors: dict[int, tuple[Place, Tensor]] = {}
+        self.memories: list[range] = []
         self._kept: list[Kept] = []
         self._generators: list[Kept] = []
         seen: dict[int, Any] = {}
@@ -201,7 +203,7 @@ class Reach:
         if isinstance(value, (bytearray, array)):
             return self._of_bytes(path, value)
         if isinstance(value, memoryview):
-            return self._of_array(path, numpy.asarray(value)) if is_writable(value) else []
+            return self._of_array(path, numpy.asarray(value)) if has_entries(value) else []
         kind = ctypes_kind(value)
         if kind == "number":
             return self._keep(path, functools.partial(read_value, value), functools.partial(write_value, value), "{}")
@@ -302,6 +304,8 @@ class Reach:
         return self._keep((str(variables.get("__name__", "")),), read, write, "{}.{}")
 
     def _of_bytes(self, path: Place, values: Any) -> Found:
+        memory = addresses(numpy.frombuffer(values, numpy.uint8)) if len(values) else range(0)
+        self.memories.append(memory)
         if memoryview(values).nbytes > _MOST_BYTES:
             return iter(())
         saved = values[:]
@@ -309,10 +313,10 @@ class Reach:
         def write(_: Contents) -> None:
             values[:] = saved
 
-        memory = addresses(numpy.frombuffer(values, numpy.uint8)) if len(values) else None
         return self._keep(path, lambda: {0: State(_digest(bytes(values)))}, write, "{}", memory)
 
     def _of_array(self, path: Place, array: Any) -> Found:
+        self.memories.append(addresses(array))
         if not array.flags.writeable:  # a view of something that may be written to
             return self._of_array(path, array.base) if isinstance(array.base, numpy.ndarray) else iter(())
         if array.nbytes > _MOST_BYTES:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dagpath.graph import NeuronGraph, Site
+from dagpath.capture.site import Site
+from dagpath.graph import NeuronGraph
 from dagpath.words import counted
 
 _ITSELF = "(the model itself)"

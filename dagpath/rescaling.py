@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagpath.buffers import differing, require_same_neurons
+from dagpath.capture.graph import shared_parameters
 from dagpath.distributed import Peers, reshard
 from dagpath.multiply import Moving, multiply_
 from dagpath.optimizer_state import moving_state
@@ -276,6 +277,7 @@ class Rescaling:
         model = self.traced.model if model is None else unwrap(model)
         reshard(model)
         traced, buffers = self.traced, dict(model.named_buffers(remove_duplicate=False))
+        advice = "Trace and balance that model itself; nothing was changed"
         absent = next((name for name in traced.captured.buffers_read() if name not in buffers), None)
         if absent is not None:
             raise ValueError(f"the model is not the traced one: it has no buffer {absent!r}")
@@ -283,10 +285,16 @@ class Rescaling:
             require_same_neurons(traced, buffers, "the model", "Trace and balance it again; nothing was changed")
             traced.tables |= {name: value.detach().clone() for name, value in differing(traced, buffers).items()}
         else:
-            advice = "Trace and balance that model itself; nothing was changed"
             require_same_neurons(traced, buffers, "this model", advice)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         _check_same({name: parameter.shape for name, parameter in parameters.items()}, self.traced.graph.shapes)
+        if model is not traced.model:
+            shared = sorted(shared_parameters(model).intersection(traced.graph.movable))
+            if shared:
+                raise ValueError(
+                    f"the parameter {shared[0]!r} shares its memory with another tensor of this model, and does not in "
+                    f"the traced one. {advice}"
+                )
         empty = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
         if empty is not None:
             raise ValueError(f"the parameter {empty!r} has no values (PyTorch's meta device): load them first")

@@ -211,11 +211,11 @@ def _structure(
 def neurons_of(model: nn.Module, captured: Capture) -> NeuronGraph:
     """The graph of neurons of a captured model: what all of its graphs have in common."""
     families = [
-        [grouped(_flow_of(model, graph)) for graph in (first, *others)]
+        [grouped(_flow_of(model, graph, pinned=captured.pinned)) for graph in (first, *others)]
         for first, others in ((captured.eval, captured.others), (captured.train, captured.train_others))
         if first is not None and others
     ]
-    found = reconciled(_flow_of(model, *captured.graphs), families)
+    found = reconciled(_flow_of(model, *captured.graphs, pinned=captured.pinned), families)
     return NeuronGraph(found, structure_of(model, captured))
 
 
@@ -224,8 +224,9 @@ def _agree(model: nn.Module, graph: CapturedGraph, other: CapturedGraph) -> bool
     return agree(grouped(_flow_of(model, graph)), grouped(_flow_of(model, other)))
 
 
-def _flow_of(model: nn.Module, *graphs: CapturedGraph) -> NeuronFlow:
-    flow = NeuronFlow(model, operation_of, Unknown, shared_parameters(model, graphs))
+def _flow_of(model: nn.Module, *graphs: CapturedGraph, pinned: Mapping[str, str] | None = None) -> NeuronFlow:
+    shared = {name: f"the memory that {name} shares with others" for name in shared_parameters(model, graphs)}
+    flow = NeuronFlow(model, operation_of, Unknown, {**shared, **(pinned or {})})
     for graph in graphs:
         flow.run_graph(graph)
     return flow

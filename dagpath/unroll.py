@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from dagpath.capture.graph import CapturedGraph
+from dagpath.capture.site import Site, describe, site_of
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.blocks import Run
 from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
 from dagpath.flow.level_masses import Masses, backward_masses, forward_masses, squares_by_element
 from dagpath.flow.powers import checked_power
-from dagpath.graph import Site, describe, site_of
 from dagpath.state import plain_computation
 from dagpath.words import counted
 

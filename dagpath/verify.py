@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dagpath.capture.calls import has_unchecked
 from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.running import mode_text, run
 from dagpath.capture.sizes import common_batch, num_entries, resized, with_batch
@@ -77,7 +78,7 @@ class Verification:
             checks.append(Check(trained, True, optional=bool(captured.train_failure)))
         if has_mixed_modes(self._model):
             checks.append(Check(given, None, optional=True))
-        if captured.sizes:
+        if captured.sizes and not has_unchecked(captured.eval):  # such an operation may end the process
             smallest = min((resized(given, sizes) for sizes in captured.sizes), key=num_entries)
             checks.append(Check(smallest, False, optional=True))
         return checks

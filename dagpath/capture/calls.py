@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagpath.capture.alike import Ways, alike
 from dagpath.capture.dry_run import Place, Record
+from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.running import run
 from dagpath.capture.sizes import (
     Dim,
@@ -79,6 +80,19 @@ class Call:
         return all(place.shape[0] == common_batch(self.inputs) for place in places)
 
 
+def _is_unchecked(target: Any) -> bool:
+    """Does an operation not look whether its indices are in range? Some of PyTorch's, and those of other libraries."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    is_pytorchs = target.namespace in ("aten", "prim", "prims")
+    return not is_pytorchs or any(part in target.__name__ for part in _UNCHECKED)
+
+
+def has_unchecked(graph: CapturedGraph) -> bool:
+    """Has a graph an operation that does not look whether the indices that it is given are in range?"""
+    return any(_is_unchecked(node.target) for node in graph.module.graph.nodes)
+
+
 class _UncheckedError(Exception):
     """An operation does not check its arguments."""
 
@@ -89,10 +103,8 @@ class _OnlyChecked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, torch._ops.OpOverload):
-            is_pytorchs = func.namespace in ("aten", "prim", "prims")
-            if not is_pytorchs or any(part in func.__name__ for part in _UNCHECKED):
-                raise _UncheckedError(str(func))
+        if _is_unchecked(func):
+            raise _UncheckedError(str(func))
         return func(*args, **(kwargs or {}))
 
 

@@ -159,28 +159,24 @@ class DryRuns:
             inputs: its arguments.
             most_calls: a dry run that makes more calls of functions is given up, and is not clear.
         """
-        return self._in_a_row(inputs, [contextlib.nullcontext()], most_calls)[0]
+        return self._in_a_row([(inputs, contextlib.nullcontext())], most_calls)[0]
 
-    def in_a_row(self, inputs: Any, settings: Sequence[Setting]) -> list[Record | None]:
+    def in_a_row(self, calls: Sequence[tuple[Any, Setting]]) -> list[Record | None]:
         """The records of calls one after the other, each of which finds what those before it left behind.
 
         The model is left as it was. After a dry run that fails or is not clear, there are no more of them.
 
         Args:
-            inputs: of every call.
-            settings: how each of them is made.
+            calls: the inputs of each call, and how it is made.
         """
-        return self._in_a_row(inputs, [_set(self._model, setting) for setting in settings])
+        return self._in_a_row([(inputs, _set(self._model, setting)) for inputs, setting in calls])
 
     def _in_a_row(
-        self,
-        inputs: Any,
-        contexts: Sequence[contextlib.AbstractContextManager[None]],
-        most_calls: int | None = None,
+        self, calls: Sequence[tuple[Any, contextlib.AbstractContextManager[None]]], most_calls: int | None = None
     ) -> list[Record | None]:
         records: list[Record | None] = []
         try:
-            for context in contexts:
+            for inputs, context in calls:
                 goes_on = not records or is_clear(records[-1])
                 with context:
                     records.append(self._one(inputs, most_calls) if goes_on else None)

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.following import exported_with_what_is_left, followed
 from dagpath.capture.functional import constants_of, functional_graph, take_out
 from dagpath.capture.graph import CapturedGraph, storage_of
+from dagpath.capture.site import describe
 from dagpath.capture.sizes import copies
 from dagpath.distributed import has_all_values, stand_in
 from dagpath.errors import CaptureError
 from dagpath.kept import overlaps
 from dagpath.state import GradMode, mode, random_states, without_value_checks
+
+_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What operations raise where tensors do not fit."""
 
 _NOISY = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
 
@@ -100,30 +105,43 @@ def export(
         batch,
         left.structure or program.call_spec.out_spec,
         call,
-        tuple(left.changes or sorted(parameters.get(place, buffers.get(place, place)) for place in written)),
+        (*left.changes, *sorted(parameters.get(place, buffers.get(place, place)) for place in written)),
     )
-    _make_shapes_known(graph, model, inputs)
-    return graph
+    return replace(graph, chosen=_make_shapes_known(graph, model, inputs))
 
 
-def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
+def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> tuple[str, ...]:
     """Shapes that depend on the values of the inputs become those that they have for these inputs.
+
+    Where values choose no entry at all, one is made up, if the rest of the graph can be run with it: what reads the
+    entries would not be seen.
+
+    Returns:
+        The lines of code at which values decide how many entries there are.
 
     Raises:
         CaptureError: there are such shapes, and no values.
     """
-    unknown = next((node for node in graph.module.graph.nodes if not _has_known_shape(node)), None)
-    if unknown is None:
-        return
+    choices = [node for node in graph.module.graph.nodes if not _has_known_shape(node)]
+    choices = [node for node in choices if all(map(_has_known_shape, node.all_input_nodes))]
+    if not choices:
+        return ()
     if not has_all_values(model):
-        raise CaptureError(f"the shape of {unknown.name} depends on the values of the input: {_call_line(unknown)}")
+        unknown = choices[0]
+        raise CaptureError(f"a shape depends on the values of the input: {describe(unknown)}")
     owners = dict(model.named_parameters())
     known = {**graph.tensors, **graph.state, **{place: owners[name] for place, name in graph.parameters.items()}}
     given = iter(pytree.tree_leaves(copies(inputs)))
     places = [node.name for node in graph.module.graph.nodes if node.op == "placeholder"]
     values = [known[name].detach().clone() if name in known else next(given) for name in places]
-    with torch.no_grad():
-        _WithShapes(graph.module).run(*values, enable_io_processing=False)
+    shapes: dict[fx.Node, Any] = {}
+    for made_up in (True, False):
+        with torch.no_grad(), contextlib.suppress(*(_REFUSALS if made_up else ())):
+            shapes = _WithShapes(graph.module, made_up).shapes_of(*copies(values))
+            break
+    for node, shape in shapes.items():
+        node.meta["val"] = shape
+    return tuple(dict.fromkeys(map(describe, choices)))
 
 
 def _has_known_shape(node: fx.Node) -> bool:
@@ -131,24 +149,38 @@ def _has_known_shape(node: fx.Node) -> bool:
     return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
 
 
-def _call_line(node: fx.Node) -> str:
-    """The line of the user's that made a call."""
-    return " ".join(line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:])
-
-
 class _WithShapes(fx.Interpreter):
-    """Runs a graph, and writes down the shapes that its values have."""
+    """Runs a graph, and finds the shapes of those of its values whose shape is not known.
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    Args:
+        module: the graph.
+        made_up: where values choose no entry, is one made up?
+    """
+
+    def __init__(self, module: fx.GraphModule, made_up: bool) -> None:
         super().__init__(module)
-        self._fakes = FakeTensorMode()
+        self._fakes, self._made_up = FakeTensorMode(), made_up
+        self._shapes: dict[fx.Node, Any] = {}
+
+    def shapes_of(self, *values: Any) -> dict[fx.Node, Any]:
+        """Node -> fake tensors (or the number) in place of its value, for given inputs."""
+        self.run(*values, enable_io_processing=False)
+        return self._shapes
 
     def run_node(self, n: fx.Node) -> Any:
         with n.meta.get("context", contextlib.nullcontext)():
             result = super().run_node(n)
-        if not _has_known_shape(n) or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            n.meta["val"] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
+        is_known = _has_known_shape(n)
+        if not is_known and self._made_up and all(map(_has_known_shape, n.all_input_nodes)):
+            result = pytree.tree_map_only(Tensor, _with_an_entry, result)
+        if not is_known or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self._shapes[n] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
         return result
+
+
+def _with_an_entry(tensor: Tensor) -> Tensor:
+    """A tensor of zeros with one entry in place of none."""
+    return tensor if tensor.numel() else tensor.new_zeros([max(size, 1) for size in tensor.shape])
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph, is_random
-from dagpath.capture.running import run
+from dagpath.capture.running import mode_text, run
 from dagpath.capture.sizes import copies
 from dagpath.errors import CaptureError
-from dagpath.state import mode
+from dagpath.state import GradMode, mode
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference relative to the largest entry; other types are too coarse to tell. Rounding is far below, and what
@@ -28,8 +28,17 @@ class _Values(fx.Interpreter):
             return super().run_node(n)
 
 
-def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
+def check_faithful(
+    graph: CapturedGraph, model: nn.Module, inputs: Any, training: bool | None, grad_mode: GradMode
+) -> None:
     """Compare the outputs of a graph with those of the model, where no random numbers are drawn.
+
+    Args:
+        graph: the graph of a call.
+        model: the model.
+        inputs: of the call.
+        training: was it in train mode? None for the modes that the modules are in.
+        grad_mode: makes the context that says whether the call records what a backward pass needs.
 
     Raises:
         CaptureError: they are others, or the model's forward raises.
@@ -51,21 +60,22 @@ def check_faithful(graph: CapturedGraph, model: nn.Module, inputs: Any) -> None:
     values = [held[name].detach().clone() if name in graph.state else held.get(name) for name in places]
     values = [next(given) if name not in held else value for name, value in zip(places, values, strict=True)]
     try:
-        with mode(model, training=False), torch.no_grad():  # a model may merge weights in this mode
+        with mode(model, training), torch.no_grad():  # a model may merge weights in this mode
             found = pytree.tree_leaves(_Values(graph.module).run(*values, enable_io_processing=False))
     except Exception:  # what cannot be run outside of the exporter (a vmap) tells nothing
         found = []
-    expected = run(model, inputs, training=False, gradients=True)  # afterwards: it may write to parameters
+    expected = run(model, inputs, training, grad_mode=grad_mode)  # afterwards: it may write to parameters
     if not found:
         return
     tensors = [leaf for leaf in found[-graph.structure.num_leaves :] if isinstance(leaf, Tensor)]
     if len(tensors) == len(expected) and not any(_differ(*pair) for pair in zip(tensors, expected, strict=True)):
         return
-    again = run(model, inputs, training=False, gradients=True)
+    again = run(model, inputs, training, grad_mode=grad_mode)
     if any(_differ(*pair) for pair in zip(expected, again, strict=True)):
         return  # a model that draws its weights, say: no call tells of another
     raise CaptureError(
-        "the exporter's graph computes something else than the model: the forward seems to look whether it is being "
+        f"the exporter's graph of {graph.call or 'a call'} in {mode_text(training)} computes something else than the "
+        "model: the forward seems to look whether it is being "
         "traced (torch.compiler.is_compiling(), the type of a tensor, a failure that it catches), or reads what each "
         "call changes outside of tensors"
     )

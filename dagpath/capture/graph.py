@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, SupportsIndex
 
 import torch
@@ -31,6 +31,7 @@ class CapturedGraph:
         structure: how the model arranges the tensors that it returns; they are the last outputs of the graph.
         call: which call it is, in words; empty for the one that the others are compared with.
         leaves: where it leaves something behind that the next call may read, a few places.
+        chosen: the lines of code at which values of the inputs decide how many entries there are.
     """
 
     module: fx.GraphModule
@@ -42,6 +43,7 @@ class CapturedGraph:
     structure: pytree.TreeSpec
     call: str = ""
     leaves: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
@@ -64,6 +66,7 @@ class Capture:
         not_captured: calls that the model takes and that could not be captured, in words.
         sizes: other sizes of dimensions of the inputs that the model takes too, one for each call with them.
         written: names of the parameters that a call writes to.
+        pinned: names of parameters that no factor may change, whatever the graphs say, and why.
     """
 
     eval: CapturedGraph
@@ -75,6 +78,7 @@ class Capture:
     not_captured: tuple[str, ...] = ()
     sizes: tuple[Mapping[Dim, int], ...] = ()
     written: tuple[str, ...] = ()
+    pinned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def graphs(self) -> list[CapturedGraph]:
@@ -100,8 +104,8 @@ class Capture:
                     yield graph, node, graph.buffers[node.name]
 
 
-def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph]) -> set[str]:
-    """Names of parameters whose storage other tensors of the model use too, or whose own entries share memory.
+def shared_parameters(model: nn.Module, graphs: Sequence[CapturedGraph] = ()) -> set[str]:
+    """Names of parameters whose memory other tensors of the model use too, or several of their own entries.
 
     Multiplying one of them in place would change the others.
     """

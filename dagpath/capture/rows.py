@@ -34,21 +34,28 @@ class Rows:
         model: the model.
         is_compound: operations for which this holds are replaced by those that PyTorch makes them of.
         settings: how the model is called, with its inputs.
+        others: inputs of other sizes.
 
     Attributes:
         looked: how many calls in a row were looked at, in each setting in which one leaves something behind.
         not_captured: calls that could not be captured, in words.
     """
 
-    def __init__(self, model: nn.Module, is_compound: Callable[[Any], bool], settings: Mapping[Setting, Any]) -> None:
-        self._model, self._is_compound, self._settings = model, is_compound, settings
+    def __init__(
+        self,
+        model: nn.Module,
+        is_compound: Callable[[Any], bool],
+        settings: Mapping[Setting, Any],
+        others: Sequence[Any],
+    ) -> None:
+        self._model, self._is_compound, self._settings, self._others = model, is_compound, settings, others
         self._known: list[Record | None] = []
         self.looked = 1
         self.not_captured: list[str] = []
 
     def after(self, setting: Setting) -> dict[Setting, list[CapturedGraph]]:
         """For each setting, the graphs of the calls in it that follow calls in the given setting."""
-        found = {setting: self._in_one_setting(setting)}
+        found = {setting: [*self._in_one_setting(setting), *self._in_other_sizes(setting)]}
         for other in self._settings:
             if other != setting:
                 found[other] = self._in_another_setting(setting, other)
@@ -57,7 +64,7 @@ class Rows:
     def _in_one_setting(self, setting: Setting) -> list[CapturedGraph]:
         inputs = self._settings[setting]
         with dry_runs(self._model, setting.training, setting.grad_mode) as dry_run:
-            records = dry_run.in_a_row(inputs, [setting] * _CALLS_IN_A_ROW)
+            records = dry_run.in_a_row([(inputs, setting)] * _CALLS_IN_A_ROW)
         numbers = []
         for number, record in enumerate(records[1:], 1):  # the second one may read other values than the first did
             known = self._known if number == 1 else [records[0], *self._known]
@@ -67,7 +74,8 @@ class Rows:
         looked = max(2, sum(map(is_clear, records)))
         looked = numbers[_MOST_LATER] if len(numbers) > _MOST_LATER else looked
         self.looked = looked if self.looked == 1 else min(looked, self.looked)
-        found = [self._captured([setting] * number, setting, inputs) for number in numbers[:_MOST_LATER]]
+        call = inputs, setting
+        found = [self._captured([call] * number, call) for number in numbers[:_MOST_LATER]]
         return [graph for graph in found if graph is not None]
 
     def _in_another_setting(self, setting: Setting, other: Setting) -> list[CapturedGraph]:
@@ -75,41 +83,62 @@ class Rows:
         inputs = self._settings[setting if setting.training else other]
         for number in _BEFORE:
             with dry_runs(self._model, other.training, other.grad_mode) as dry_run:
-                record = dry_run.in_a_row(inputs, [setting] * number + [other])[-1]
+                record = dry_run.in_a_row([(inputs, setting)] * number + [(inputs, other)])[-1]
                 if (number > 1 and not is_clear(record)) or any(
                     same(record, known) for known in [dry_run(inputs), *self._known]
                 ):
                     continue
             self._known.append(record)
-            found.append(self._captured([setting] * number, other, inputs))
+            found.append(self._captured([(inputs, setting)] * number, (inputs, other)))
         return [graph for graph in found if graph is not None]
 
-    def _captured(self, before: Sequence[Setting], setting: Setting, inputs: Any) -> CapturedGraph | None:
-        """The graph of a call after others with the same inputs.
+    def _in_other_sizes(self, setting: Setting) -> list[CapturedGraph]:
+        """The calls after one of another size."""
+        found: list[CapturedGraph | None] = []
+        given = self._settings[setting], setting
+        for other in ((inputs, setting) for inputs in self._others):
+            for row in ([given, other], [given, other, given], [given, other, other]):
+                with dry_runs(self._model, setting.training, setting.grad_mode) as dry_run:
+                    records = dry_run.in_a_row(row)
+                    if (len(row) > 2 and not is_clear(records[-1])) or any(
+                        same(records[-1], known) for known in [dry_run(row[-1][0]), *records[:-1], *self._known]
+                    ):
+                        continue
+                self._known.append(records[-1])
+                found.append(self._captured(row[:-1], row[-1]))
+        return [graph for graph in found if graph is not None]
+
+    def _captured(self, before: Sequence[tuple[Any, Setting]], call: tuple[Any, Setting]) -> CapturedGraph | None:
+        """The graph of a call after others.
 
         Args:
-            before: how those before are called.
-            setting: how it is called itself.
-            inputs: of each call.
+            before: the inputs of those before, and how they are made.
+            call: its own inputs, and how it is made itself.
         """
+        inputs, setting = call
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         asks = len({setting.grad_mode for setting in self._settings}) > 1
         with mode(self._model, setting.training), without_autocast():
             reach = Reach(self._model)
-            for earlier in before:
+            for earlier_inputs, earlier in before:
                 self._model.train(earlier.training)
-                args, kwargs = copies(inputs)
+                args, kwargs = copies(earlier_inputs)
                 with earlier.grad_mode() if asks else torch.no_grad():
                     self._model(*args, **kwargs)
             self._model.train(setting.training)
             made = Reach(self._model).left_since(reach).values()
-            call = _ordinal(len(before) + 1), [*made], names, setting.grad_mode
+            options = _ordinal(len(before) + 1), [*made], names, setting.grad_mode
             try:
-                return export(self._model, inputs, setting.training, self._is_compound, None, *call)
+                return export(self._model, inputs, setting.training, self._is_compound, None, *options)
             except Exception as failure:
                 if len(names) != len(list(self._model.parameters())):
                     return None  # the first call made parameters, which no model has before it
-                if setting != Setting(False) or set(before) != {setting} or len(before) > 1:
+                if (
+                    setting != Setting(False)
+                    or len(before) > 1
+                    or before[0][0] is not inputs
+                    or before[0][1] != setting
+                ):
                     self.not_captured.append(f"{_ordinal(len(before) + 1)} in {mode_text(setting.training)}")
                     return None
                 raise capture_error(self._model, failure) from failure

@@ -19,7 +19,7 @@ from dagpath.capture.containers import opened
 from dagpath.capture.sizes import copies
 from dagpath.distributed import stand_in, whole
 from dagpath.errors import CaptureError
-from dagpath.state import mode, without_autocast
+from dagpath.state import GradMode, mode, without_autocast
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER + os.sep, "<")
@@ -64,7 +64,7 @@ def mode_text(training: bool | None) -> str:
 
 
 def run(
-    model: nn.Module, inputs: Any, training: bool | None, dry: bool = False, gradients: bool = False
+    model: nn.Module, inputs: Any, training: bool | None, dry: bool = False, grad_mode: GradMode = torch.no_grad
 ) -> list[Tensor]:
     """The tensors that the model returns; the model is left as it was.
 
@@ -73,15 +73,14 @@ def run(
         inputs: its inputs, positional and by keyword.
         training: in train mode? None for the modes that its modules are in.
         dry: without the values of parameters and buffers: the results have none either.
-        gradients: record what a backward pass needs?
+        grad_mode: makes the context that says whether the call records what a backward pass needs.
 
     Raises:
         CaptureError: the model's forward raised, or, without values, asked for one; the message names the line.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True) if dry else None
     try:
-        recording = torch.set_grad_enabled(gradients)
-        with mode(model, training), without_autocast(), recording, fakes or contextlib.nullcontext():
+        with mode(model, training), without_autocast(), grad_mode(), fakes or contextlib.nullcontext():
             args, kwargs = stand_in(model, inputs, fakes) if fakes else copies(inputs)
             leaves = pytree.tree_leaves(opened(model(*args, **kwargs)))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

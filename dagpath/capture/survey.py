@@ -33,7 +33,9 @@ from dagpath.capture.sizes import (
 )
 from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
-from dagpath.state import GradMode, Setting, has_mixed_modes, mode, parameters_kept
+from dagpath.kept import overlaps
+from dagpath.reach import Reach
+from dagpath.state import GradMode, Setting, changed_by_modes, has_mixed_modes, mode, parameters_kept
 
 
 def survey(
@@ -60,9 +62,21 @@ def survey(
     """
     check_model(model)
     check_inputs((given, *more))
+    if common_batch(given) == 0:
+        given = with_batch(given, 1)  # no example tells nothing
     with quiet(), mode(model, None), parameters_kept(model) as written:
         captured = _Survey(model, given, more, is_compound, agree).captured()
-    return replace(captured, written=tuple(written))
+    return replace(captured, written=tuple(written), pinned=_pinned(model))
+
+
+def _pinned(model: nn.Module) -> dict[str, str]:
+    """Name -> reason, of the parameters that code reads as numbers, or that change with the mode of the model."""
+    memories = Reach(model).memories
+    read = [name for name, parameter in model.named_parameters() if any(overlaps(parameter, m) for m in memories)]
+    return {
+        **{name: f"an array of numbers whose memory {name} shares" for name in read},
+        **{name: f"train() and eval() of the model, which change {name}" for name in changed_by_modes(model)},
+    }
 
 
 class _Survey:
@@ -91,7 +105,7 @@ class _Survey:
             graph = replace(graph, leaves=first.record.changes)
         if self._has_values:
             try:
-                check_faithful(graph, self._model, first.inputs)
+                check_faithful(graph, self._model, first.inputs, False, torch.enable_grad)
             except CaptureError:
                 run(self._model, self._given, training=False)  # if these are refused too, the message is about them
                 raise
@@ -103,11 +117,12 @@ class _Survey:
         self._leaves[Setting(False)] = graph.leaves
         if self._has_values:
             inputs = {setting: self._trained if setting.training else first.inputs for setting in self._leaves}
-            self._rows = Rows(self._model, self._is_compound, inputs)
+            self._rows = Rows(self._model, self._is_compound, inputs, self._other_inputs(calls, first))
             for leaving in [setting for setting, leaves in self._leaves.items() if leaves]:
                 for setting, later in self._rows.after(leaving).items():
                     (train_graphs if setting.training else graphs).extend(later)
             self._not_captured += self._rows.not_captured
+        self._others = [*([train] if train is not None else []), *graphs, *train_graphs]
         return Capture(
             graph,
             train,
@@ -118,6 +133,13 @@ class _Survey:
             tuple(dict.fromkeys(self._not_captured)),
             tuple(call.sizes for call in calls if call.sizes),
         )
+
+    @staticmethod
+    def _other_inputs(calls: Sequence[Call], first: Call) -> list[Any]:
+        """The inputs of a call with another number of examples, and of one with another length."""
+        others = [call for call in calls if call.sizes and shapes_text(call.inputs) != shapes_text(first.inputs)]
+        by_batch = {common_batch(call.inputs): call.inputs for call in reversed(others)}
+        return [*by_batch.values()][-2:]
 
     def _first_graph(self, calls: Sequence[Call]) -> tuple[CapturedGraph, Call]:
         """The graph of one example where the model treats examples alike, else of the inputs as given; and its call."""
@@ -146,11 +168,14 @@ class _Survey:
         """The graph of a call; none where it cannot be captured, which is remembered if the model takes the call."""
         options: dict[str, Any] = {"batch": batch, "call": call.name, "grad_mode": grad_mode}
         try:
-            return [export(self._model, call.inputs, training, self._is_compound, **options)]
+            graph = export(self._model, call.inputs, training, self._is_compound, **options)
         except Exception:
             if self._calls.runs(call.inputs, training) is not False:
                 self._not_captured.append(f"{call.name} in {mode_text(training)}" if training else call.name)
             return []
+        if self._has_values and (call.inputs is self._given or self._calls.runs(call.inputs, training)):
+            check_faithful(graph, self._model, call.inputs, training, grad_mode)
+        return [graph]
 
     def _graphs(self, calls: Sequence[Call], first: Call | None, training: bool | None) -> list[CapturedGraph]:
         """The graphs of calls, but for the first one."""
@@ -228,6 +253,8 @@ class _Survey:
         if trained is None:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
+        if self._has_values:
+            check_faithful(trained, self._model, chosen, True, torch.enable_grad)
         norms = {name for name, part in self._model.named_modules() if isinstance(part, _NormBase)}
         written = [place for place in trained.leaves if place.rpartition(".")[0] not in norms]  # statistics tie nothing
         self._leaves[Setting(True)] = tuple(dict.fromkeys((*self._leaves[Setting(True)], *written)))
@@ -256,6 +283,12 @@ class _Survey:
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the sizes {shapes}; {looked} alone: calls of other sizes differ")
+        chosen = dict.fromkeys(line for each in (graph, *self._others) for line in each.chosen)
+        if chosen:
+            lines.append(
+                f"values that choose as many entries as those of the example: other numbers of them are not looked at "
+                f"({'; '.join(list(chosen)[:3])})"
+            )
         plain = plain_arguments(self._model, self._given)
         if plain:
             lines.append(f"the arguments {', '.join(f'{name}={value}' for name, value in plain.items())} as given")

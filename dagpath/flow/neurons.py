@@ -8,7 +8,7 @@ a channel's positions share a number, so a number is stored once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class NeuronFlow(fx.Interpreter):
         model: the model.
         rule: finds the rule of a call's target.
         unknown: makes the rule of an operation that fixes what it touches, from the reason.
-        shared: names of parameters that are not rescaled, since other tensors share their storage.
+        pinned: names of parameters that are not rescaled, and what ties their ends, in words.
 
     Attributes:
         told: names of the parameters that the rule of the present call used, pinned or made activations.
@@ -101,11 +101,11 @@ class NeuronFlow(fx.Interpreter):
         model: nn.Module,
         rule: Callable[[Any], NeuronRule],
         unknown: Callable[[str], NeuronRule],
-        shared: Collection[str] = (),
+        pinned: Mapping[str, str] | None = None,
     ) -> None:
         self._rule = rule
         self._unknown = unknown
-        self._shared = shared
+        self._pinned = pinned or {}
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._elements = Elements(self.parameters)
         self._computed: dict[str, Computed] = {}
@@ -156,8 +156,8 @@ class NeuronFlow(fx.Interpreter):
             self.inputs.add(self.node)
         if name is not None and self.parameters[name].is_floating_point():
             weight = Weight(self.parameters[name].shape, name=name)
-            if name in self._shared:
-                self.pin(weight, f"the memory that {name} shares with other tensors")
+            if name in self._pinned:
+                self.pin(weight, self._pinned[name])
             return weight
         return self.constant(self.node.meta.get("val"))
 

@@ -100,6 +100,13 @@ class StructureFlow(WeightFlow):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return self._call(target, args, kwargs)
+        except (NotConstantError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            reason = f"is not followed from channel to channel: {type(error).__name__}: {error}"
+            raise NoEdgesError(self.node, reason) from error
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not self._recording:
             return super().call_function(target, args, kwargs)
         self._start_call()

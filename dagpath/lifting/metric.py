@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dagpath.capture.site import describe
 from dagpath.flow.differences import DifferenceFlow, GapFlow
 from dagpath.flow.pairs import PairFlow
 from dagpath.flow.powers import PowerFlow
 from dagpath.flow.values import NOTHING, Call, Mass, leaves
-from dagpath.graph import describe
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 

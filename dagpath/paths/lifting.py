@@ -13,10 +13,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import is_random
+from dagpath.capture.site import describe
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.level_masses import numbers_of, product_of_each, running_products
 from dagpath.flow.real import RealFlow, widened
-from dagpath.graph import describe
 from dagpath.lifting import path_count
 from dagpath.paths.basis import BasisPaths, basis_paths
 from dagpath.paths.independence import require_independent
@@ -291,7 +291,13 @@ class PathLifting:
     def _input(self, values: Mapping[fx.Node, Any]) -> Tensor:
         of_nodes = torch.zeros(self.graph.num_nodes, dtype=torch.float64)
         for source in self.graph.sources:
-            of_nodes[source.numbers] = source.read(values).double().flatten()
+            found = source.read(values).double().flatten()
+            if len(found) != len(source.numbers):
+                raise UnsupportedOpError(
+                    f"values of these inputs decide that there are {len(found)} entries where the trace has "
+                    f"{len(source.numbers)}: trace the model on inputs like these"
+                )
+            of_nodes[source.numbers] = found
         return of_nodes[self.starts]
 
     def _realized(self, values: Mapping[fx.Node, Any]) -> list[Any]:

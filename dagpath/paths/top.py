@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dagpath.capture.site import describe
 from dagpath.errors import UnsupportedOpError
 from dagpath.flow.structure import CONSTANT, Structure
 from dagpath.flow.values import is_count
-from dagpath.graph import describe
 from dagpath.lifting import path_norm
 from dagpath.paths.alive import alive_elements, masses_with
 from dagpath.paths.search import Search, Step
