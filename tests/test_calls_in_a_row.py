@@ -20,6 +20,8 @@ from torch.nn.utils import parametrize
 
 import dagpath
 
+from networks import Net
+
 X = numbers(3, 5)
 
 
@@ -343,3 +345,133 @@ def test_a_cache_of_parametrized_weights_is_left_as_it_was(cached: Any) -> None:
         assert dict(parametrize._cache) == kept
         dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
         assert torch.equal(net(X), before)
+
+
+# -- calls of other sizes in between ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("keeps", ["size", "mean"])
+def test_calls_of_other_sizes_in_between_are_looked_at(dim: int, keeps: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        if m.size is not None and m.size != x.shape[dim]:
+            m.center = h.detach().mean((0, 1)) if keeps == "mean" else h.detach()[0, 0]
+        m.size = x.shape[dim]
+        return m.head(F.relu(h - m.center))
+
+    net = make(forward, size=None, center=torch.zeros(6))
+    inputs, others = numbers(3, 4, 5), numbers(*((7, 4, 5) if dim == 0 else (3, 9, 5)), seed=2)
+    expected = []
+    for model in (copy.deepcopy(net), net):
+        if model is net:
+            dagpath.random_rescaling(dagpath.trace(net, inputs), power_of_two=True).apply_()
+        with torch.no_grad():
+            expected.append([model(given) for given in (inputs, inputs, others, others, inputs)])
+    for one, other in zip(*expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_everything_that_a_call_changes_is_named() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        if m.training and not m.done:
+            with torch.no_grad():
+                m.shift.copy_(h.mean(0))
+                m.seen.copy_(h.amax(0))
+            m.done = True
+        return m.head(h + m.shift)
+
+    net = make(forward, shift=nn.Parameter(torch.zeros(6)), seen=torch.zeros(6), done=False)
+    covers = " ".join(dagpath.trace(net, X).explain("dict")["covers"])
+    assert all(name in covers for name in ("self.done", "shift", "seen")), covers
+
+
+# -- parameters that code reads as numbers, or merges -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: float(m.array.std()),
+        lambda m: float(np.abs(m.array).max()),
+        lambda m: 1.0 if (np.abs(m.array) > 0.3).any() else 2.0,
+        lambda m: memoryview(m.array).tolist()[0][0],
+        lambda m: float(m.view[0, 0]),
+    ],
+)
+def test_parameters_over_an_array_that_code_reads_keep_their_scale(read: Callable[[Any], float]) -> None:
+    array = np.random.default_rng(0).normal(size=(6, 5))
+    view = array[:3]
+    view.flags.writeable = False
+    layer = nn.Linear(5, 6).double()
+    layer.weight = nn.Parameter(torch.from_numpy(array))
+    net = Net(lambda m, x: m.head(F.relu(m.a(x))) * read(m), a=layer, head=nn.Linear(6, 2).double()).eval()
+    net.array, net.view = array, view
+    before = net(X)
+    traced = dagpath.trace(net, X)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(X), before)
+    assert "a.weight" not in traced.graph.movable
+
+
+class Folded(nn.Linear):
+    """A layer whose gain is part of its weight in eval mode, or whose weight has an update added to it there."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__(5, 6)
+        self.adds, self.folded = adds, False
+        self.gain, self.update = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6, 5))
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Folded:
+        if mode == self.folded:
+            if self.adds:
+                self.weight.add_(self.update, alpha=-1.0 if mode else 1.0)
+            else:
+                self.weight.mul_(1 / self.gain[:, None] if mode else self.gain[:, None])
+            self.folded = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.folded:
+            return F.linear(x, self.weight, self.bias)
+        if self.adds:
+            return F.linear(x, self.weight + self.update, self.bias)
+        return F.linear(x, self.weight * self.gain[:, None], self.bias)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_that_a_change_of_mode_changes_keep_their_scale(adds: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Folded(adds), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).double().train(training)
+    twin = copy.deepcopy(net)
+    values = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    traced = dagpath.trace(net, X)
+    assert all(torch.equal(values[name], parameter) for name, parameter in net.named_parameters())
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    for mode in (False, True, False, True):
+        assert torch.equal(net.train(mode)(X), twin.train(mode)(X))
+    assert traced.graph.num_groups == 6  # those of the layer in between
+
+
+def test_parameters_whose_entries_share_memory_are_left_alone() -> None:
+    gain = nn.Parameter(torch.ones(1).expand(6))
+    net = Net(lambda m, x: m.head(F.relu(m.a(x)) * m.gain), a=nn.Linear(5, 6), head=nn.Linear(6, 2), gain=gain)
+    x = X.float()
+    before = net(x)
+    dagpath.rescale_(net, x, power_of_two=True)
+    assert torch.equal(net(x), before)
+
+
+def test_a_model_whose_parameters_share_memory_where_those_of_the_trace_do_not_is_refused() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+
+    net, tied = build(), build()
+    tied[2].weight = nn.Parameter(tied[0].weight.detach())
+    before = tied(X)
+    with pytest.raises(ValueError, match=r"'0\.weight' shares its memory with another tensor"):
+        dagpath.random_rescaling(dagpath.trace(net, X), power_of_two=True).apply_(tied)
+    assert torch.equal(tied(X), before)

@@ -225,6 +225,24 @@ def test_a_model_that_looks_whether_it_is_traced_is_refused() -> None:
         dagpath.trace(make(forward), numbers(3, 5))
 
 
+@pytest.mark.parametrize(
+    "applies",
+    [
+        lambda m, x: m.training and torch.compiler.is_compiling(),
+        lambda m, x: m.training and type(x) is not Tensor,
+        lambda m, x: len(x) == 13 and torch.compiler.is_compiling(),
+        lambda m, x: x.shape[1] > 7 and type(x) is not Tensor,
+    ],
+)
+def test_a_model_that_looks_whether_it_is_traced_in_some_calls_is_refused(applies: Callable[..., bool]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x[:, :5]))
+        return m.head(h.flip(1) if applies(m, x) else h + m.b(x[:, :5]) * (1 if m.training or len(x) == 13 else 2))
+
+    with pytest.raises(dagpath.CaptureError, match="computes something else than the model"):
+        dagpath.trace(make(forward), numbers(3, 5))
+
+
 def test_a_call_without_gradients_is_looked_at() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.relu(m.a(x))

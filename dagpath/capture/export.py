@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -113,8 +115,8 @@ def export(
 def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> tuple[str, ...]:
     """Shapes that depend on the values of the inputs become those that they have for these inputs.
 
-    Where values choose no entry at all, one is made up, if the rest of the graph can be run with it: what reads the
-    entries would not be seen.
+    Where values choose no entry at all, one is made up, or as many as there are to choose from, if the rest of the
+    graph can be run with these: what reads the entries would not be seen.
 
     Returns:
         The lines of code at which values decide how many entries there are.
@@ -135,8 +137,8 @@ def _make_shapes_known(graph: CapturedGraph, model: nn.Module, inputs: Any) -> t
     places = [node.name for node in graph.module.graph.nodes if node.op == "placeholder"]
     values = [known[name].detach().clone() if name in known else next(given) for name in places]
     shapes: dict[fx.Node, Any] = {}
-    for made_up in (True, False):
-        with torch.no_grad(), contextlib.suppress(*(_REFUSALS if made_up else ())):
+    for made_up in (_one, _all, None):
+        with torch.no_grad(), contextlib.suppress(*(() if made_up is None else _REFUSALS)):
             shapes = _WithShapes(graph.module, made_up).shapes_of(*copies(values))
             break
     for node, shape in shapes.items():
@@ -154,10 +156,10 @@ class _WithShapes(fx.Interpreter):
 
     Args:
         module: the graph.
-        made_up: where values choose no entry, is one made up?
+        made_up: how many entries are made up where values choose none, given those that there are to choose from.
     """
 
-    def __init__(self, module: fx.GraphModule, made_up: bool) -> None:
+    def __init__(self, module: fx.GraphModule, made_up: Callable[[int], int] | None) -> None:
         super().__init__(module)
         self._fakes, self._made_up = FakeTensorMode(), made_up
         self._shapes: dict[fx.Node, Any] = {}
@@ -171,16 +173,29 @@ class _WithShapes(fx.Interpreter):
         with n.meta.get("context", contextlib.nullcontext)():
             result = super().run_node(n)
         is_known = _has_known_shape(n)
-        if not is_known and self._made_up and all(map(_has_known_shape, n.all_input_nodes)):
-            result = pytree.tree_map_only(Tensor, _with_an_entry, result)
+        if not is_known and self._made_up is not None and all(map(_has_known_shape, n.all_input_nodes)):
+            result = pytree.tree_map_only(Tensor, functools.partial(self._with_entries, n), result)
         if not is_known or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self._shapes[n] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
         return result
 
+    def _with_entries(self, node: fx.Node, result: Tensor) -> Tensor:
+        """A tensor of zeros in place of one without entries."""
+        assert self._made_up is not None
+        if result.numel():
+            return result
+        given = [self.env[used] for used in node.all_input_nodes if isinstance(self.env[used], Tensor)]
+        of_one = math.prod(size for size in result.shape if size)
+        count = self._made_up(max((tensor.numel() for tensor in given), default=1) // of_one)
+        return result.new_zeros([size or max(count, 1) for size in result.shape])
 
-def _with_an_entry(tensor: Tensor) -> Tensor:
-    """A tensor of zeros with one entry in place of none."""
-    return tensor if tensor.numel() else tensor.new_zeros([max(size, 1) for size in tensor.shape])
+
+def _one(there_are: int) -> int:
+    return 1
+
+
+def _all(there_are: int) -> int:
+    return there_are
 
 
 @contextlib.contextmanager

@@ -104,9 +104,27 @@ class Rows:
                         same(records[-1], known) for known in [dry_run(row[-1][0]), *records[:-1], *self._known]
                     ):
                         continue
-                self._known.append(records[-1])
-                found.append(self._captured(row[:-1], row[-1]))
+                if self._takes(row):
+                    self._known.append(records[-1])
+                    found.append(self._captured(row[:-1], row[-1]))
         return [graph for graph in found if graph is not None]
+
+    def _takes(self, row: Sequence[tuple[Any, Setting]]) -> bool:
+        """Does the model take these calls, one after the other?"""
+        try:
+            with mode(self._model, None), without_autocast():
+                self._make(row)
+        except Exception:  # what one call left behind may not fit to inputs of another size
+            return False
+        return True
+
+    def _make(self, calls: Sequence[tuple[Any, Setting]]) -> None:
+        asks = len({setting.grad_mode for setting in self._settings}) > 1
+        for inputs, setting in calls:
+            self._model.train(setting.training)
+            args, kwargs = copies(inputs)
+            with setting.grad_mode() if asks else torch.no_grad():
+                self._model(*args, **kwargs)
 
     def _captured(self, before: Sequence[tuple[Any, Setting]], call: tuple[Any, Setting]) -> CapturedGraph | None:
         """The graph of a call after others.
@@ -117,14 +135,9 @@ class Rows:
         """
         inputs, setting = call
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        asks = len({setting.grad_mode for setting in self._settings}) > 1
         with mode(self._model, setting.training), without_autocast():
             reach = Reach(self._model)
-            for earlier_inputs, earlier in before:
-                self._model.train(earlier.training)
-                args, kwargs = copies(earlier_inputs)
-                with earlier.grad_mode() if asks else torch.no_grad():
-                    self._model(*args, **kwargs)
+            self._make(before)
             self._model.train(setting.training)
             made = Reach(self._model).left_since(reach).values()
             options = _ordinal(len(before) + 1), [*made], names, setting.grad_mode
@@ -133,13 +146,10 @@ class Rows:
             except Exception as failure:
                 if len(names) != len(list(self._model.parameters())):
                     return None  # the first call made parameters, which no model has before it
-                if (
-                    setting != Setting(False)
-                    or len(before) > 1
-                    or before[0][0] is not inputs
-                    or before[0][1] != setting
-                ):
-                    self.not_captured.append(f"{_ordinal(len(before) + 1)} in {mode_text(setting.training)}")
+                is_of_one_size = all(earlier is inputs for earlier, _ in before)
+                if setting != Setting(False) or len(before) > 1 or before[0][1] != setting or not is_of_one_size:
+                    which = _ordinal(len(before) + 1) + (" of another size" if not is_of_one_size else "")
+                    self.not_captured.append(f"{which} in {mode_text(setting.training)}")
                     return None
                 raise capture_error(self._model, failure) from failure
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dagpath.capture.alike import alike, same
-from dagpath.capture.calls import Call, Calls, once, plain_arguments
+from dagpath.capture.calls import Call, Calls, has_unchecked, once, plain_arguments
 from dagpath.capture.causes import check_inputs, check_model
 from dagpath.capture.dry_run import Record, dry_runs
 from dagpath.capture.export import export, quiet
@@ -105,7 +105,7 @@ class _Survey:
             graph = replace(graph, leaves=first.record.changes)
         if self._has_values:
             try:
-                check_faithful(graph, self._model, first.inputs, False, torch.enable_grad)
+                check_faithful(graph, self._model, first.inputs, is_made_up=False)
             except CaptureError:
                 run(self._model, self._given, training=False)  # if these are refused too, the message is about them
                 raise
@@ -117,7 +117,8 @@ class _Survey:
         self._leaves[Setting(False)] = graph.leaves
         if self._has_values:
             inputs = {setting: self._trained if setting.training else first.inputs for setting in self._leaves}
-            self._rows = Rows(self._model, self._is_compound, inputs, self._other_inputs(calls, first))
+            others = self._other_inputs(calls, first) if self._may_run_others(graph) else []
+            self._rows = Rows(self._model, self._is_compound, inputs, others)
             for leaving in [setting for setting, leaves in self._leaves.items() if leaves]:
                 for setting, later in self._rows.after(leaving).items():
                     (train_graphs if setting.training else graphs).extend(later)
@@ -134,12 +135,16 @@ class _Survey:
             tuple(call.sizes for call in calls if call.sizes),
         )
 
-    @staticmethod
-    def _other_inputs(calls: Sequence[Call], first: Call) -> list[Any]:
+    def _other_inputs(self, calls: Sequence[Call], first: Call) -> list[Any]:
         """The inputs of a call with another number of examples, and of one with another length."""
         others = [call for call in calls if call.sizes and shapes_text(call.inputs) != shapes_text(first.inputs)]
         by_batch = {common_batch(call.inputs): call.inputs for call in reversed(others)}
         return [*by_batch.values()][-2:]
+
+    def _may_run_others(self, graph: CapturedGraph) -> bool:
+        """May the model be run on inputs that are made up? Indices out of range can end the process, or the device."""
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._model.parameters())
+        return self._has_values and on_cpu and not has_unchecked(graph)
 
     def _first_graph(self, calls: Sequence[Call]) -> tuple[CapturedGraph, Call]:
         """The graph of one example where the model treats examples alike, else of the inputs as given; and its call."""
@@ -173,7 +178,7 @@ class _Survey:
             if self._calls.runs(call.inputs, training) is not False:
                 self._not_captured.append(f"{call.name} in {mode_text(training)}" if training else call.name)
             return []
-        if self._has_values and (call.inputs is self._given or self._calls.runs(call.inputs, training)):
+        if self._may_run_others(graph) or (self._has_values and call.inputs is self._given):
             check_faithful(graph, self._model, call.inputs, training, grad_mode)
         return [graph]
 
@@ -254,7 +259,7 @@ class _Survey:
             assert failure is not None
             return None, [], f"{headline(failure)} {user_line(failure)}".strip()
         if self._has_values:
-            check_faithful(trained, self._model, chosen, True, torch.enable_grad)
+            check_faithful(trained, self._model, chosen, True)
         norms = {name for name, part in self._model.named_modules() if isinstance(part, _NormBase)}
         written = [place for place in trained.leaves if place.rpartition(".")[0] not in norms]  # statistics tie nothing
         self._leaves[Setting(True)] = tuple(dict.fromkeys((*self._leaves[Setting(True)], *written)))

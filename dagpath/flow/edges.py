@@ -10,6 +10,7 @@ the activations says how open it is.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
+from dagpath.errors import UnsupportedOpError
 from dagpath.flow.blocks import Blocks, Edges
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
@@ -178,7 +180,7 @@ class EdgeFlow(fx.Interpreter):
     def source(self, shape: Sequence[int], read: Reader, role: str = "") -> Nodes:
         """New nodes that start paths, and what reads their values."""
         numbers = self.new(shape, role)
-        self.sources.append(Source(numbers.flatten(), read))
+        self.sources.append(Source(numbers.flatten(), _of_size(numbers.numel(), read)))
         return Nodes(numbers)
 
     def number(self, value: Any, name: str) -> Nodes | EdgeWeights:
@@ -237,8 +239,8 @@ class EdgeFlow(fx.Interpreter):
 
     def slots(self, shape: Sequence[int], read: Reader) -> Tensor:
         """Numbers of new gates; ``read`` says how open each is, in this shape."""
-        self.gates.append(read)
         count = math.prod(shape)
+        self.gates.append(_of_size(count, read))
         self.num_slots += count
         return torch.arange(self.num_slots - count + 1, self.num_slots + 1).view(torch.Size(shape))
 
@@ -320,6 +322,22 @@ class EdgeFlow(fx.Interpreter):
         if isinstance(value, Nodes) and value.params:
             self._end(value.numbers)
             self.cuts.append(self.node)
+
+
+def _of_size(count: int, read: Reader) -> Reader:
+    """The same reader, which refuses inputs whose values choose other numbers of entries than those of the trace."""
+
+    def checked(values: Values) -> Tensor:
+        with contextlib.suppress(RuntimeError):  # of shapes that do not fit
+            found = read(values)
+            if found.numel() == count:
+                return found
+        raise UnsupportedOpError(
+            "values of these inputs decide that there are other numbers of entries than in the trace: trace the model "
+            "on inputs like these"
+        )
+
+    return checked
 
 
 def all_places(shape: Sequence[int]) -> Tensor:

@@ -76,14 +76,17 @@ class Responses:
         self._rule = rule
         self._cut = cut
         self._kept = kept
+        self._weights = True
 
-    def __call__(self, node: fx.Node, data: Mapping[fx.Node, bool]) -> Response:
+    def __call__(self, node: fx.Node, data: Mapping[fx.Node, bool], weights: bool = True) -> Response:
         """The response of a call.
 
         Args:
             node: the call.
             data: those of its operands that are activations -> do they depend on a parameter?
+            weights: with the values of its weights? Else these are zero.
         """
+        self._weights = weights
         filled, sinks = self._run(node, data, 1, _FILL)
         ended = tuple(mass.node for mass in sinks if mass.node is not None)
         flags = tuple(mass is not None and mass.data for mass in filled)
@@ -107,6 +110,7 @@ class Responses:
 
     def constants(self, node: fx.Node, data: Mapping[fx.Node, bool]) -> Magnitudes:
         """What constants and weights alone contribute to each entry of the first tensor that a call returns."""
+        self._weights = True
         first, second = (_plain(self._run(node, data, power, 0.0)[0][0]) for power in (1, 2))
         return Magnitudes((first, second))
 
@@ -166,7 +170,8 @@ class Responses:
             if argument not in data:
                 mass = self._masses.mass(argument, power)
                 if mass is not None:
-                    return replace(mass, values=mass.values.detach(), node=argument)
+                    values = mass.values.detach()
+                    return replace(mass, values=values if self._weights else torch.zeros_like(values), node=argument)
                 value = self._values(argument)
                 return mapped(value, Tensor, lambda t: replace(flow.constant(t), node=argument))
 

@@ -124,6 +124,7 @@ class StructureFlow(WeightFlow):
             is_input = not leaves(numbers, Weight) and not self._is_constant()
             return mapped(numbers, Tensor, self._sourced) if is_input else numbers
         if self._used and self._reads is None:
+            self._check_constants(data)
             return numbers
         return self._responded(numbers, data, self._responses(self.node, data))
 
@@ -173,6 +174,8 @@ class StructureFlow(WeightFlow):
             return numbers
         self._check_weights(data, response)
         (operand, *others) = (self._operands[node] for node in data)
+        if others and not response.ended and bool(self._responses.constants(self.node, data).sums[0].any()):
+            raise NoEdgesError(self.node, "has a constant beside several activations")
         if self._mixed and not self._is_plain_sum(numbers, operand, response):
             exact = self._rows(numbers, operand, response)
             if exact is not None:
@@ -235,6 +238,13 @@ class StructureFlow(WeightFlow):
         weights = [node for node in data if self.masses.is_inputless(node)]
         if weights and len(weights) < len(data) and not response.ended and not self._responses.adds(self.node, data):
             raise NoEdgesError(weights[0], "makes a weight of parameters that is no plain choice of their elements")
+
+    def _check_constants(self, data: Mapping[fx.Node, bool]) -> None:
+        """Raise NoEdgesError if a call that adds a parameter multiplies its activations by constants."""
+        if self._only_added and len(data) == 1:
+            response = self._responses(self.node, data, weights=False)
+            if self._mixed or response.factors:
+                raise NoEdgesError(self.node, "multiplies channels by constants, and adds a parameter to their sums")
 
     def _rows(self, numbers: Any, operand: Any, response: Response) -> Any:
         """Joins that read each of their sources with a constant of its own; None where a source stands repeatedly."""

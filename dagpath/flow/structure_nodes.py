@@ -65,6 +65,7 @@ class NodeFlow(NeuronFlow):
         self._moved: dict[int, int] = {}
         self._biased: Tensor | None = None
         self._mixed = False
+        self._only_added = True
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 

@@ -156,6 +156,7 @@ class WeightFlow(NodeFlow):
         super().use(weight, dst, src, reads)
         if not self._recording:
             return
+        self._only_added &= not bool(compact(src).any())
         old = compact(dst)
         old = torch.unique(old[(old > FIXED) & (old < self._first_number)])
         old = old[[number not in self._moved for number in old.tolist()]]

@@ -111,9 +111,14 @@ class IndexAdd(Operation):
         except NotConstantError:
             shared = flow.mix(x, [dim % x.ndim], _ADDED), flow.mix(source, [dim % source.ndim], _ADDED)
             return flow.join(*shared, _ADDED).expand(call.output.shape)
-        result = x.index_reduce(dim, index, source, "amax")  # where indices repeat, zeros change nothing
-        flow.tie(result.index_select(dim, index), source, "a sum")
-        flow.tie(result, x, "a sum")
+        result = x.clone()
+        order = index.argsort(stable=True)
+        turn = torch.arange(len(order)) - torch.searchsorted(index[order], index[order])
+        for nth in range(int(turn.max()) + 1 if len(turn) else 0):  # the n-th that is added to each entry
+            places = order[turn == nth]
+            dst = index[places]
+            added = flow.join(result.index_select(dim, dst), source.index_select(dim, places), "a sum")
+            result.index_copy_(dim, dst, added.expand(source.index_select(dim, places).shape))
         return expanded(result)
 
     def mass(self, flow: MassFlow, call: Call) -> Any:

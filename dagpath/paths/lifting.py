@@ -291,13 +291,7 @@ class PathLifting:
     def _input(self, values: Mapping[fx.Node, Any]) -> Tensor:
         of_nodes = torch.zeros(self.graph.num_nodes, dtype=torch.float64)
         for source in self.graph.sources:
-            found = source.read(values).double().flatten()
-            if len(found) != len(source.numbers):
-                raise UnsupportedOpError(
-                    f"values of these inputs decide that there are {len(found)} entries where the trace has "
-                    f"{len(source.numbers)}: trace the model on inputs like these"
-                )
-            of_nodes[source.numbers] = found
+            of_nodes[source.numbers] = source.read(values).double().flatten()
         return of_nodes[self.starts]
 
     def _realized(self, values: Mapping[fx.Node, Any]) -> list[Any]:
