@@ -225,7 +225,7 @@ def _agree(model: nn.Module, graph: CapturedGraph, other: CapturedGraph) -> bool
 
 
 def _flow_of(model: nn.Module, *graphs: CapturedGraph, pinned: Mapping[str, str] | None = None) -> NeuronFlow:
-    shared = {name: f"the memory that {name} shares with others" for name in shared_parameters(model, graphs)}
+    shared = {name: f"the memory that {name} shares with other tensors" for name in shared_parameters(model, graphs)}
     flow = NeuronFlow(model, operation_of, Unknown, {**shared, **(pinned or {})})
     for graph in graphs:
         flow.run_graph(graph)
