@@ -201,21 +201,6 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
         written[:] = dict.fromkeys(written)
 
 
-def changed_by_modes(model: nn.Module) -> list[str]:
-    """Names of the parameters that the model's own ``train`` changes: it may merge a weight and take it apart again."""
-    if all(type(module).train is nn.Module.train for module in model.modules()):
-        return []
-    found = []
-    for training in (True, False):
-        with mode(model, None):
-            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
-                model.train(training)
-            now = dict(model.named_parameters())
-            found += [name for name, value in before.items() if name in now and not _is_equal(now[name], value)]
-    return list(dict.fromkeys(found))
-
-
 def _has_memory(tensor: Tensor) -> bool:
     """Is there memory for the entries of a tensor? Libraries free that of tensors that they make again."""
     if tensor.layout is not torch.strided or not tensor.numel():

@@ -6,14 +6,16 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from dagpath.capture.graph import Capture, CapturedGraph, shared_parameters
+from dagpath.capture.modes import changed_by_modes
 from dagpath.capture.survey import survey
-from dagpath.distributed import Peers, values_of, whole
+from dagpath.distributed import Peers, has_all_values, values_of, whole
 from dagpath.flow.agreement import agree, grouped, reconciled
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
@@ -339,7 +341,21 @@ def _captured(
     model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], more: Sequence[Any]
 ) -> tuple[Capture, NeuronGraph]:
     captured = survey(model, given, more, is_compound, functools.partial(_agree, model))
-    return captured, neurons_of(model, captured)
+    neurons = neurons_of(model, captured)
+    changed = changed_by_modes(model, _drawn_factors(neurons)) if has_all_values(model) else []
+    if changed:
+        pinned = {name: f"train() and eval() of the model, which change {name}" for name in changed}
+        captured = replace(captured, pinned={**captured.pinned, **pinned})
+        neurons = neurons_of(model, captured)
+    return captured, neurons
+
+
+def _drawn_factors(neurons: NeuronGraph) -> dict[str, Tensor]:
+    """Factors of a random rescaling by powers of two, by parameter."""
+    generator = torch.Generator().manual_seed(0)
+    scales = 2.0 ** torch.randint(-3, 4, (neurons.num_groups + 1,), generator=generator, dtype=torch.float64)
+    scales[0] = 1.0
+    return {name: scales[ends.dst] / scales[ends.src] for name, ends in neurons.ends.items()}
 
 
 def inputs_of(example: object, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -443,7 +443,7 @@ class Folded(nn.Linear):
 
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_parameters_that_a_change_of_mode_changes_keep_their_scale(adds: bool, training: bool) -> None:
+def test_weights_that_a_change_of_mode_merges_are_right_in_both_modes(adds: bool, training: bool) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Folded(adds), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).double().train(training)
     twin = copy.deepcopy(net)
@@ -453,7 +453,45 @@ def test_parameters_that_a_change_of_mode_changes_keep_their_scale(adds: bool, t
     dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
     for mode in (False, True, False, True):
         assert torch.equal(net.train(mode)(X), twin.train(mode)(X))
+    assert traced.graph.num_groups == 6 + 6
+
+
+class Backed(nn.Linear):
+    """A layer whose gain is folded into its weight in eval mode, and taken back from a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.gain, self.copy = nn.Parameter(torch.rand(6) + 0.5), None
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Backed:
+        if not mode and self.copy is None:
+            self.weight.mul_(self.gain[:, None])
+            self.bias.mul_(self.gain)
+            self.copy = self.gain.clone()
+            self.gain.fill_(1.0)
+        elif mode and self.copy is not None:
+            self.gain.copy_(self.copy)
+            self.weight.div_(self.gain[:, None])
+            self.bias.div_(self.gain)
+            self.copy = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * self.gain
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_that_a_change_of_mode_does_not_change_as_a_rescaling_does_keep_their_scale(training: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Backed(), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).double().train(training)
+    twin = copy.deepcopy(net)
+    traced = dagpath.trace(net, X)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    for mode in (False, True, False, True):
+        assert torch.equal(net.train(mode)(X), twin.train(mode)(X))
     assert traced.graph.num_groups == 6  # those of the layer in between
+    assert "train() and eval() of the model, which change 0.gain" in traced.explain()
 
 
 def test_parameters_whose_entries_share_memory_are_left_alone() -> None:

@@ -35,7 +35,7 @@ from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
 from dagpath.kept import overlaps
 from dagpath.reach import Reach
-from dagpath.state import GradMode, Setting, changed_by_modes, has_mixed_modes, mode, parameters_kept
+from dagpath.state import GradMode, Setting, has_mixed_modes, mode, parameters_kept
 
 
 def survey(
@@ -70,13 +70,10 @@ def survey(
 
 
 def _pinned(model: nn.Module) -> dict[str, str]:
-    """Name -> reason, of the parameters that code reads as numbers, or that change with the mode of the model."""
+    """Name -> what ties their ends, of the parameters that code can read as numbers."""
     memories = Reach(model).memories
     read = [name for name, parameter in model.named_parameters() if any(overlaps(parameter, m) for m in memories)]
-    return {
-        **{name: f"an array of numbers whose memory {name} shares" for name in read},
-        **{name: f"train() and eval() of the model, which change {name}" for name in changed_by_modes(model)},
-    }
+    return {name: f"an array of numbers whose memory {name} shares" for name in read}
 
 
 class _Survey:

@@ -241,7 +241,8 @@ class StructureFlow(WeightFlow):
 
     def _check_constants(self, data: Mapping[fx.Node, bool]) -> None:
         """Raise NoEdgesError if a call that adds a parameter multiplies its activations by constants."""
-        if self._only_added and len(data) == 1:
+        floats = [node for node in data if node.meta["val"].is_floating_point()]
+        if self._only_added and len(data) == len(floats) == 1:
             response = self._responses(self.node, data, weights=False)
             if self._mixed or response.factors:
                 raise NoEdgesError(self.node, "multiplies channels by constants, and adds a parameter to their sums")
