@@ -85,11 +85,13 @@ class Reach:
     Attributes:
         tensors: id -> where it is, and the tensor.
         memories: address ranges of the numbers that it holds outside of tensors.
+        names: the names of attributes and globals in the code of the user's functions.
     """
 
     def __init__(self, model: nn.Module, *inputs: Any) -> None:
         self.tensors: dict[int, tuple[Place, Tensor]] = {}
         self.memories: list[range] = []
+        self.names: set[str] = set()
         self._kept: list[Kept] = []
         self._generators: list[Kept] = []
         seen: dict[int, Any] = {}
@@ -289,6 +291,7 @@ class Reach:
             for part in (function.__defaults__, function.__kwdefaults__, function.__dict__):
                 yield (f"the defaults of {name}",), part
             named = _names(function.__code__)
+            self.names.update(named)
             for variables in (function.__globals__, *map(vars, _modules(function, named))):
                 yield from self._of_globals(variables, [key for key in named if not _is_special(key)])
 

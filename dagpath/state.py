@@ -123,7 +123,7 @@ def _changed_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
         try:
             if training is not None:
                 with contextlib.suppress(NotImplementedError):  # an exported program has one mode only
-                    model.train(training)
+                    switch(model, training)
             yield
         finally:
             reshard(model)
@@ -199,6 +199,12 @@ def parameters_kept(model: nn.Module) -> Iterator[list[str]]:
                     parameter.copy_(value)
                     written.append(name)
         written[:] = dict.fromkeys(written)
+
+
+def switch(model: nn.Module, training: bool) -> None:
+    """Put a model in train or eval mode, if it is not there: its own ``train`` may drop what it keeps."""
+    if any(module.training != training for module in model.modules()):
+        model.train(training)
 
 
 def _has_memory(tensor: Tensor) -> bool:

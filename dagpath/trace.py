@@ -214,8 +214,11 @@ def neurons_of(model: nn.Module, captured: Capture) -> NeuronGraph:
     """The graph of neurons of a captured model: what all of its graphs have in common."""
     families = [
         [grouped(_flow_of(model, graph, pinned=captured.pinned)) for graph in (first, *others)]
-        for first, others in ((captured.eval, captured.others), (captured.train, captured.train_others))
-        if first is not None and others
+        for first, others in (
+            (captured.eval, captured.others),
+            (captured.train or captured.eval, captured.train_others),
+        )
+        if others
     ]
     found = reconciled(_flow_of(model, *captured.graphs, pinned=captured.pinned), families)
     return NeuronGraph(found, structure_of(model, captured))

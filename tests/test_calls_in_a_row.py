@@ -387,6 +387,72 @@ def test_everything_that_a_call_changes_is_named() -> None:
     assert all(name in covers for name in ("self.done", "shift", "seen")), covers
 
 
+def test_training_after_a_validation_is_looked_at() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        if m.training:
+            h = F.relu(m.u(h)) if m.validated else h
+            m.trained = True
+        elif m.trained:
+            m.validated = True
+        return m.head(h)
+
+    net = make(forward, trained=False, validated=False)
+    twin = copy.deepcopy(net)
+    dagpath.random_rescaling(dagpath.trace(net, X), sigma=3.0, power_of_two=True).apply_()
+    for training in (True, False, True):
+        assert torch.equal(net.train(training)(X), twin.train(training)(X))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_that_train_drops_is_seen(filled: bool) -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head, self.merged = nn.Linear(5, 6), nn.Linear(6, 2), None
+
+        def train(self, mode: bool = True) -> Cached:
+            self.merged = None
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.head(F.relu(self.a(x)))
+            if self.merged is None:
+                self.merged = self.a.weight.detach().clone()
+            return self.head(F.relu(F.linear(x, self.merged, self.a.bias)))
+
+    net = Cached().double().eval()
+    if filled:
+        net(X)
+    traced = dagpath.trace(net, X)
+    before = net(X)
+    dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+    assert torch.equal(net(X), before)
+
+
+@pytest.mark.parametrize("on_output", [False, True])
+def test_attributes_that_a_call_gives_to_its_inputs_and_outputs_keep_their_scale(on_output: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        old = getattr(x, "features", None)
+        y = m.head(h if old is None else h + old.flip(-1))
+        (y if on_output else x).features = h.detach()
+        return y
+
+    net, found = make(forward), []
+    for model in (copy.deepcopy(net), net):
+        if model is net:
+            traced = dagpath.trace(net, X)
+            dagpath.random_rescaling(traced, sigma=3.0, power_of_two=True).apply_()
+        x = X.clone()
+        first, second = model(x), model(x)
+        found.append((first, second, first.features if on_output else x.features))
+    assert not hasattr(X, "features")
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 # -- parameters that code reads as numbers, or merges -----------------------------------------------------------------
 
 

@@ -49,7 +49,12 @@ def by_selection(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     return m.head(torch.cat([F.relu(m.a(x)), F.relu(m.b(chosen))])).sum(0)
 
 
-FORWARDS = [by_masks, by_numbers, by_nonzero, by_experts, by_writing, by_selection]
+def by_a_choice_of_a_choice(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    proposals, positive = x[mask | ~mask], mask[mask | ~mask]
+    return m.head(torch.cat([F.relu(m.a(proposals)), F.relu(m.b(proposals[positive]))])).sum(0)
+
+
+FORWARDS = [by_masks, by_numbers, by_nonzero, by_experts, by_writing, by_selection, by_a_choice_of_a_choice]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -800,3 +800,84 @@ def test_path_quantities_do_not_depend_on_the_size_of_the_example_batch() -> Non
         net.holder.value = torch.ones(6, dtype=torch.float64)
         counts = {dagpath.path_count(dagpath.trace(net, numbers(batch, 5))) for batch in (1, 2, 4, 7)}
         assert len(counts) == 1
+
+
+# -- kinds of calls that only some modes, or some shapes, tell apart ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("applies", "shape"),
+    [
+        (lambda m, x: m.training and len(x) == 1, (1, 5, 5)),
+        (lambda m, x: m.training and x.shape[1] == 1, (3, 1, 5)),
+        (lambda m, x: m.training and x.shape[1] > 64, (2, 70, 5)),
+        (lambda m, x: m.training and not torch.is_grad_enabled(), (3, 4, 5)),
+        (lambda m, x: not torch.is_grad_enabled() and x.shape[1] > 64, (2, 65, 5)),
+        (lambda m, x: torch.is_inference_mode_enabled() and x.shape[1] > 64, (2, 65, 5)),
+    ],
+)
+def test_what_one_mode_does_at_other_sizes_is_looked_at(applies: Callable[..., bool], shape: tuple[int, ...]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        return m.head(F.relu(m.u(h)) if applies(m, x) else h)
+
+    net, x = make(forward), numbers(*shape, seed=2)
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for training in (False, True):
+            net.train(training)
+            for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                with context():
+                    found.append(net(x).detach().clone())
+        net.eval()
+        return found
+
+    before = outputs()
+    dagpath.random_rescaling(dagpath.trace(net, numbers(2, 4, 5)), sigma=3.0, power_of_two=True).apply_()
+    for one, other in zip(before, outputs(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("example", "other"), [((5, 5), (7, 5)), ((5, 5), (5, 7)), ((4, 4), (9, 4))])
+def test_sizes_that_are_equal_in_the_example_are_looked_at_apart(
+    example: tuple[int, int], other: tuple[int, int]
+) -> None:
+    def two_lengths(m: Any, q: Tensor, k: Tensor) -> Tensor:
+        h, g = F.relu(m.a(q)), F.relu(m.b(k))
+        return m.head(h + (g if q.shape[1] == k.shape[1] else F.relu(m.u(g)).mean(1, keepdim=True)))
+
+    def portrait(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.a(x))
+        h = F.relu(m.u(h)) if x.shape[1] > x.shape[2] else h
+        h = F.relu(m.u(h.flip(-1))) if x.shape[1] < x.shape[2] - 2 else h
+        return m.head(h)
+
+    lengths = [tuple(numbers(2, length, 5, seed=3) for length in sizes) for sizes in (example, other)]
+    check(make(two_lengths), *lengths[0], others=[lengths[1]])
+    check(make(portrait), numbers(2, *example, 5), others=[(numbers(2, *other, 5),)])
+
+
+def test_calls_of_two_lengths_that_are_alike_are_claimed() -> None:
+    net = make(lambda m, q, k: m.head(F.relu(m.a(q))).mean(1) + m.head(F.relu(m.b(k))).mean(1))
+    covers = dagpath.trace(net, (numbers(2, 5, 5), numbers(2, 5, 5))).explain("dict")["covers"]
+    assert any(line.startswith("inputs of other sizes too") for line in covers), covers
+
+
+def test_a_padding_mask_of_an_encoder_is_no_other_function() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(self.encoder(x, src_key_padding_mask=mask))
+
+    mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    assert dagpath.trace(Encoder().eval(), (torch.randn(2, 5, 8), mask)).graph.num_groups >= 32
+
+
+def test_outputs_that_are_sparse_are_compared() -> None:
+    net = make(lambda m, x: (m.head(F.relu(m.a(x))), F.relu(m.b(x)).to_sparse()))
+    assert dagpath.trace(net, numbers(3, 5)).graph.num_neurons == 14

@@ -158,7 +158,7 @@ class Calls:
         look_at(self._given, {})
         for sizes in self._other_sizes(dry_run, training):
             look_at(resized(self._given, sizes), sizes)
-        for sizes in self._turns(list(found.values()), dry_run):
+        for sizes in (*self._apart(list(found.values()), dry_run), *self._turns(list(found.values()), dry_run)):
             look_at(resized(self._given, sizes), sizes)
         further = enumerate(self._more, 1)
         return [
@@ -193,6 +193,27 @@ class Calls:
                 before = {dim: leaves[dim[0]].shape[dim[1]] for dim in lengths}
                 for size in set(before.values()):
                     yield {**base, **{dim: n for dim, n in lengths.items() if before[dim] == size}}
+
+    def _apart(self, calls: Sequence[Call], dry_run: DryRun) -> Iterator[Mapping[Dim, int]]:
+        """Sizes of dimensions that are equal in the example and differ here, if calls with these are other ones.
+
+        Tall images and wide ones, sequences of two lengths. Where the calls of other sizes differ already, nothing is
+        claimed of these.
+        """
+        leaves = pytree.tree_leaves(self._given)
+        batch, records = batch_sizes(self._given, 1).keys(), [call.record for call in calls]
+        longest = max((call.sizes for call in calls if call.sizes.keys() - batch), key=_total, default={})
+        if not all(alike(records[0], record) for record in records):
+            return
+        by_size: dict[int, list[Dim]] = {}
+        for dim in longest.keys() - batch:
+            by_size.setdefault(leaves[dim[0]].shape[dim[1]], []).append(dim)
+        for dims in by_size.values():
+            for first in sorted(dims)[:: max(1, len(dims) - 1)] if len(dims) > 1 else ():
+                sizes = {dim: size for dim, size in longest.items() if dim not in dims or dim == first}
+                record = dry_run(without_values(self._given, sizes))
+                if record is not None and not any(alike(known, record) for known in records):
+                    yield sizes
 
     def _turns(self, calls: Sequence[Call], dry_run: DryRun) -> Iterator[Mapping[Dim, int]]:
         """The sizes from which on, upwards or downwards, the model does something that it does in none of these calls.
@@ -248,6 +269,10 @@ class Calls:
         record = dry_run(inputs)
         known = True if alike(dry_run(self._given), record) else self.runs(inputs, training)
         return record is not None if known is None else known
+
+
+def _total(sizes: Mapping[Dim, int]) -> int:
+    return sum(sizes.values())
 
 
 def once(dry_run: DryRun) -> DryRun:

@@ -25,7 +25,7 @@ from dagpath.capture.containers import opened
 from dagpath.distributed import stand_in
 from dagpath.kept import place_text
 from dagpath.reach import Reach
-from dagpath.state import GradMode, Setting, mode, random_states, without_autocast, without_value_checks
+from dagpath.state import GradMode, Setting, mode, random_states, switch, without_autocast, without_value_checks
 
 MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,
@@ -43,8 +43,8 @@ _PLAIN = (
     *(int, float, complex, str, bool, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
-_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested", "is_meta")
-_ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
+_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested")
+_ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu", "is_meta": "meta"}
 """Attributes that would tell the code of a model that it is run on the meta device, and the type of device they ask
 for."""
 
@@ -197,7 +197,7 @@ class DryRuns:
 
 @contextlib.contextmanager
 def _set(model: nn.Module, setting: Setting) -> Iterator[None]:
-    model.train(setting.training)
+    switch(model, setting.training)
     with setting.grad_mode():
         yield
 

@@ -173,7 +173,7 @@ class _WithShapes(fx.Interpreter):
         with n.meta.get("context", contextlib.nullcontext)():
             result = super().run_node(n)
         is_known = _has_known_shape(n)
-        if not is_known and self._made_up is not None and all(map(_has_known_shape, n.all_input_nodes)):
+        if not is_known and self._made_up is not None:
             result = pytree.tree_map_only(Tensor, functools.partial(self._with_entries, n), result)
         if not is_known or isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self._shapes[n] = pytree.tree_map_only(Tensor, self._fakes.from_tensor, result)
@@ -185,6 +185,8 @@ class _WithShapes(fx.Interpreter):
         if result.numel():
             return result
         given = [self.env[used] for used in node.all_input_nodes if isinstance(self.env[used], Tensor)]
+        if not all(tensor.numel() for tensor in given):
+            return result
         of_one = math.prod(size for size in result.shape if size)
         count = self._made_up(max((tensor.numel() for tensor in given), default=1) // of_one)
         return result.new_zeros([size or max(count, 1) for size in result.shape])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import _trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -33,7 +34,7 @@ class Left:
         drawn: did it draw random numbers in Python, from generators of its own?
     """
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     gone: list[Tensor] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
@@ -48,12 +49,14 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
     left = Left()
     before: list[Reach] = []
     buffers: dict[str, Tensor] = {}
+    given: dict[int, set[str]] = {}
     attributes = {name: dict(vars(tensor)) for name, tensor in _named_tensors(model)}
 
     def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
         for name, tensor in _named_tensors(model):  # what stands for a tensor has none of its attributes
             vars(tensor).update({key: value for key, value in attributes[name].items() if key not in vars(tensor)})
         before[:] = [Reach(model, args, kwargs)]
+        given.update({id(leaf): set(vars(leaf)) for leaf in _tensors((args, kwargs))})
         buffers.update(model.named_buffers(remove_duplicate=False))
 
     def end(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -66,6 +69,13 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
         left.tensors = after.left_since(before[0])
         left.gone = [tensor for tensor in after.gone_since(before[0]) if id(tensor) not in own]
         leaves, left.structure = pytree.tree_flatten(opened(output))
+        for tensor in _tensors([args, kwargs, leaves]):
+            plain = given.get(id(tensor), _PLAIN_ATTRIBUTES)
+            written = {name: value for name, value in vars(tensor).items() if name not in plain}
+            left.tensors |= {
+                f"{name} of a tensor": value for name, value in written.items() if isinstance(value, Tensor)
+            }
+            left.changes += [f"the attribute {name} of a tensor" for name in written]
         return [*leaves, *left.tensors.values()]
 
     with (
@@ -73,6 +83,13 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
         model.register_forward_hook(end, with_kwargs=True),
     ):
         yield left
+
+
+_PLAIN_ATTRIBUTES = set(vars(FakeTensorMode().from_tensor(torch.zeros(()))))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.running import capture_error, mode_text
 from dagpath.capture.sizes import copies
 from dagpath.reach import Reach
-from dagpath.state import Setting, mode, without_autocast
+from dagpath.state import Setting, mode, switch, without_autocast
 
 _CALLS_IN_A_ROW = 10
 """Calls in a row that are looked at where one leaves something behind: most counters are small."""
@@ -59,6 +59,7 @@ class Rows:
         for other in self._settings:
             if other != setting:
                 found[other] = self._in_another_setting(setting, other)
+                found[setting] += self._back_in(setting, other)
         return found
 
     def _in_one_setting(self, setting: Setting) -> list[CapturedGraph]:
@@ -92,6 +93,17 @@ class Rows:
             found.append(self._captured([(inputs, setting)] * number, (inputs, other)))
         return [graph for graph in found if graph is not None]
 
+    def _back_in(self, setting: Setting, other: Setting) -> list[CapturedGraph]:
+        """The call in one setting after one in it and one in another: training after a validation."""
+        inputs = self._settings[setting if setting.training else other]
+        with dry_runs(self._model, setting.training, setting.grad_mode) as dry_run:
+            record = dry_run.in_a_row([(inputs, setting), (inputs, other), (inputs, setting)])[-1]
+            if not is_clear(record) or any(same(record, known) for known in [dry_run(inputs), *self._known]):
+                return []
+        self._known.append(record)
+        graph = self._captured([(inputs, setting), (inputs, other)], (inputs, setting))
+        return [] if graph is None else [graph]
+
     def _in_other_sizes(self, setting: Setting) -> list[CapturedGraph]:
         """The calls after one of another size."""
         found: list[CapturedGraph | None] = []
@@ -121,7 +133,7 @@ class Rows:
     def _make(self, calls: Sequence[tuple[Any, Setting]]) -> None:
         asks = len({setting.grad_mode for setting in self._settings}) > 1
         for inputs, setting in calls:
-            self._model.train(setting.training)
+            switch(self._model, setting.training)
             args, kwargs = copies(inputs)
             with setting.grad_mode() if asks else torch.no_grad():
                 self._model(*args, **kwargs)
@@ -138,7 +150,7 @@ class Rows:
         with mode(self._model, setting.training), without_autocast():
             reach = Reach(self._model)
             self._make(before)
-            self._model.train(setting.training)
+            switch(self._model, setting.training)
             made = Reach(self._model).left_since(reach).values()
             options = _ordinal(len(before) + 1), [*made], names, setting.grad_mode
             try:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dagpath.capture.alike import alike, same
 from dagpath.capture.calls import Call, Calls, has_unchecked, once, plain_arguments
 from dagpath.capture.causes import check_inputs, check_model
-from dagpath.capture.dry_run import Record, dry_runs
+from dagpath.capture.dry_run import dry_runs, is_clear
 from dagpath.capture.export import export, quiet
 from dagpath.capture.faithful import check_faithful
 from dagpath.capture.graph import Capture, CapturedGraph, outputs_have_batch
@@ -92,6 +92,9 @@ class _Survey:
         self._trained = given
         self._leaves: dict[Setting, tuple[str, ...]] = {}
         self._rows: Rows | None = None
+        self._families: list[list[Call]] = []
+        self._names = Reach(model).names
+        self._own_train = any(type(module).train is not nn.Module.train for module in model.modules())
         self._not_captured: list[str] = []
 
     def captured(self) -> Capture:
@@ -107,8 +110,8 @@ class _Survey:
                 run(self._model, self._given, training=False)  # if these are refused too, the message is about them
                 raise
         graphs = self._graphs([call for call in calls if not alike(first.record, call.record)], first, training=False)
-        graphs += self._without_gradients(calls)
-        if has_mixed_modes(self._model):
+        graphs += self._without_gradients(calls, training=False)
+        if has_mixed_modes(self._model) or self._own_train:  # its own train may drop what it keeps
             graphs += self._mixed_graphs(calls)
         train, train_graphs, failure = self._train_graphs(graph, calls)
         self._leaves[Setting(False)] = graph.leaves
@@ -196,29 +199,35 @@ class _Survey:
             run(self._model, call.inputs, training=training, dry=not self._has_values)
             raise capture_error(self._model, failure) from failure
 
-    def _without_gradients(self, calls: Sequence[Call]) -> list[CapturedGraph]:
+    def _without_gradients(self, calls: Sequence[Call], training: bool) -> list[CapturedGraph]:
         """The graphs of the calls that record no gradients, where they are others."""
         found: list[CapturedGraph] = []
-        known: list[Record | None] = []
         asks = any(call.record is not None and call.record.asks_for_gradients for call in calls)
-        for call in calls if asks else [calls[0], *(call for call in calls[1:] if call.inputs is self._given)]:
-            if call.record is None or not call.record.is_clear:
-                name = f"{call.name} in torch.no_grad"
-                found += self._exported(replace(call, name=name), grad_mode=torch.no_grad)
-                continue
-            for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
-                with dry_runs(self._model, training=False, grad_mode=grad_mode) as dry_run:
-                    record = dry_run(call.inputs)
-                if asks and call is calls[0] and record is not None:
-                    self._leaves[Setting(False, grad_mode)] = record.changes
-                if same(record, call.record):
-                    if asks:
-                        continue
-                    break
-                if not any(same(record, other) or alike(record, other) for other in known):
-                    known.append(record)
-                    name = f"{call.name} in torch.{grad_mode.__name__}"
-                    found += self._exported(replace(call, name=name), grad_mode=grad_mode)
+        chosen = calls if asks else [calls[0], *(call for call in calls[1:] if call.inputs is self._given)]
+        before = {call.name: call.record for call in calls}
+        known = [call.record for call in calls]
+        for call in chosen:
+            if not is_clear(call.record):
+                named = replace(call, name=f"{call.name} in torch.no_grad")
+                found += self._exported(named, training=training, grad_mode=torch.no_grad)
+        for grad_mode in (torch.inference_mode, torch.no_grad):  # in the first of these, gradients are off too
+            with dry_runs(self._model, training, grad_mode) as dry_run:
+                if asks:
+                    looked = self._calls.taken(once(dry_run), training)
+                    self._families.append(looked)
+                else:
+                    looked = [replace(call, record=dry_run(call.inputs)) for call in chosen if is_clear(call.record)]
+            if asks and looked[0].record is not None:
+                self._leaves[Setting(training, grad_mode)] = looked[0].record.changes
+            others = [call for call in looked if not same(call.record, before.get(call.name))]
+            others = [call for call in others if is_clear(before.get(call.name, call.record))]
+            for call in others:
+                if not any(same(call.record, other) or alike(call.record, other) for other in known):
+                    known.append(call.record)
+                    named = replace(call, name=f"{call.name} in torch.{grad_mode.__name__}")
+                    found += self._exported(named, training=training, grad_mode=grad_mode)
+            if not asks and not others:
+                break
         return found
 
     def _mixed_graphs(self, calls: Sequence[Call]) -> list[CapturedGraph]:
@@ -240,11 +249,17 @@ class _Survey:
         with dry_runs(self._model, training=True) as dry_run:
             first = dry_run(inputs)
             self._leaves[Setting(True)] = () if first is None else first.changes
+            in_eval = {call.name: call.record for call in calls}
             training = [call for call in calls if call.trains()] or calls
             telling = [call for call in training if _tells(call, training)]
-            if all(same(dry_run(call.inputs), call.record) for call in telling):
+            is_as_eval = all(same(dry_run(call.inputs), call.record) for call in telling)
+            if is_as_eval and "training" not in self._names:
                 return None, [], ""
             calls = self._calls.taken(once(dry_run), training=True)  # it may take other sizes
+        others = [call for call in calls if call.trains() or is_clear(call.record)]
+        if is_as_eval and all(same(call.record, in_eval.get(call.name)) for call in others):
+            return None, self._without_gradients(calls, training=True), ""
+        self._families.append(calls)
         trained, failure = None, None
         for chosen, size in ((inputs, batch), (self._given, None)):
             try:
@@ -261,7 +276,7 @@ class _Survey:
         written = [place for place in trained.leaves if place.rpartition(".")[0] not in norms]  # statistics tie nothing
         self._leaves[Setting(True)] = tuple(dict.fromkeys((*self._leaves[Setting(True)], *written)))
         apart = [call for call in calls if not alike(first, call.record)]
-        return trained, self._graphs(apart, None, training=True), ""
+        return trained, self._graphs(apart, None, training=True) + self._without_gradients(calls, training=True), ""
 
     def _covers(self, graph: CapturedGraph, calls: Sequence[Call]) -> tuple[str, ...]:
         captured = [call for call in calls if call.name not in self._not_captured]
@@ -269,7 +284,9 @@ class _Survey:
         longer = [call for call in captured if set(call.sizes) - batch]
         shortest = [call for call in captured if call not in longer]
         numbers = {common_batch(call.inputs) for call in shortest}
-        anything = graph.batch == 1 and len(numbers) > 1 and _are_alike(shortest)
+        families = [calls, *self._families]
+        anything = graph.batch == 1 and len(numbers) > 1
+        anything = anything and all(_are_alike([c for c in each if not set(c.sizes) - batch]) for each in families)
         lines = []
         if anything:
             lines.append("any number n of examples: the model treats each one alike")
@@ -281,7 +298,7 @@ class _Survey:
         shapes = shapes_text(self._given, anything)
         if not longer:
             lines.append(f"inputs of the size {shapes} alone: the model took no other one")
-        elif _are_alike([captured[0], *longer]):
+        elif all(_are_alike(each) for each in ([captured[0], *longer], *self._families)):
             lines.append(f"inputs of other sizes too; looked at: {looked}")
         else:
             lines.append(f"inputs of the sizes {shapes}; {looked} alone: calls of other sizes differ")
@@ -299,7 +316,8 @@ class _Survey:
         leaves = dict.fromkeys(place for places in self._leaves.values() for place in places)
         if leaves:
             number = 1 if self._rows is None else self._rows.looked
-            looked = f"the first {number} calls" if number > 1 else "the first call"
+            looked = f"the first {number} calls in one mode and size" if number > 1 else "the first call"
+            looked += ", and one of another mode or size after these," if number > 1 else ""
             more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
             text = f"{', '.join([*leaves][:3])}{more}"
             lines.append(f"{looked} alone: a call changes {text}, which later calls may read")
