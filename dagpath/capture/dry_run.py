@@ -43,8 +43,8 @@ _PLAIN = (
     *(int, float, complex, str, bool, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
-_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested")
-_ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu", "is_meta": "meta"}
+_GETTERS = ("shape", "ndim", "dtype", "requires_grad", "is_leaf", "layout", "is_sparse", "is_nested", "is_meta")
+_ON_META = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 """Attributes that would tell the code of a model that it is run on the meta device, and the type of device they ask
 for."""
 
