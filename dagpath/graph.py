@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from torch import Tensor, fx
 from dagpath import views
 from dagpath.capture.site import Site, describe, site_of
 from dagpath.errors import UnsupportedOpError
+from dagpath.flattened import Flattened
 from dagpath.flow.agreement import Grouped
 from dagpath.flow.neurons import UNKNOWN, Ends, NeuronFlow
 from dagpath.flow.structure import Structure
 from dagpath.flow.structure_nodes import NoEdgesError
 from dagpath.flow.ties import Links
+from dagpath.sparse import without_csr_warning
 from dagpath.words import counted
 
 
@@ -181,20 +182,19 @@ class NeuronGraph:
             [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
         """
         nothing = torch.zeros(0, dtype=torch.long, device=device)
-        row_parts, column_parts, value_parts, start = [nothing], [nothing], [nothing.double()], 0
-        for name, shape in self.shapes.items():
-            dst, src = (end.to(device).expand(shape).reshape(-1) for end in (self.ends[name].dst, self.ends[name].src))
-            rows = torch.arange(start, start + shape.numel(), device=dst.device)
+        row_parts, column_parts, value_parts = [nothing], [nothing], [nothing.double()]
+        for name, span in Flattened(self.shapes).spans.items():
+            ends, shape = self.ends[name], self.shapes[name]
+            dst, src = (end.to(device).expand(shape).reshape(-1) for end in (ends.dst, ends.src))
+            rows = torch.arange(span.start, span.stop, device=dst.device)
             for end, sign in ((dst, 1.0), (src, -1.0)):
                 kept = (end > 0) & (dst != src)
                 row_parts.append(rows[kept])
                 column_parts.append(end[kept] - 1)
                 value_parts.append(torch.full_like(column_parts[-1], sign, dtype=torch.float64))
-            start += shape.numel()
         indices = torch.stack([torch.cat(row_parts), torch.cat(column_parts)])
         size = (self.num_parameters, self.num_groups)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        with without_csr_warning():
             entries = torch.sparse_coo_tensor(indices, torch.cat(value_parts), size, check_invariants=True)
             return entries.coalesce().to_sparse_csr()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,14 @@ def csr_tensor(array: sparse.csr_array, device: torch.device | str | None = None
     return _csr(starts, columns, values, array.shape)
 
 
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+@contextlib.contextmanager
+def without_csr_warning() -> Iterator[None]:
+    """Without PyTorch's warning that CSR tensors are in beta: whoever asks for one knows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        yield
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with without_csr_warning():
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)  # unasked, it warns

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.site import Site, describe, site_of
 from dagpath.errors import UnsupportedOpError
+from dagpath.flattened import Flattened
 from dagpath.flow.blocks import Run
 from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
 from dagpath.flow.level_masses import Masses, backward_masses, forward_masses, squares_by_element
@@ -219,14 +220,9 @@ class UnrolledGraph:
         """
         if not 0 <= edge < self.num_edges:
             raise ValueError(f"edge must be from 0 to {self.num_edges - 1}, got {edge}")
-        names, shapes = list(self.shapes), list(self.shapes.values())
-        starts = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
-        found = []
-        for element in self._derivative.columns[self._derivative.span(edge, edge + 1)].tolist():
-            owner = bisect.bisect_right(starts, element) - 1
-            place = torch.unravel_index(torch.tensor(element - starts[owner]), shapes[owner])
-            found.append(f"{names[owner]}{_brackets(tuple(int(part) for part in place))}")
-        return ", ".join(found)
+        elements = self._derivative.columns[self._derivative.span(edge, edge + 1)].tolist()
+        places = map(Flattened(self.shapes).find, elements)
+        return ", ".join(f"{name}{_brackets(index)}" for name, index in places)
 
     def nodes_of(self, node: fx.Node) -> Tensor:
         """The nodes in the entries of a call's output, by place.
@@ -391,12 +387,7 @@ class UnrolledGraph:
         """
         ways = self._forward(2), self._backward(2)
         found = squares_by_element(self._weights, self._derivative, self._spans[1:], *ways)
-        result = found.logarithms() if log else found.numbers()
-        parts, start = {}, 0
-        for name, shape in self.shapes.items():
-            parts[name] = result[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-        return parts
+        return Flattened(self.shapes).split(found.logarithms() if log else found.numbers())
 
     @plain_computation()
     def path_count(self) -> int:

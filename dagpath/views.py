@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from dagpath.flow.structure import Edges, Structure
+from dagpath.sparse import csr_tensor
 
 WEIGHTS = ("l2", "l1", "max", "count")
 
@@ -122,13 +122,8 @@ def adjacency(structure: Structure, weight: str, device: torch.device | str | No
     matrix = coo_array((value, (row, column)), shape=(num_neurons, num_neurons)).tocsr()
     matrix.sum_duplicates()
     data = np.sqrt(matrix.data) if weight == "l2" else matrix.data
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        pointers, indices = (
-            torch.from_numpy(part.astype(np.int64)).to(device) for part in (matrix.indptr, matrix.indices)
-        )
-        entries = torch.from_numpy(data).to(device)
-        return torch.sparse_csr_tensor(pointers, indices, entries, matrix.shape, check_invariants=True)
+    pointers, indices = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64)
+    return csr_tensor(csr_array((data, indices, pointers), shape=matrix.shape), device)
 
 
 def _feeding(structure: Structure, neuron_of: np.ndarray, num_neurons: int) -> csr_array:

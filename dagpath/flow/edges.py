@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
 from dagpath.errors import UnsupportedOpError
+from dagpath.flattened import Flattened
 from dagpath.flow.blocks import Blocks, Edges
 from dagpath.flow.constants import Constants, NotConstantError
 from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
@@ -99,11 +100,8 @@ class EdgeFlow(fx.Interpreter):
         self._cut = cut
         self._kept = kept or {}
         self._on_node = on_node
-        self._first_element: dict[str, int] = {}
-        self.num_elements = 0
-        for name, parameter in parameters.items():
-            self._first_element[name] = self.num_elements + 1
-            self.num_elements += parameter.numel()
+        self._elements = Flattened({name: parameter.shape for name, parameter in parameters.items()})
+        self.num_elements = len(self._elements)
         self.real_node = Constants(graph, parameters)
         self.blocks = Blocks(self.num_elements)
         self.blocks.new(1, Layer(None, "", torch.Size()))
@@ -131,7 +129,7 @@ class EdgeFlow(fx.Interpreter):
         super().placeholder(target, args, kwargs)
         name = self.graph_inputs.parameters.get(str(target))
         if name is not None and self._parameters[name].is_floating_point():
-            return EdgeWeights.parameter(self._parameters[name], self._first_element[name])
+            return EdgeWeights.parameter(self._parameters[name], self._elements.spans[name].start + 1)
         if name is not None:
             return EdgeWeights.constant(self._parameters[name])
         tensor = self.graph_inputs.tensors.get(str(target))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,11 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dagpath.fetched import device_of
+from dagpath.flattened import Flattened
 from dagpath.flow.masses import MassFlow
 from dagpath.flow.pairs import PairFlow, scaled
 from dagpath.flow.values import LARGEST_STEP, NOTHING, is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.lifting.repeated import used_repeatedly
+from dagpath.sparse import without_csr_warning
 from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
@@ -172,13 +173,9 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         """
         values = gram_diagonal(self._traced)
         shared = used_repeatedly(self._traced)
-        start, parts = 0, []
-        for name, value in values.items():
-            if name in shared:
-                value = self._diagonal_of(range(start, start + value.numel()))
-            parts.append(value.reshape(-1))
-            start += value.numel()
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        spans = Flattened({name: value.shape for name, value in values.items()}).spans
+        parts = [self._diagonal_of(spans[name]) if name in shared else value.view(-1) for name, value in values.items()]
+        return torch.cat([torch.zeros(0, dtype=torch.float64, device=self._device), *parts])
 
     def _diagonal_of(self, elements: range) -> Tensor:
         found = []
@@ -220,8 +217,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         Raises:
             ValueError: there are more than 20,000 parameters.
         """
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        with without_csr_warning():
             return self.to_dense().to(device).to_sparse_csr()
 
     def eigvalsh(self, k: int | None = None, which: str = "LM", **options: Any) -> np.ndarray:

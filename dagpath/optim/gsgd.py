@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dagpath.flattened import Flattened
 from dagpath.optim.groups import (
     check_rates,
     check_state,
@@ -339,11 +340,11 @@ def _restricted(
             group_of[ends[name].dst.reshape(-1)] = 0
             group_of[ends[name].src.reshape(-1)] = 0
     order = element_order(traced)
-    sizes = [parameter.numel() for parameter in named.values()]
+    elements = Flattened(traced.graph.shapes)
 
     def kept(numbers: Tensor) -> Tensor:
-        parts = zip(named, torch.split(numbers, sizes), strict=True)
-        return torch.cat([torch.zeros(0, dtype=torch.int32), *(part for name, part in parts if name in trained)])
+        parts = elements.split(numbers).items()
+        return torch.cat([numbers[:0], *(part.reshape(-1) for name, part in parts if name in trained)])
 
     found = [
         (group_of[ends[name].dst].to(parameter.device), group_of[ends[name].src].to(parameter.device))

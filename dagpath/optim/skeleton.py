@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dagpath.flattened import Flattened
 from dagpath.paths.basis import ElementOrder, identified
 from dagpath.words import counted
 
@@ -52,13 +53,12 @@ class Skeleton:
         self._first = first.to(device)
         self._src = order.src[self.members].long().to(device)
         self._stored: list[tuple[int, tuple[Tensor, ...], slice]] = []
-        start = 0
-        for index, parameter in enumerate(parameters):
-            low, high = torch.searchsorted(self.members, torch.tensor([start, start + parameter.numel()])).tolist()
+        shapes = {index: parameter.shape for index, parameter in enumerate(parameters)}
+        for index, span in Flattened(shapes).spans.items():
+            low, high = torch.searchsorted(self.members, torch.tensor([span.start, span.stop])).tolist()
             if high > low:
-                places = torch.unravel_index((self.members[low:high] - start).to(device), parameter.shape)
+                places = torch.unravel_index((self.members[low:high] - span.start).to(device), shapes[index])
                 self._stored.append((index, places, slice(low, high)))
-            start += parameter.numel()
         self._device = device
 
     def _place(self, elements: Tensor) -> Tensor:
