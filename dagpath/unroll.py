@@ -20,8 +20,9 @@ from dagpath.capture.site import Site, describe, site_of
 from dagpath.errors import UnsupportedOpError
 from dagpath.flattened import Flattened
 from dagpath.flow.blocks import Run
-from dagpath.flow.edges import EdgeFlow, EdgeRule, Layer, Source
+from dagpath.flow.edges import EdgeFlow, Layer, Source
 from dagpath.flow.level_masses import Masses, backward_masses, forward_masses, squares_by_element
+from dagpath.flow.paths import PathRule
 from dagpath.flow.powers import checked_power
 from dagpath.state import plain_computation
 from dagpath.words import counted
@@ -121,7 +122,7 @@ class UnrolledGraph:
         self,
         graph: CapturedGraph,
         parameters: Mapping[str, Tensor],
-        rule: Callable[[Any], EdgeRule],
+        rule: Callable[[Any], PathRule],
         cut: frozenset[fx.Node],
         kept: Mapping[fx.Node, int],
         device: torch.device | str | None,
@@ -129,7 +130,7 @@ class UnrolledGraph:
     ) -> None:
         calls = len(graph.module.graph.nodes)
         with tqdm(total=calls, desc="unrolling", unit="call", disable=not progress, leave=False) as bar:
-            flow = EdgeFlow(graph, parameters, rule, cut, kept, bar.update)
+            flow = EdgeFlow(graph, parameters, rule, cut, kept, on_node=bar.update)
             try:
                 flow.run_graph()
             except NotImplementedError as error:

@@ -32,6 +32,20 @@ class Nodes(Operand):
 
 
 @dataclass(frozen=True)
+class Slots(Operand):
+    """A factor of a product that is a gate of each edge.
+
+    Attributes:
+        numbers: int64 tensor of its shape: the numbers of the gates.
+    """
+
+    numbers: Tensor
+    params: bool = False
+    node: fx.Node | None = None
+    data: bool = False
+
+
+@dataclass(frozen=True)
 class EdgeWeights(Operand):
     """A parameter, a constant, or a weight computed from parameters: the weights of T parallel edges in each entry.
 

@@ -11,22 +11,21 @@ the activations says how open it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from dagpath.capture.graph import CapturedGraph
 from dagpath.errors import UnsupportedOpError
 from dagpath.flattened import Flattened
 from dagpath.flow.blocks import Blocks, Edges
-from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
-from dagpath.flow.values import Call, Operand, mapped, plain
+from dagpath.flow.edge_values import EdgeWeights, Nodes, Slots, stacked
+from dagpath.flow.paths import Gate, PathFlow, Places, Reader, Terms
+from dagpath.flow.values import Call, Operand, mapped
 
 CONSTANT = 1
 """The number of the constant node, of value 1."""
@@ -34,19 +33,8 @@ CONSTANT = 1
 Values = Mapping[fx.Node, Any]
 """What the nodes of the captured graph compute from one input."""
 
-Reader = Callable[[Values], Tensor]
+ValuesReader = Callable[[Values], Tensor]
 """Reads numbers off what the nodes of the captured graph compute."""
-
-Places = Callable[[Tensor], Tensor]
-"""Puts the entries of an operand where they broadcast with those of others."""
-
-
-class EdgeRule(Protocol):
-    """What an operation knows of edges."""
-
-    def keeps_weights(self, call: Call) -> bool: ...
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -69,180 +57,106 @@ class Source:
     """Where paths start: the numbers of these nodes, and what reads their values."""
 
     numbers: Tensor
-    read: Reader
+    read: ValuesReader
 
 
-class EdgeFlow(fx.Interpreter):
-    """Runs a captured graph on nodes; collects nodes, edges, gates, and where paths start and end.
+class EdgeFlow(PathFlow):
+    """A pass over nodes; collects nodes, edges, gates, and where paths start and end.
 
     Args:
-        graph: the eval graph of a model.
-        parameters: the parameters' values by name, in the order of ``model.named_parameters()``.
-        rule: finds the rule of a call's target.
-        cut: calls through which no path goes, because their rule did not fit them.
-        kept: which factor paths go through, for calls that multiply two activations.
+        graph, parameters, rule, cut, kept: see :class:`~dagpath.flow.paths.PathFlow`.
         on_node: called after each node of the graph.
     """
 
-    def __init__(
-        self,
-        graph: CapturedGraph,
-        parameters: Mapping[str, Tensor],
-        rule: Callable[[Any], EdgeRule],
-        cut: Container[fx.Node] = (),
-        kept: Mapping[fx.Node, int] | None = None,
-        on_node: Callable[[], object] = lambda: None,
-    ) -> None:
-        super().__init__(graph.module)
-        self.graph_inputs = graph
-        self._parameters = parameters
-        self._rule = rule
-        self._cut = cut
-        self._kept = kept or {}
+    def __init__(self, *graph: Any, on_node: Callable[[], object] = lambda: None, **options: Any) -> None:
+        super().__init__(*graph, **options)
         self._on_node = on_node
-        self._elements = Flattened({name: parameter.shape for name, parameter in parameters.items()})
+        self._elements = Flattened({name: parameter.shape for name, parameter in self.parameters.items()})
         self.num_elements = len(self._elements)
-        self.real_node = Constants(graph, parameters)
         self.blocks = Blocks(self.num_elements)
         self.blocks.new(1, Layer(None, "", torch.Size()))
         self.sources = [Source(torch.tensor([CONSTANT]), lambda values: torch.ones(1))]
         self.sinks: list[Tensor] = []
-        self.gates: list[Reader] = []
+        self.gates: list[ValuesReader] = []
         self.num_slots = 0
-        self.cuts: list[fx.Node] = []
         self.outputs: Any = None
-        self.node: fx.Node
 
     # -- running a graph -------------------------------------------------------------------------------------------
 
-    def run_graph(self) -> None:
-        placeholders = sum(node.op == "placeholder" for node in self.graph_inputs.module.graph.nodes)
-        self.run(*[None] * placeholders, enable_io_processing=False)
-
     def run_node(self, n: fx.Node) -> Any:
-        self.node = n
+        runs = self.blocks.runs
+        first = len(runs)
         result = super().run_node(n)
+        unnamed = [at for at in range(first, len(runs)) if runs[at].label is not None and not runs[at].label.role]
+        for step, at in enumerate(unnamed[:-1], 1):  # the last ones are the entries of the output
+            runs[at] = replace(runs[at], label=replace(runs[at].label, role=f"step {step}"))
         self._on_node()
-        return mapped(result, (Nodes, EdgeWeights), lambda value: replace(value, node=n))
+        return result
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        super().placeholder(target, args, kwargs)
-        name = self.graph_inputs.parameters.get(str(target))
-        if name is not None and self._parameters[name].is_floating_point():
-            return EdgeWeights.parameter(self._parameters[name], self._elements.spans[name].start + 1)
-        if name is not None:
-            return EdgeWeights.constant(self._parameters[name])
-        tensor = self.graph_inputs.tensors.get(str(target))
-        return self.inputs(self.node.meta.get("val")) if tensor is None else EdgeWeights.constant(tensor)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        call = Call(target, args, dict(kwargs), self.node)
-        operands = call.leaves(Operand)
-        rule = self._rule(target)
-        if any(operand.data for operand in operands) or (any(o.params for o in operands) and rule.keeps_weights(call)):
-            return self.barrier(call) if self.node in self._cut else rule.edges(self, call)
-        try:
-            return mapped(self.real_node(self.node), Tensor, EdgeWeights.constant)
-        except NotConstantError:
-            return self.inputs(call.output)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return EdgeWeights.constant(value) if isinstance(value, Tensor) else value
+    def parameter_at(self, node: fx.Node) -> EdgeWeights:
+        name = self.graph_inputs.parameters[str(node.target)]
+        return EdgeWeights.parameter(self.parameters[name], self._elements.spans[name].start + 1)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.outputs = mapped(args[0], Operand, self.nodes)
-        for leaf in pytree.tree_leaves(self.outputs):
-            if isinstance(leaf, Tensor):
-                self._end(leaf)
+        returned = mapped(args, Operand, lambda operand: Nodes(self.nodes(operand)))
+        self.outputs = mapped(returned[0], Nodes, lambda operand: operand.numbers)
+        super().output(target, returned, kwargs)
 
-    def _end(self, numbers: Tensor) -> None:
-        """Paths end in these nodes."""
-        self.sinks.append(numbers[numbers > 0])
+    def end(self, operand: Nodes) -> None:
+        self.sinks.append(operand.numbers[operand.numbers > 0])
 
-    # -- what operations call: values --------------------------------------------------------------------------------
+    # -- values ----------------------------------------------------------------------------------------------------
 
-    def inputs(self, output: Any) -> Any:
-        """New inputs in the shape of ``output`` (the fake tensors of this call), which start paths."""
-        leaves, structure = pytree.tree_flatten(output)
-        node = self.node
-
-        def one(index: int, fake: Any) -> Any:
-            if not isinstance(fake, Tensor):
-                return fake
-            read: Reader = lambda values: pytree.tree_leaves(values[node])[index]  # noqa: E731
-            return self.source(fake.shape, read, str(index) if len(leaves) > 1 else "")
-
-        return pytree.tree_unflatten([one(index, fake) for index, fake in enumerate(leaves)], structure)
+    def constant(self, tensor: Tensor) -> EdgeWeights:
+        return EdgeWeights.constant(tensor)
 
     def source(self, shape: Sequence[int], read: Reader, role: str = "") -> Nodes:
-        """New nodes that start paths, and what reads their values."""
         numbers = self.new(shape, role)
-        self.sources.append(Source(numbers.flatten(), _of_size(numbers.numel(), read)))
+        self.sources.append(Source(numbers.flatten(), _of_size(numbers.numel(), self._reader(read))))
         return Nodes(numbers)
 
-    def number(self, value: Any, name: str) -> Nodes | EdgeWeights:
-        """A Python number as a constant; what is only known with the input (the argument ``name``) is a new input."""
+    def number(self, value: Any, name: str = "") -> Nodes | EdgeWeights:
         if isinstance(value, complex):
             raise NotImplementedError("it reads a complex number, and edges have real values")
-        if plain(value) is not None:
-            return EdgeWeights.constant(torch.tensor(value, dtype=torch.float64))
-        node = Call(self.node.target, self.node.args, dict(self.node.kwargs), self.node)[name]  # type: ignore[arg-type]
-        shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
-        return replace(self.source(shape, lambda values: torch.as_tensor(values[node]), name), node=node)
-
-    def operand(self, call: Call, name: str) -> Any:
-        """An argument that is a tensor or a number."""
-        value = call[name]
-        return value if isinstance(value, Operand) else self.number(value, name)
+        found: Nodes | EdgeWeights = super().number(value, name)
+        if isinstance(found, EdgeWeights):
+            return found
+        call = Call(self.node.target, self.node.args, dict(self.node.kwargs), self.node)  # type: ignore[arg-type]
+        return replace(found, node=call[name])
 
     def nodes(self, value: Any) -> Tensor:
         """The node numbers of an operand; a weight becomes nodes of its own, fed by the constant node."""
         if isinstance(value, Nodes):
             return value.numbers
         numbers = self.new(value.shape, "weight")
-        self.add(numbers, value)
+        self._add(numbers, value)
         exists: Tensor = value.exists.any(0)
         return numbers * exists
 
-    def moved(self, call: Call, move: Callable[[Call, Callable[[Any], Any]], Any]) -> Any:
-        """Data movement, by ``move(call, convert)``: run on the places of all entries (0 for zeros), then looked up."""
-        operands: list[Nodes | EdgeWeights] = call.leaves(Operand)
-        starts = [0]
-        for operand in operands:
-            starts.append(starts[-1] + math.prod(operand.shape))
-        known = list(zip(operands, starts, strict=False))
-
-        def places(leaf: Any) -> Any:
-            if not isinstance(leaf, Operand):
-                return leaf
-            operand, start = next(pair for pair in known if pair[0] is leaf)
-            return start + all_places(operand.shape)
-
-        moved = move(call, places)
-        if any(isinstance(operand, Nodes) for operand in operands):
-            table = torch.cat([torch.zeros(1).long(), *(self.nodes(operand).flatten() for operand in operands)])
-            params = any(operand.params for operand in operands)
-            return mapped(moved, Tensor, lambda taken: Nodes(table[taken], params))
-        weights = [operand for operand in operands if isinstance(operand, EdgeWeights)]
-        flat = [weight.taken(torch.arange(1, math.prod(weight.shape) + 1)) for weight in weights]
-        return mapped(moved, Tensor, stacked(flat, -1).taken)
-
-    # -- what operations call: nodes and edges -----------------------------------------------------------------------
+    # -- nodes, gates and edges --------------------------------------------------------------------------------------
 
     def new(self, shape: Sequence[int], role: str = "") -> Tensor:
         """Numbers of new nodes. The edges into them have to come before the next nodes are made."""
         layer = Layer(self.node if self.blocks.num_nodes else None, role, torch.Size(shape))
         return self.blocks.new(math.prod(shape), layer).view(layer.shape)
 
-    def slots(self, shape: Sequence[int], read: Reader) -> Tensor:
-        """Numbers of new gates; ``read`` says how open each is, in this shape."""
+    def _reader(self, read: Reader) -> ValuesReader:
+        call = Call(self.node.target, (), {}, self.node)  # type: ignore[arg-type]
+        return lambda values: read(call.on(values))
+
+    def _slots(self, gate: Gate, edges: Sequence[int]) -> Tensor:
+        """Numbers of new gates, for edges of this shape."""
+        return self._new_slots(edges if gate.shape is None else gate.shape, self._reader(gate.read))
+
+    def _new_slots(self, shape: Sequence[int], read: ValuesReader) -> Tensor:
         count = math.prod(shape)
         self.gates.append(_of_size(count, read))
         self.num_slots += count
         return torch.arange(self.num_slots - count + 1, self.num_slots + 1).view(torch.Size(shape))
 
-    def connect(self, dst: Tensor, src: Tensor, weight: EdgeWeights | float = 1.0, slots: Tensor | None = None) -> None:
+    def _connect(
+        self, dst: Tensor, src: Tensor, weight: EdgeWeights | float = 1.0, slots: Tensor | None = None
+    ) -> None:
         """Edges between nodes, entry by entry of tensors that broadcast; there are none from or to number 0.
 
         Args:
@@ -272,57 +186,154 @@ class EdgeFlow(fx.Interpreter):
         parts = columns(weight.elements), columns(weight.slopes)
         self.blocks.connect(Edges(chosen(dst), chosen(src), chosen(weight.values), *parts, chosen(slots)))
 
-    def add(self, dst: Tensor, value: Any, factor: float = 1.0, slots: Tensor | None = None) -> None:
+    def _add(self, dst: Tensor, value: Any, factor: float = 1.0, slots: Tensor | None = None) -> None:
         """Edges into ``dst`` from an operand that is added there, times a constant."""
         if isinstance(value, Nodes):
-            self.connect(dst, value.numbers, factor, slots)
+            self._connect(dst, value.numbers, factor, slots)
         else:
-            self.connect(dst, torch.tensor(CONSTANT), value if factor == 1 else value.scaled(factor), slots)
+            self._connect(dst, torch.tensor(CONSTANT), value if factor == 1 else value.scaled(factor), slots)
 
-    def multiply(self, dst: Tensor, a: Any, place_a: Places, b: Any, place_b: Places) -> None:
-        """Edges into ``dst`` from the products of two operands, one of them an activation.
-
-        Of two activations paths go through one; the other is a gate.
-        """
-        a, b = self.factors(a, b)
-        if not isinstance(a, Nodes):
-            a, place_a, b, place_b = b, place_b, a, place_a
-        src = _placed(a.numbers, place_a)
-        if isinstance(b, EdgeWeights):
-            self.connect(dst, src, b.taken(place_b(all_places(b.shape))))
-        else:
-            self.connect(dst, src, slots=_placed(b, place_b))
-
-    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """Both factors of a product; of two activations the gate is replaced by numbers of gates."""
-        if not (a.data and b.data):
-            return a, b
-        if a.params and b.params and self.node not in self._kept:
-            raise NotImplementedError("a weight times a gate is a factor of an activation, an edge that is no number")
-        through_b = self._kept.get(self.node, 0) if a.params == b.params else b.params
-        return (self.gate(a), b) if through_b else (a, self.gate(b))
-
-    def gate(self, value: Nodes, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
-        """Paths through an activation end there: its value, changed, is a gate. The gates' numbers, in its shape."""
+    def _gate_of(self, value: Nodes, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Slots:
+        """Paths into an activation end there: its value, changed, is a gate."""
         self.cut_paths(value)
         node = value.node
         assert node is not None
-        return self.slots(value.shape, lambda values: change(torch.as_tensor(values[node])))
+        return Slots(self._new_slots(value.shape, lambda values: change(torch.as_tensor(values[node]))))
 
-    def barrier(self, call: Call) -> Any:
-        """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""
-        for operand in call.leaves(Operand):
-            self.cut_paths(operand)
-        return self.inputs(call.output)
+    def _factors(self, a: Any, b: Any) -> tuple[Nodes, Any, bool]:
+        """The factor of a product that paths go through, the other one (a weight or gates), and are they swapped?"""
+        if a.data and b.data:
+            if a.params and b.params and self.node not in self._kept:
+                raise NotImplementedError(
+                    "a weight times a gate is a factor of an activation, an edge that is no number"
+                )
+            through_second = self.through_second(a, b)
+            swapped = (b.params and not a.params) if through_second is None else through_second
+        else:
+            swapped = not isinstance(a, Nodes)
+        through, other = (b, a) if swapped else (a, b)
+        return through, self._gate_of(other) if isinstance(other, Nodes) else other, swapped
 
-    def cut_paths(self, value: Any) -> None:
-        """Paths into this operand end there."""
-        if isinstance(value, Nodes) and value.params:
-            self._end(value.numbers)
-            self.cuts.append(self.node)
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    def moved(self, call: Call, move: Callable[[Call, Callable[[Any], Any]], Any]) -> Any:
+        operands: list[Nodes | EdgeWeights] = call.leaves(Operand)
+        starts = [0]
+        for operand in operands:
+            starts.append(starts[-1] + math.prod(operand.shape))
+        known = list(zip(operands, starts, strict=False))
+
+        def places(leaf: Any) -> Any:
+            if not isinstance(leaf, Operand):
+                return leaf
+            operand, start = next(pair for pair in known if pair[0] is leaf)
+            return start + all_places(operand.shape)
+
+        moved = move(call, places)  # on the places of all entries, 0 for zeros
+        if any(isinstance(operand, Nodes) for operand in operands):
+            table = torch.cat([torch.zeros(1).long(), *(self.nodes(operand).flatten() for operand in operands)])
+            params = any(operand.params for operand in operands)
+            return mapped(moved, Tensor, lambda taken: Nodes(table[taken], params))
+        weights = [operand for operand in operands if isinstance(operand, EdgeWeights)]
+        flat = [weight.taken(torch.arange(1, math.prod(weight.shape) + 1)) for weight in weights]
+        return mapped(moved, Tensor, stacked(flat, -1).taken)
+
+    def placed(self, x: Any, place: Places) -> Any:
+        if isinstance(x, EdgeWeights):
+            return x.taken(place(all_places(x.shape)))
+        return replace(x, numbers=place(x.numbers), node=None)
+
+    def sum(self, shape: Sequence[int], terms: Sequence[tuple[Any, float]], gate: Gate | None = None) -> Any:
+        if gate is None and all(isinstance(x, EdgeWeights) for x, _ in terms):
+            return functools.reduce(EdgeWeights.plus, (x.scaled(factor) for x, factor in terms))
+        slots = None if gate is None else self._slots(gate, (len(terms), *shape))
+        dst = self.new(shape)
+        for index, (x, factor) in enumerate(terms):
+            self._add(dst, x, factor, None if slots is None else slots[index])
+        return Nodes(dst, any(x.params for x, _ in terms))
+
+    def reduced(
+        self,
+        x: Any,
+        shape: Sequence[int],
+        src: Places,
+        dst: Places | None = None,
+        weight: Tensor | float = 1.0,
+        gate: Gate | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> Nodes:
+        chosen: EdgeWeights | None = None
+        slots: Tensor | None = None
+        if isinstance(x, EdgeWeights) and gate is not None:
+            chosen = self.placed(x, src)
+            sources = self.source(gate.shape or chosen.shape, gate.read, "gate").numbers
+        else:
+            sources = src(self.nodes(x))
+            slots = None if gate is None else self._slots(gate, sources.shape)
+        made = self.new(shape)
+        others = max(0, sources.ndim - len(shape))
+        factor = torch.as_tensor(weight, dtype=torch.float64)
+        factor = factor.reshape(*factor.shape, *[1] * others) if factor.ndim else factor
+        placed = made.reshape(*made.shape, *[1] * others) if dst is None else dst(made)
+        weights = EdgeWeights.constant(factor)
+        self._connect(placed, sources, weights if chosen is None else chosen.times(weights), slots)
+        return Nodes(made, x.params)
+
+    def product(self, shape: Sequence[int], a: Any, b: Any) -> Any:
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            return a.times(b)
+        through, other, _ = self._factors(a, b)
+        dst = self.new(shape)
+        if isinstance(other, Slots):
+            self._connect(dst, through.numbers, slots=other.numbers)
+        else:
+            self._connect(dst, through.numbers, other)
+        return Nodes(dst, a.params or b.params)
+
+    def inverse(self, x: Any) -> Any:
+        return EdgeWeights.constant(1 / x.total) if isinstance(x, EdgeWeights) else self._gate_of(x, torch.reciprocal)
+
+    def bilinear(
+        self,
+        shape: Sequence[int],
+        operands: tuple[Any, Any, Any],
+        run: Callable[..., Tensor],
+        places: Callable[[], tuple[Places, Places, Places, Places, int]],
+        is_layer: bool = False,
+    ) -> Any:
+        a, b, bias = operands
+        place_dst, place_a, place_b, place_bias, summed = places()
+        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
+            product = self.placed(a, place_a).times(self.placed(b, place_b)).summed(summed)
+            return product if bias is None else product.plus(self.placed(bias, place_bias))
+        through, other, swapped = self._factors(a, b)
+        place_src, place_other = (place_b, place_a) if swapped else (place_a, place_b)
+        src, dst = _placed(through.numbers, place_src), self.new(shape)
+        if isinstance(other, Slots):
+            self._connect(place_dst(dst), src, slots=_placed(other.numbers, place_other))
+        else:
+            self._connect(place_dst(dst), src, self.placed(other, place_other))
+        if bias is not None:
+            self._add(dst, self.placed(bias, place_bias))
+        return Nodes(dst, any(part is not None and part.params for part in (a, b, bias)))
+
+    def affine(self, x: Any, scale: Terms, shift: Terms, place: Places) -> Nodes:
+        src = self.nodes(x)
+        dst = self.new(src.shape)
+        self._connect(dst, src, self.placed(self.weights(scale), place))
+        if shift:
+            self._add(dst, self.placed(self.weights(shift), place))
+        return Nodes(dst, x.params or any(weight is not None and weight.params for _, weight in (*scale, *shift)))
+
+    def weights(self, terms: Terms) -> EdgeWeights:
+        parts = []
+        for coefficient, weight in terms:
+            factor = EdgeWeights.constant(coefficient(lambda x: x.total))
+            parts.append(factor if weight is None else factor.times(weight))
+        return parts[0] if len(parts) == 1 else functools.reduce(EdgeWeights.plus, parts).merged()
 
 
-def _of_size(count: int, read: Reader) -> Reader:
+def _of_size(count: int, read: ValuesReader) -> ValuesReader:
     """The same reader, which refuses inputs whose values choose other numbers of entries than those of the trace."""
 
     def checked(values: Values) -> Tensor:

@@ -11,18 +11,17 @@ Masses leave the floating-point range in deep networks, so each tensor carries a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from dagpath.capture.graph import CapturedGraph
 from dagpath.fetched import Fetched, device_of
-from dagpath.flow.constants import Constants, NotConstantError
-from dagpath.flow.values import LARGEST_STEP, NOTHING, Call, Later, Mass, is_fetched, leaves, mapped, plain
+from dagpath.flow.paths import Gate, PathFlow, PathRule, Places, Reader, Terms
+from dagpath.flow.values import LARGEST_STEP, NOTHING, Call, Later, Mass, compact, is_fetched, leaves, mapped
 from dagpath.state import uncollected
 
 _HEADROOM = {torch.float64: 128, torch.float32: 16}
@@ -35,85 +34,30 @@ _FAST_LAYOUT = {(torch.float64, 4): torch.channels_last, (torch.float64, 5): tor
 
 _AGAIN: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": False}
 
-Coefficient = Callable[[Callable[[Mass], Tensor]], Tensor]
-"""Computes a tensor from constants, given what reads the true values of a mass that depends on no input."""
 
+class MassFlow(PathFlow):
+    """A pass over masses.
 
-class MassRule(Protocol):
-    """What an operation knows of masses."""
-
-    def keeps_weights(self, call: Call) -> bool: ...
-
-    def mass(self, flow: MassFlow, call: Call) -> Any: ...
-
-
-class MassFlow(fx.Interpreter):
-    """Runs a captured graph on masses. Path quantities make it; rules get it.
-
-    Example:
-        >>> import torch, dagpath
-        >>> from dagpath.ops import Operation
-        >>> @torch.library.custom_op("dagpath_example::average", mutates_args=())
-        ... def average(x: torch.Tensor) -> torch.Tensor:
-        ...     return x.mean(1, keepdim=True)
-        >>> _ = average.register_fake(lambda x: x.new_empty(x.shape[0], 1))
-        >>> class Average(Operation):  # a sum of edges of weight 1/k
-        ...     def neurons(self, flow, call):
-        ...         return flow.mix(flow.activation(call["x"]), [1], "a mean of channels")
-        ...     def mass(self, flow, call):
-        ...         x = call["x"]
-        ...         return flow.scaled(x, x.values.sum(1, keepdim=True), flow.number(1 / x.values.shape[1]))
-        >>> dagpath.register_op(average, Average())
-        >>> class Net(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.a = torch.nn.Linear(1, 4, bias=False)
-        ...     def forward(self, x):
-        ...         return average(self.a(x))
-        >>> net = Net()
-        >>> _ = net.a.weight.data.fill_(3.0)
-        >>> traced = dagpath.trace(net, torch.zeros(1, 1))
-        >>> dagpath.path_norm(traced), dagpath.path_norm(traced, p=2)  # four paths of value 3/4
-        (3.0, 1.5)
+    Args:
+        graph, parameters, rule, cut, kept: see :class:`~dagpath.flow.paths.PathFlow`.
+        dtype: float64, or float32 for speed.
 
     Attributes:
         records: do passes record what a backward pass needs?
         outputs: the masses at the model's outputs, once the graph was run.
         sinks: the masses at all ends of paths: those, and what enters operations that cut paths.
         layers: the calls that are parametrized linear layers.
-
-    Args:
-        graph: the eval graph of a model.
-        parameters: the parameters' values by name.
-        rule: finds the rule of a call's target.
-        cut: calls through which no path goes, because their rule did not fit them.
-        kept: which factor paths go through, for calls that multiply two activations.
-        dtype: float64, or float32 for speed.
     """
 
-    def __init__(
-        self,
-        graph: CapturedGraph,
-        parameters: Mapping[str, Tensor],
-        rule: Callable[[Any], MassRule],
-        cut: Container[fx.Node] = (),
-        kept: Mapping[fx.Node, int] | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__(graph.module)
-        self.graph_inputs = graph
+    def __init__(self, *graph: Any, dtype: torch.dtype = torch.float64, **options: Any) -> None:
+        super().__init__(*graph, **options)
         self.dtype = dtype
-        self.parameters = parameters
-        self._rule = rule
-        self._cut = cut
-        self._kept = kept or {}
         self.records = False
         self.resumptions = 0  # of backward passes, inside of calls
-        self.real_node = Constants(graph, parameters)
         self.layers: set[fx.Node] = set()
         self.sinks: list[Mass] = []
         self.outputs: list[Mass] = []
-        self.device = device_of(parameters)
+        self.device = device_of(self.parameters)
 
     # -- what the mass of an edge is: for subclasses -----------------------------------------------------------------
 
@@ -125,7 +69,7 @@ class MassFlow(fx.Interpreter):
         """The masses of edges of constant weights."""
         raise NotImplementedError
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+    def edge(self, parts: Terms) -> Mass:
         """The masses of edges of weight ``Σ coefficient · parameter``; one part may have no parameter."""
         raise NotImplementedError
 
@@ -147,9 +91,8 @@ class MassFlow(fx.Interpreter):
     # -- running a graph -------------------------------------------------------------------------------------------
 
     def run_graph(self) -> None:
-        """Run the whole graph."""
         with uncollected(), torch.set_grad_enabled(self.records):
-            self.run(enable_io_processing=False)
+            super().run_graph()
         self.env.clear()  # what nothing reads refers to this flow
 
     def total(self) -> Mass:
@@ -162,42 +105,28 @@ class MassFlow(fx.Interpreter):
             sums = [self.at(sink, exponent).sum() for sink in self.sinks]
             return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.node = n
-        args, kwargs = self.fetch_args_kwargs_from_env(n) if n.all_input_nodes else (n.args, n.kwargs)
-        result = getattr(self, n.op)(n.target, args, kwargs)
-        if isinstance(result, Mass) and result.node:
-            return result
-        return mapped(result, Mass, lambda mass: mass if mass.node else replace(mass, node=n))
+    def parameter_at(self, node: fx.Node) -> Mass:
+        return Later(self._parameter, True, node)
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = self.graph_inputs.parameters.get(str(target))
-        if name is not None and self.node.meta["val"].is_floating_point():
-            return Later(self._parameter_at, True, self.node)
-        if name is not None or str(target) in self.graph_inputs.tensors:
-            return Later(self.evaluated, False, self.node)
-        return self.inputs(self.node.meta.get("val"))
-
-    def _parameter_at(self, node: fx.Node) -> Mass:
+    def _parameter(self, node: fx.Node) -> Mass:
         with torch.set_grad_enabled(self.records):  # whatever the rule that reads it first is in
             return self.parameter(self.graph_inputs.parameters[str(node.target)])
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        call = Call(target, args, dict(kwargs), self.node)
-        masses = call.leaves(Mass)
-        rule = self._rule(target)
-        if any(mass.data for mass in masses) or (any(mass.params for mass in masses) and rule.keeps_weights(call)):
-            return self.barrier(call) if self.node in self._cut else self._answer(rule, call)
-        try:
-            return self.evaluated(self.node)
-        except NotConstantError:
-            return self.inputs(call.output)
+    def constant_at(self, node: fx.Node) -> Mass:
+        return Later(self.evaluated, False, node)
 
-    def _answer(self, rule: MassRule, call: Call) -> Any:
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self.outputs = leaves(args, Mass)
+        super().output(target, args, kwargs)
+
+    def end(self, operand: Mass) -> None:
+        self.sinks.append(operand)
+
+    def answer(self, rule: PathRule, call: Call) -> Any:
         """What the rule says. Parameters that are fetched for this call alone are let go, and fetched again later."""
         passing = [mass for mass in call.leaves(Mass) if not is_fetched(mass)]
         if not (self.records and isinstance(self.parameters, Fetched)) or len(passing) == len(call.leaves(Mass)):
-            return rule.mass(self, call)
+            return super().answer(rule, call)
         sinks, resumptions, found = len(self.sinks), self.resumptions, list[Any]()
 
         def compute(anchor: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -205,12 +134,12 @@ class MassFlow(fx.Interpreter):
 
             def anew(mass: Mass) -> Mass:
                 assert mass.node is not None
-                return Later(self._parameter_at, True, mass.node) if is_fetched(mass) else mass.on(next(given))
+                return Later(self._parameter, True, mass.node) if is_fetched(mass) else mass.on(next(given))
 
             outer, self.node = self.node, call.node  # a backward pass is elsewhere in the graph
             args, kwargs = mapped((call.args, call.kwargs), Mass, anew)
             before = len(self.sinks)
-            result = rule.mass(self, Call(call.target, args, kwargs, call.node))
+            result = super(MassFlow, self).answer(rule, Call(call.target, args, kwargs, call.node))
             self.node = outer
             if found:  # paths end there already
                 del self.sinks[before:]
@@ -224,46 +153,20 @@ class MassFlow(fx.Interpreter):
         first, known = found[0], {id(mass.values) for mass in passing}
         if self.resumptions > resumptions or any(id(sink.values) not in known for sink in self.sinks[sinks:]):
             del self.sinks[sinks:]
-            return rule.mass(self, call)
+            return super().answer(rule, call)
         return mapped(first, Mass, lambda mass: mass.on(next(values)))
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.evaluated(self.node)
-
-    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.outputs = leaves(args, Mass)
-        self.sinks += self.outputs
-
-    def evaluated(self, node: fx.Node) -> Any:
-        """The masses of a node that depends on no input: constant edges.
-
-        Raises:
-            NotConstantError: it has no fixed value.
-        """
-        return mapped(self.real_node(node), Tensor, self.constant)
-
-    def inputs(self, output: Any) -> Any:
-        """Inputs of the network in the shape of ``output`` (the fake tensors of a node): masses of one."""
-
-        def one(fake: Tensor) -> Mass:
-            layout = _FAST_LAYOUT.get((self.dtype, fake.ndim), torch.contiguous_format)
-            ones = torch.ones(fake.shape, dtype=self.dtype, device=self.device)
-            return Mass(ones.contiguous(memory_format=layout), data=True)
-
-        return mapped(output, Tensor, one)
-
-    # -- what operations call --------------------------------------------------------------------------------------
+    # -- values ----------------------------------------------------------------------------------------------------
 
     def constant(self, tensor: Tensor) -> Mass:
-        """A tensor that depends on no input: its entries are edges of fixed weight; infinite ones are none."""
         tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
         tensor = tensor.abs() if tensor.is_complex() else tensor
         return self.fixed(tensor if math.isfinite(tensor.sum()) else tensor.masked_fill(tensor.isinf(), 0))
 
-    def number(self, value: Any) -> Mass:
-        """A Python number as a constant; one that depends on the input counts as a new input, of mass one."""
-        known = plain(value)
-        return self.constant(torch.tensor(1.0 if known is None else known, dtype=torch.float64))
+    def source(self, shape: Sequence[int], read: Reader | None = None, role: str = "") -> Mass:
+        layout = _FAST_LAYOUT.get((self.dtype, len(shape)), torch.contiguous_format)
+        ones = torch.ones(torch.Size(shape), dtype=self.dtype, device=self.device)
+        return Mass(ones.contiguous(memory_format=layout), data=True)
 
     def real(self, mass: Mass) -> Tensor:
         """The true values, in float64, of something that does not depend on the network's input."""
@@ -271,66 +174,143 @@ class MassFlow(fx.Interpreter):
         value: Tensor = self.real_node(mass.node)
         return value.to(self.device, torch.float64).detach()
 
-    def result(self, parents: list[Mass], values: Tensor, exponent: int, layer: bool = False) -> Mass:
+    def result(
+        self, parents: Sequence[Mass], values: Tensor, exponent: int, gate: Gate | None = None, layer: bool = False
+    ) -> Mass:
         """A computed mass; its values are brought back near one where they drift away.
 
         Args:
             parents: what it was computed from.
             values: its values.
             exponent: the power of two beside them.
+            gate: what the input decides of it.
             layer: did the paths cross a parametrized linear layer?
-
-        Returns:
-            A :class:`Mass`.
         """
         if layer:
             self.layers.add(self.node)
             values = self.layer(values)
         values, shift = self.settled(values)
-        data, params = any(parent.data for parent in parents), any(parent.params for parent in parents)
+        data = gate is not None or any(parent.data for parent in parents)
+        params = any(parent.params for parent in parents)
         return Mass(values, exponent + (shift or 0), shift is None, data, params, self.node)
 
-    def scaled(self, mass: Mass, values: Tensor, weight: Mass | None) -> Mass:
-        """``values``, computed from ``mass`` at its exponent, times the mass of a constant weight."""
-        if weight is None:
-            return self.result([mass], values, mass.exponent)
-        return self.result([mass], values * weight.values, mass.exponent + weight.exponent)
+    def _weighted(self, mass: Mass, weight: Tensor | float) -> Mass:
+        """A mass times that of a constant weight."""
+        if not isinstance(weight, Tensor) and abs(weight) == 1:
+            return mass
+        factor = self.constant(torch.as_tensor(weight, dtype=torch.float64))
+        return replace(mass, values=mass.values * factor.values, exponent=mass.exponent + factor.exponent, node=None)
 
-    def inverse(self, mass: Mass) -> Mass:
-        """The masses of edges that divide by a constant weight, or by a parameter, which is a constant there."""
-        return Mass(1 / mass.values.detach(), -mass.exponent)
+    # -- verbs -----------------------------------------------------------------------------------------------------
 
-    def linear(self, call: Call) -> Any:
-        """Run an operation that is linear in all its operands together, on masses brought to one exponent."""
+    def moved(self, call: Call, move: Callable[[Call, Callable[[Any], Any]], Any]) -> Any:
         parents = call.leaves(Mass)
         exponent = self.common(parents)
+        moved = move(call, lambda leaf: self.at(leaf, exponent) if isinstance(leaf, Mass) else leaf)
+        return mapped(moved, Tensor, lambda values: self.result(parents, values, exponent))
 
-        def convert(leaf: Any) -> Any:
-            return self.at(leaf, exponent) if isinstance(leaf, Mass) else leaf
+    def placed(self, x: Mass, place: Places) -> Mass:
+        return self.result([x], place(x.values), x.exponent)
 
-        return mapped(call.run(convert), Tensor, lambda values: self.result(parents, values, exponent))
+    def sum(self, shape: Sequence[int], terms: Sequence[tuple[Mass, float]], gate: Gate | None = None) -> Mass:
+        masses = [self._weighted(x, factor) for x, factor in terms]
+        if len(masses) == 1 and gate is None and masses[0].shape == shape:
+            return masses[0]
+        exponent = self.common(masses)
+        whole = self.at(masses[0], exponent)
+        for mass in masses[1:]:
+            whole = whole + self.at(mass, exponent)
+        return self.result(masses, whole.expand(torch.Size(shape)), exponent, gate)
 
-    def barrier(self, call: Call) -> Any:
-        """Cut all paths: what enters the operation counts as an output, what leaves it as a new input."""
-        for mass in call.leaves(Mass):
-            self.barrier_input(mass)
-        return self.inputs(call.output)
+    def reduced(
+        self,
+        x: Mass,
+        shape: Sequence[int],
+        src: Places,
+        dst: Places | None = None,
+        weight: Tensor | float = 1.0,
+        gate: Gate | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> Mass:
+        if total is None:
+            assert dst is None, "sums into places need a way to them"
+            seen = compact(src(x.values), range(len(shape)))
+            values = seen.sum(tuple(range(len(shape), seen.ndim))) if seen.ndim > len(shape) else seen
+        else:
+            values = total(x.values)
+        sums = self._weighted(Mass(values.expand(torch.Size(shape)), x.exponent), weight)
+        return self.result([x], sums.values, sums.exponent, gate, layer=gate is not None and x.params and not x.data)
 
-    def barrier_input(self, mass: Mass) -> Mass:
+    def product(self, shape: Sequence[int], a: Mass, b: Mass) -> Mass:
+        a, b = self._factors(a, b)
+        return self.result([a, b], a.values * b.values, a.exponent + b.exponent)
+
+    def inverse(self, x: Mass) -> Mass:
+        if x.data:
+            x = self._ended(x)
+        return Mass(1 / x.values.detach(), -x.exponent)
+
+    def bilinear(
+        self,
+        shape: Sequence[int],
+        operands: tuple[Mass, Mass, Mass | None],
+        run: Callable[..., Tensor],
+        places: Callable[[], tuple[Places, Places, Places, Places, int]],
+        is_layer: bool = False,
+    ) -> Mass:
+        a, b, bias = operands
+        watch = self.factors_of(b, a) if is_layer else None
+        through_a, through_b = self._factors(a, b)
+        values_b = through_b.values if watch is None else through_b.values.detach()
+        product = exponent = through_a.exponent + through_b.exponent
+        if bias is not None and not bias.zero:
+            exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
+        added = self.at(bias, exponent) if bias is not None else None
+        if added is None or not self.is_far(product - exponent):
+            values = run(self.at(through_a, exponent - through_b.exponent), values_b, added)
+        else:
+            alone = Mass(run(through_a.values, values_b, torch.zeros_like(added)), product)
+            values = self.at(alone, exponent) + run(torch.zeros_like(through_a.values), values_b, added)
+        layer = any(part.params and not part.data for part in (a, b)) and (a.data or b.data)
+        result = self.result([part for part in (through_a, through_b, bias) if part], values, exponent, layer=layer)
+        if watch is not None:
+            watch(result)
+        return result
+
+    def affine(self, x: Mass, scale: Terms, shift: Terms, place: Places) -> Mass:
+        slope = self.edge(scale)
+        constant = self.edge(shift) if shift else self.constant(torch.zeros((), dtype=torch.float64))
+        through = Mass(x.values, x.exponent + slope.exponent, x.zero or slope.zero)
+        exponent = self.common([through, constant])
+        factor, added = (place(part.values) for part in (slope, constant))
+        added = self.at(replace(constant, values=added), exponent)
+        if self.is_far(through.exponent - exponent):
+            product = self.at(replace(through, values=x.values * factor), exponent).clone()
+        else:
+            product = x.values * self.shifted(factor, through.exponent - exponent)
+        used = [x, *(weight for _, weight in (*scale, *shift) if weight is not None)]
+        return self.result(used, product.add_(added), exponent)  # addcmul is slow where it broadcasts
+
+    def weights(self, terms: Terms) -> Mass:
+        edges = self.edge(terms)
+        return self.result([weight for _, weight in terms if weight is not None], edges.values, edges.exponent)
+
+    def _ended(self, mass: Mass) -> Mass:
         """Cut the paths into one tensor; returns the new inputs that replace it."""
-        if mass.data and mass.params:
-            self.sinks.append(mass)
+        self.cut_paths(mass)
         return Mass(torch.ones_like(mass.values), data=True)
 
-    def factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
+    def _factors(self, a: Mass, b: Mass) -> tuple[Mass, Mass]:
         """Both factors of a product; of two activations one is a gate, of mass one, where paths end.
 
         A weight times a gate is still a weight: its edges continue the paths of the other factor.
         """
-        if self.node not in self._kept or not (a.data and b.data):
+        through_second = self.through_second(a, b)
+        if through_second is None:
             return a, b
-        through_b = self._kept[self.node] if a.params == b.params else b.params
-        return (self.barrier_input(a), b) if through_b else (a, self.barrier_input(b))
+        return (self._ended(a), b) if through_second else (a, self._ended(b))
+
+    # -- powers of two ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def exponent_of(values: Tensor) -> int:

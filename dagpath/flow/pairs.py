@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from dagpath.capture.graph import CapturedGraph
 from dagpath.flow.constants import Constants
-from dagpath.flow.masses import Coefficient, MassFlow
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.paths import Terms
 from dagpath.flow.values import NOTHING, Mass, dense
 
 _EVEN = {torch.float64: 150, torch.float32: 16}
@@ -107,13 +108,13 @@ class PairFlow(MassFlow):
         values = (constants(find(mass.node)) for find, constants, _ in self._readers)
         return self._pair(*(self.scaled_of(1 / value.detach().to(torch.float64)) for value in values))
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+    def edge(self, parts: Terms) -> Mass:
         first, second = (self.scaled_of(self._value(parts, *reader)) for reader in self._readers)
         return self._pair(first, second)
 
     def _value(
         self,
-        parts: Sequence[tuple[Coefficient, Mass | None]],
+        parts: Terms,
         find: Callable[[fx.Node], fx.Node],
         constants: Constants,
         weights: Constants,

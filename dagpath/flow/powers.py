@@ -6,14 +6,15 @@ import functools
 import math
 import numbers
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.masses import Coefficient, MassFlow
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.paths import Terms
 from dagpath.flow.scratch import Scratch
 from dagpath.flow.values import NOTHING, Mass, Watched, is_fetched, ldexp_, uses
 
@@ -263,7 +264,7 @@ class PowerFlow(MassFlow):
             return torch.abs(weights) if wide is weights else wide.abs_()
         return torch.abs(weights, out=lent) if weights.dtype == self.dtype else lent.copy_(weights).abs_()
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+    def edge(self, parts: Terms) -> Mass:
         """``|Σ coefficient · parameter|^q``; its derivative by ``|parameter|^q`` is ``|coefficient|^q``."""
         known = [(coefficient(self.real), weight) for coefficient, weight in parts]
         self.mixed = self.mixed or (len(known) > 1 and all(bool(factor.any()) for factor, _ in known))

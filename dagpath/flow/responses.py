@@ -185,7 +185,7 @@ class Responses:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
         call = Call(node.target, args, dict(kwargs), node)  # type: ignore[arg-type]
-        result = flow.barrier(call) if node in self._cut else self._rule(node.target).mass(flow, call)
+        result = flow.barrier(call) if node in self._cut else self._rule(node.target).paths(flow, call)
         found = leaves(result, object)
         return [leaf if isinstance(leaf, Mass) else None for leaf in found], flow.sinks
 

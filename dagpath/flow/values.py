@@ -71,10 +71,17 @@ class Operand:
     Attributes:
         data: does it depend on the input of the network or on a barrier (then it is an activation)?
         params: does it depend on a parameter?
+        node: the node of the graph that made it.
     """
 
     data: bool
     params: bool
+    node: fx.Node | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,10 @@ class Mass(Operand):
     def on(self, values: Tensor) -> Mass:
         """The same mass with its values in other memory."""
         return Mass(values, self.exponent, self.zero, self.data, self.params, self.node)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
     @property
     def magnitude(self) -> int:
@@ -158,6 +169,12 @@ class Later(Mass):
         return held
 
     @property
+    def shape(self) -> torch.Size:
+        assert self.node is not None
+        shape: torch.Size = self.node.meta["val"].shape
+        return shape
+
+    @property
     def values(self) -> Tensor:
         return self.made.values
 
@@ -192,6 +209,7 @@ class Call:
         args: its arguments by position; tensors are neuron numbers, masses or weights, as the pass has them.
         kwargs: those by name.
         node: the node of the captured graph.
+        result: what the operation returned, in a call on real values.
 
     Raises:
         KeyError: (``call[name]``) the schema has no such argument.
@@ -221,6 +239,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     node: fx.Node
+    result: Any = None
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -244,9 +263,9 @@ class Call:
         return self.arguments.get(name, default)
 
     def on(self, values: Mapping[fx.Node, Any]) -> Call:
-        """The same call, on the values of its arguments' nodes."""
+        """The same call on real values, given by node."""
         args, kwargs = fx.node.map_arg((self.node.args, dict(self.node.kwargs)), values.__getitem__)
-        return Call(self.target, args, kwargs, self.node)
+        return Call(self.target, args, kwargs, self.node, values[self.node])
 
     @property
     def output(self) -> Any:
@@ -272,16 +291,24 @@ class Call:
         return leaves((self.args, self.kwargs), kind)
 
     def apart(self) -> Call:
-        """The same call with a copy of every mass: one that is given twice can be told apart."""
-        args, kwargs = mapped((self.args, self.kwargs), Mass, copy.copy)
+        """The same call with a copy of every operand: one that is given twice can be told apart."""
+        return self.converted(lambda leaf: copy.copy(leaf) if isinstance(leaf, Operand) else leaf)
+
+    def as_function_of(self, *operands: Operand | None) -> Callable[..., Any]:
+        """The operation as a function of tensors in the places of these operands, each given once."""
+
+        def function(*tensors: Tensor | None) -> Any:
+            given = {id(operand): tensor for operand, tensor in zip(operands, tensors, strict=True)}
+            return self.run(lambda leaf: given.get(id(leaf), leaf))
+
+        return function
+
+    def converted(self, convert: Callable[[Any], Any]) -> Call:
+        """The same call of what ``convert`` makes of each argument, of those inside lists one by one."""
+        args, kwargs = mapped((self.args, self.kwargs), object, convert)
         return Call(self.target, args, kwargs, self.node)
 
-    def with_(self, operand: Operand, other: Operand) -> Call:
-        """The same call with another operand in the place of one."""
-        args, kwargs = mapped((self.args, self.kwargs), Operand, lambda leaf: other if leaf is operand else leaf)
-        return Call(self.target, args, kwargs, self.node)
-
-    def run(self, convert: Callable[[Any], Any]) -> Any:
+    def run(self, convert: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
         """Execute the operation itself on converted arguments.
 
         Args:
@@ -290,8 +317,8 @@ class Call:
         Returns:
             What the operation returns.
         """
-        args, kwargs = mapped((self.args, self.kwargs), object, convert)
-        return _ANY_STRIDES.get(self.target, self.target)(*args, **kwargs)
+        call = self.converted(convert)
+        return _ANY_STRIDES.get(self.target, self.target)(*call.args, **call.kwargs)
 
 
 @functools.cache

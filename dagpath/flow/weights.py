@@ -132,7 +132,7 @@ class WeightMasses:
 
         flow.node = node
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), given)
-        return self._rule(node.target).mass(flow, Call(node.target, args, kwargs, node))  # type: ignore[arg-type]
+        return self._rule(node.target).paths(flow, Call(node.target, args, kwargs, node))  # type: ignore[arg-type]
 
 
 def _zero(mass: Mass) -> Mass:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from dagpath.flow.masses import Coefficient, MassFlow
+from dagpath.flow.masses import MassFlow
+from dagpath.flow.paths import Terms
 from dagpath.flow.powers import checked_power
 from dagpath.flow.values import Mass, broadcast
 from dagpath.lifting.lengths import LengthFlow
@@ -44,7 +45,7 @@ class CountFlow(MassFlow):
         edges = weights != 0
         return Mass(edges.to(self.device, self.dtype), zero=not bool(edges.any()))
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+    def edge(self, parts: Terms) -> Mass:
         edges = [self.fixed(coefficient(self.real)).values for coefficient, _ in parts]
         weight = parts[0][1]
         if len(parts) == 1 and weight is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.masses import Coefficient
+from dagpath.flow.paths import Terms
 from dagpath.flow.powers import PowerFlow
 from dagpath.flow.values import NOTHING, Mass, ldexp_
 from dagpath.lifting.gram import collected_gradients
@@ -30,7 +30,7 @@ class MomentFlow(PowerFlow):
         exponent = top if top != NOTHING and abs(top) > 300 else 0
         return self._watched(name, Mass(ldexp_(moments, -exponent), exponent, zero=top == NOTHING))
 
-    def edge(self, parts: Sequence[tuple[Coefficient, Mass | None]]) -> Mass:
+    def edge(self, parts: Terms) -> Mass:
         """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
         one = self.number(1.0)
         terms = [(self.fixed(coefficient(self.real)), weight or one) for coefficient, weight in parts]

@@ -3,9 +3,9 @@
 What a rule of one's own needs stands here too: the base class, and the types of what it is given.
 """
 
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight
+from dagpath.flow.paths import Gate, PathFlow
+from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight
 from dagpath.ops import (  # noqa: F401 (which registers their operations)
     attention,
     compound,
@@ -24,10 +24,11 @@ __all__ = [
     "FIXED",
     "ZERO",
     "Call",
-    "Mass",
-    "MassFlow",
+    "Gate",
     "NeuronFlow",
+    "Operand",
     "Operation",
+    "PathFlow",
     "Weight",
     "register_op",
     "registered",

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow, Values, all_places
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight
+from dagpath.flow.paths import Gate, PathFlow
+from dagpath.flow.values import FIXED, Call, Weight
 from dagpath.ops.base import Operation, register
 
 
@@ -27,27 +25,15 @@ class Embedding(Operation):
         flow.use(weight, dst.view(1, -1), torch.tensor(FIXED))
         return dst.expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        weight, indices = call["weight"], call["indices"]
-        values = weight.values.sum(0).expand(call.output.shape)
-        return flow.result([weight, indices], values, weight.exponent, layer=weight.params)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        weight, indices, shape = call["weight"], call["indices"], call.output.shape
+        rows = weight.shape[0]
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        weight, indices = call["weight"], call["indices"]
-        rows, node = weight.shape[0], indices.node
+        def is_read(real: Call) -> Tensor:
+            return torch.nn.functional.one_hot(real["indices"].long(), rows)[..., None, :]
 
-        def one_hot(values: Values) -> Tensor:
-            return torch.nn.functional.one_hot(values[node].long(), rows)
-
-        shape = (*indices.shape, rows)
-        if isinstance(weight, EdgeWeights):
-            src = flow.source(shape, one_hot, "row").numbers
-            dst = flow.new(call.output.shape)
-            flow.connect(dst[..., None], src[..., None, :], weight.taken(all_places(weight.shape).t()))
-        else:
-            dst = flow.new(call.output.shape)
-            flow.connect(dst[..., None], weight.numbers.t(), slots=flow.slots(shape, one_hot)[..., None, :])
-        return Nodes(dst, weight.params)
+        gate = Gate(is_read, (*indices.shape, 1, rows))
+        return flow.reduced(weight, shape, torch.t, gate=gate, total=lambda table: table.sum(0).expand(shape))
 
 
 class Attention(Operation):
@@ -65,27 +51,22 @@ class Attention(Operation):
         mixed = mixed.repeat_interleave(repeats, -3) if repeats > 1 else mixed
         return mixed.expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         for name in ("query", "key", "attn_mask"):
-            if isinstance(call.get(name), Mass):
-                flow.barrier_input(call[name])
-        value = call["value"]
-        total = value.values.sum(-2, keepdim=True)
-        repeats = call.output.shape[-3] // total.shape[-3] if total.ndim > 2 and call.get("enable_gqa") else 1
-        total = total.repeat_interleave(repeats, -3) if repeats > 1 else total
-        return flow.result([value], total.expand(call.output.shape), value.exponent)
+            flow.cut_paths(call.get(name))
+        value, shape = call["value"], call.output.shape
+        repeats = shape[-3] // value.shape[-3] if call.get("enable_gqa") and len(shape) > 2 else 1
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        for name in ("query", "key", "attn_mask"):
-            if isinstance(call.get(name), Operand):
-                flow.cut_paths(call[name])
-        x, shape = flow.nodes(call["value"]), call.output.shape
-        if call.get("enable_gqa"):
-            x = x.repeat_interleave(shape[-3] // x.shape[-3], -3)
-        slots = flow.slots((*shape[:-1], x.shape[-2]), lambda values: self._attention(call.on(values)))
-        dst = flow.new(shape)
-        flow.connect(dst[..., None], x.mT[..., None, :, :], slots=slots[..., None, :])
-        return Nodes(dst, call["value"].params)
+        def repeated(x: Tensor) -> Tensor:
+            return x.repeat_interleave(repeats, -3) if repeats > 1 else x
+
+        return flow.reduced(
+            value,
+            shape,
+            lambda x: repeated(x).mT[..., None, :, :],
+            gate=Gate(lambda real: self._attention(real)[..., None, :], (*shape[:-1], 1, value.shape[-2])),
+            total=lambda x: repeated(x.sum(-2, keepdim=True)),
+        )
 
     @staticmethod
     def _attention(real: Call) -> Tensor:

@@ -1,10 +1,9 @@
 """What an operation is to dagpath: its facts stand together in one small class.
 
 Each ATen operation says how **neurons** flow through it (which neuron stands in each entry of its output, which ones
-must share a scale), how **mass** flows through it (sums over paths), and which **edges** it makes between scalar
-activations. A pass over the graph (:mod:`dagpath.flow.neurons`, :mod:`dagpath.flow.masses`,
-:mod:`dagpath.flow.edges`) hands each operation a :class:`~dagpath.flow.values.Call` and itself; the operation answers
-with the value of its output.
+must share a scale) and how **paths** go through it. A pass over the graph (:mod:`dagpath.flow.neurons`,
+:mod:`dagpath.flow.masses`, :mod:`dagpath.flow.edges`) hands each operation a :class:`~dagpath.flow.values.Call` and
+itself; the operation answers with the value of its output.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.paths import PathFlow
 from dagpath.flow.values import FIXED, Call, Operand, Weight, compact
 
 
 class Operation:
-    """How one kind of operation treats neurons and masses; :func:`dagpath.register_op` takes an instance.
+    """How one kind of operation treats neurons and paths; :func:`dagpath.register_op` takes an instance.
 
     Instances are stateless and shared. The method ``neurons`` may raise: what that call touches is fixed then, and no
     path crosses it.
@@ -40,9 +38,8 @@ class Operation:
         ...         neurons = flow.fresh(len(sources), call["weight"])
         ...         flow.use(call["weight"], dst=neurons, src=sources)
         ...         return neurons.expand(call.output.shape)
-        ...     def mass(self, flow, call):
-        ...         x, weight = call["x"], call["weight"]
-        ...         return flow.result([x, weight], x.values * weight.values, x.exponent + weight.exponent)
+        ...     def paths(self, flow, call):
+        ...         return flow.product(call.output.shape, call["x"], call["weight"])
         >>> dagpath.register_op(gain, Gain())
         >>> class Net(torch.nn.Module):
         ...     def __init__(self):
@@ -64,10 +61,10 @@ class Operation:
     """Does a parameter stay one (each entry of the output an element, perhaps times a constant)?"""
 
     def keeps_weights(self, call: Call) -> bool:
-        """Of parameters alone, is the output a weight whose masses follow from theirs? Else it is a constant.
+        """Of parameters alone, is the output a weight that paths cross? Else it is a constant.
 
         Args:
-            call: the call, with a :class:`Mass` for each tensor.
+            call: the call, with an :class:`Operand` for each tensor.
         """
         return self.moves_weights
 
@@ -83,40 +80,33 @@ class Operation:
         """
         raise NotImplementedError
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        """The masses of the output, from the masses of the inputs.
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        """How paths go through: what is moved, summed, multiplied or cut, in the verbs of the flow.
 
         Args:
-            flow: makes results, and brings masses to one exponent.
-            call: the call, with a :class:`Mass` for each tensor.
+            flow: has the verbs, see :class:`PathFlow`.
+            call: the call, with an :class:`Operand` for each tensor.
 
         Returns:
-            A :class:`Mass` for each tensor of ``call.output``.
+            An :class:`Operand` for each tensor of ``call.output``; None for one that no path goes into.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"the rule {type(self).__name__} has no method 'paths'")
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        """The nodes of the output, after making their edges; only :meth:`dagpath.TracedModel.unroll` asks for them.
 
-        Args:
-            flow: makes nodes and edges.
-            call: the call, with the nodes of its inputs.
-
-        Raises:
-            NotImplementedError: the rule does not say.
-        """
-        raise NotImplementedError(f"the rule {type(self).__name__} has no method 'edges'")
+def first_of(result: Any, output: Any) -> Any:
+    """A result as the first of what an operation returns, the others being tensors that no path goes into."""
+    return result if isinstance(output, Tensor) else (result, *[None] * (len(output) - 1))
 
 
 def all_parameters(*operands: Any) -> bool:
-    """Are all operands of a call masses of parameters, none of which depends on the input?"""
+    """Are all operands of a call parameters, or computed from parameters alone?"""
     return all(isinstance(operand, Operand) and operand.params and not operand.data for operand in operands)
 
 
 class Unknown(Operation):
     """An operation without a rule, or one that is not positively homogeneous: what it touches is fixed.
 
-    For path masses it is a barrier: what enters counts as an output, what leaves as a new input.
+    To paths it is a barrier: what enters counts as an output, what leaves as a new input.
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -133,10 +123,7 @@ class Unknown(Operation):
             flow.fix(numbers, self.reason)
         return flow.constant(call.output)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.barrier(call)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         return flow.barrier(call)
 
 

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Operand, Weight, compact, is_scaleless, plain
+from dagpath.flow.paths import Gate, PathFlow
+from dagpath.flow.values import FIXED, ZERO, Call, Operand, Weight, compact, is_scaleless, plain
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 
 _CONSTANT = "a constant is added to it"
@@ -32,40 +30,39 @@ class Homogeneous(Operation):
                 flow.pin(slope)
         return flow.activation(value)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.leaves(Mass)[0] if self.applies(call) else flow.barrier(call)
+    def slope(self, call: Call) -> float | None:
+        """The slope of the function; None if it is another one on both sides of zero, or depends on other tensors."""
+        return None
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         if not self.applies(call):
             return flow.barrier(call)
-        x = flow.nodes(call.args[0])
-        positive, negative = self._slopes(call)
-        dst = flow.new(x.shape)
-        if positive is not None and positive == negative:
-            flow.connect(dst, x, positive)
-        else:
-            flow.connect(dst, x, slots=flow.slots(x.shape, lambda values: self._gate(call.on(values))))
-        return Nodes(dst, call.args[0].params)
-
-    @staticmethod
-    def _slopes(call: Call) -> tuple[float | None, float | None]:
-        """The slopes on both sides of zero; None where they depend on other tensors."""
-        if len(call.leaves(Operand)) > 1:
-            return None, None
-
-        def slope(sign: int) -> float:
-            unit = torch.tensor(sign, dtype=torch.float64)
-            return sign * float(call.run(lambda leaf: unit if isinstance(leaf, Operand) else leaf))
-
-        return slope(1), slope(-1)
+        x, slope = call.leaves(Operand)[0], self.slope(call)
+        if slope is not None:
+            return flow.sum(x.shape, [(x, slope)])
+        return flow.sum(x.shape, [(x, 1.0)], Gate(lambda real: self._gate(real)[None]))
 
     @staticmethod
     def _gate(real: Call) -> Tensor:
         """``f(x) / x``: the slope on the side of zero where x is."""
-        x = real.args[0]
+        x = real.leaves(Tensor)[0]
         sign = torch.where(x > 0, 1.0, -1.0).to(x)
         gate: Tensor = sign * real.run(lambda leaf: sign if leaf is x else leaf)
         return gate + 0.0  # no negative zeros
+
+
+class Negative(Homogeneous):
+    """The negative of its input."""
+
+    def slope(self, call: Call) -> float | None:
+        return -1.0
+
+
+class Dropout(Homogeneous):
+    """Dropout: in eval mode its output is its input."""
+
+    def slope(self, call: Call) -> float | None:
+        return None if call["train"] else 1.0
 
 
 class Clamp(Homogeneous):
@@ -105,18 +102,22 @@ def sum_of_weights(flow: NeuronFlow, parts: list[Weight], shape: torch.Size) -> 
 class Sum(Operation):
     """A sum: both operands share a scale, entry by entry; a parameter among them is a bias.
 
-    A sum of parameters is a weight. Its mass is the sum of theirs, as if each were an edge of its own.
+    A sum of parameters is a weight; to paths each of them is an edge of its own.
     """
 
     def __init__(self, sign: int = 1) -> None:
         self.sign = sign
 
+    def operands(self, call: Call) -> list[Any]:
+        """Both tensors, or a tensor and a number."""
+        return [call["input"], call["other"]]
+
     def keeps_weights(self, call: Call) -> bool:
-        a, b = call["input"], call["other"]
+        a, b = self.operands(call)
         return all_parameters(a, b) or (not isinstance(b, Operand) and plain(b) == 0)
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        a, b = call["input"], call["other"]
+        a, b = self.operands(call)
         if isinstance(a, Weight) and isinstance(b, Weight):
             return sum_of_weights(flow, [a, b], call.output.shape)
         if not isinstance(b, (Tensor, Weight)):
@@ -134,31 +135,22 @@ class Sum(Operation):
             return flow.as_neurons(value)
         return flow.bias(other, value)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b, alpha = call["input"], call["other"], plain(call.get("alpha", 1)) or 1.0
-        if not isinstance(b, Mass):
-            b = flow.number(b)
-        if abs(alpha) != 1:
-            b = flow.scaled(b, b.values, flow.number(alpha))
-        exponent = flow.common([a, b])
-        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
-        return flow.result([a, b], values_a + values_b, exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        a, b, factor = call["input"], flow.operand(call, "other"), self.sign * float(call.get("alpha", 1))
-        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
-            return a.plus(b.scaled(factor))
-        dst = flow.new(call.output.shape)
-        flow.add(dst, a)
-        flow.add(dst, b, factor)
-        return Nodes(dst, a.params or b.params)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        a, b = self.operands(call)
+        alpha = plain(call.get("alpha", 1))
+        factor = self.sign * (1.0 if alpha is None else alpha)
+        return flow.sum(call.output.shape, [(a, 1.0), (flow.operand(b, "other"), factor)])
 
 
 class Choice(Operation):
     """One of two tensors in each entry: they share a scale."""
 
+    def operands(self, call: Call) -> list[Any]:
+        """Both tensors, or a tensor and a number."""
+        return [call["input"], call["other"]]
+
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        a, b = call["input"], call["other"]
+        a, b = self.operands(call)
         a, b = self._operand(flow, a), self._operand(flow, b)
         if isinstance(call.get("condition"), Tensor):
             flow.fix(call["condition"], "is the condition of a choice")
@@ -171,28 +163,16 @@ class Choice(Operation):
         numbers: Tensor = flow.activation(value)
         return numbers
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b = (value if isinstance(value, Mass) else flow.number(value) for value in (call["input"], call["other"]))
-        exponent = flow.common([a, b])
-        values_a, values_b = (flow.at(mass, exponent) for mass in (a, b))
-        condition = [call["condition"]] if isinstance(call.get("condition"), Mass) else []
-        return flow.result([a, b, *condition], (values_a + values_b).expand(call.output.shape), exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        a, b = self.operands(call)
         shape = call.output.shape
-        a, b = flow.operand(call, "input"), flow.operand(call, "other")
-        slots = flow.slots((2, *shape), lambda values: self._chosen(call.on(values), shape))
-        dst = flow.new(shape)
-        flow.add(dst, a, slots=slots[0])
-        flow.add(dst, b, slots=slots[1])
-        return Nodes(dst, a.params or b.params)
 
-    @staticmethod
-    def _chosen(real: Call, shape: torch.Size) -> Tensor:
-        """Which operand stands in each entry."""
-        condition = real.get("condition")
-        first = condition if condition is not None else real.run(lambda leaf: leaf) == real["input"]
-        return torch.stack([first, ~first]).view(2, *[1] * (len(shape) - first.ndim), *first.shape).expand(2, *shape)
+        def is_chosen(real: Call) -> Tensor:
+            first = real["condition"] if "condition" in real.arguments else real.result == self.operands(real)[0]
+            first = first.bool().expand(shape)
+            return torch.stack([first, ~first])
+
+        return flow.sum(shape, [(flow.operand(a, "input"), 1.0), (flow.operand(b, "other"), 1.0)], Gate(is_chosen))
 
 
 class Comparison(Operation):
@@ -211,10 +191,7 @@ class Comparison(Operation):
             return Unknown("is compared with a constant").neurons(flow, call)
         return flow.constant(call.output)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.inputs(call.output)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         return flow.inputs(call.output)
 
 
@@ -234,20 +211,11 @@ class MaskedFill(Operation):
             flow.fix(call["mask"], "is a mask")
         return flow.activation(call["input"]).expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         if not self._keeps(call):
             return flow.barrier(call)
-        masses = [mass for mass in (call["input"], call["mask"]) if isinstance(mass, Mass)]
-        return flow.result(masses, masses[0].values.expand(call.output.shape), masses[0].exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        if not self._keeps(call):
-            return flow.barrier(call)
-        x, shape = flow.nodes(call["input"]), call.output.shape
-        slots = flow.slots(shape, lambda values: ~call.on(values)["mask"].expand(shape))
-        dst = flow.new(shape)
-        flow.connect(dst, x, slots=slots)
-        return Nodes(dst, call["input"].params)
+        shape = call.output.shape
+        return flow.sum(shape, [(call["input"], 1.0)], Gate(lambda real: ~real["mask"].expand(1, *shape)))
 
 
 class Product(Operation):
@@ -294,20 +262,8 @@ class Product(Operation):
         flow.use(weight, dst, src)
         return dst.expand(shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b = call["input"], call["other"]
-        if not isinstance(b, Mass):
-            return flow.scaled(a, a.values, flow.number(b))
-        a, b = flow.factors(a, b)
-        return flow.result([a, b], a.values * b.values, a.exponent + b.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        a, b = call["input"], flow.operand(call, "other")
-        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
-            return a.times(b)
-        dst = flow.new(call.output.shape)
-        flow.multiply(dst, a, _in_place, b, _in_place)
-        return Nodes(dst, a.params or b.params)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        return flow.product(call.output.shape, call["input"], flow.operand(call["other"], "other"))
 
 
 class Quotient(Product):
@@ -330,41 +286,19 @@ class Quotient(Product):
             flow.fix(b, "is a divisor")
         return a.expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        a, b = call["input"], call["other"]
-        divisor = b if isinstance(b, Mass) else flow.number(b)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        a, divisor = call["input"], flow.operand(call["other"], "other")
         if call.get("rounding_mode") is not None or (divisor.data and not a.data):
             return flow.barrier(call)
-        if divisor.data:
-            divisor = flow.barrier_input(divisor)
-        inverse = flow.inverse(divisor)
-        return flow.result([a], a.values * inverse.values, a.exponent + inverse.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        a, divisor = call["input"], flow.operand(call, "other")
-        if call.get("rounding_mode") is not None or (divisor.data and not a.data):
-            return flow.barrier(call)
-        if isinstance(divisor, EdgeWeights):
-            inverse = EdgeWeights.constant(1 / divisor.total)
-            if isinstance(a, EdgeWeights):
-                return a.times(inverse)
-        dst = flow.new(call.output.shape)
-        if isinstance(divisor, EdgeWeights):
-            flow.connect(dst, a.numbers, inverse)
-        else:
-            flow.connect(dst, a.numbers, slots=flow.gate(divisor, torch.reciprocal))
-        return Nodes(dst, a.params)
-
-
-def _in_place(places: Tensor) -> Tensor:
-    return places
+        return flow.product(call.output.shape, a, flow.inverse(divisor))
 
 
 register(
     Homogeneous(),
-    *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout"),
-    *("neg", "abs"),
+    *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "abs"),
 )
+register(Negative(), "neg")
+register(Dropout(), "dropout", "feature_dropout")
 register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add")

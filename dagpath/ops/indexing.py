@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from dagpath.flow.constants import NotConstantError
-from dagpath.flow.edge_values import Nodes
-from dagpath.flow.edges import EdgeFlow, Values, all_places
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight, expanded
+from dagpath.flow.paths import Gate, PathFlow
+from dagpath.flow.values import FIXED, Call, Operand, Weight, expanded, plain
 from dagpath.ops.base import Operation, register
 from dagpath.ops.movement import Movement
 
@@ -27,7 +25,7 @@ _INDEX = torch.ops.aten.index.Tensor
 class Index(Movement):
     """Indexing. Where the input of the model chooses, the entries that it may choose share a scale.
 
-    For path masses such a choice is a sum, as a maximum is: every entry has a path to each place that may choose it.
+    To paths such a choice is a sum, as a maximum is: every entry has a path to each place that may choose it.
     """
 
     def chosen_neurons(self, flow: NeuronFlow, call: Call) -> Any:
@@ -42,37 +40,31 @@ class Index(Movement):
             shared = flow.mix(x, dims, _CHOSEN)
         return expanded(self._taken(call, shared.expand(x.shape), [0] * len(dims)))
 
-    def chosen_mass(self, flow: MassFlow, call: Call) -> Any:
+    def chosen_paths(self, flow: PathFlow, call: Call) -> Any:
         x, dims = call["input"], self._dims(call)
         if dims is None:
-            return super().chosen_mass(flow, call)
-        total = (x.values.sum(dims, keepdim=True) if dims else x.values).expand(x.values.shape)
-        values = self._taken(call, total, [0] * len(dims))
-        return flow.result(call.leaves(Mass), values, x.exponent, layer=x.params and not x.data)
+            return super().chosen_paths(flow, call)
+        ways = list(itertools.product(*(range(x.shape[dim]) for dim in dims)))
 
-    def chosen_edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, dims = call["input"], self._dims(call)
-        if dims is None:
-            return super().chosen_edges(flow, call)
-        places = all_places(x.shape)
-        ways = itertools.product(*(range(x.shape[dim]) for dim in dims))
-        taken = torch.stack([self._taken(call, places, way) for way in ways])
+        def rows(entries: Tensor) -> Tensor:
+            return torch.stack([self._taken(call, entries, way) for way in ways], -1)
 
-        def is_taken(values: Values) -> Tensor:
-            real = call.on(values)
-            found: Tensor = taken == real.run(lambda leaf: places if leaf is real["input"] else leaf)
-            return found
+        def is_taken(real: Call) -> Tensor:
+            places = torch.arange(x.shape.numel()).view(x.shape)
+            found = real.run(lambda leaf: places if leaf is real["input"] else leaf)
+            taken: Tensor = rows(places) == found[..., None]
+            return taken
 
-        src = torch.nn.functional.pad(flow.nodes(x).flatten(), (1, 0))[taken]
-        slots = flow.slots(taken.shape, is_taken)
-        dst = flow.new(call.output.shape)
-        flow.connect(dst, src, slots=slots)
-        return Nodes(dst, x.params)
+        def total(entries: Tensor) -> Tensor:
+            sums = (entries.sum(dims, keepdim=True) if dims else entries).expand(entries.shape)
+            return self._taken(call, sums, [0] * len(dims))
+
+        return flow.reduced(x, call.output.shape, rows, gate=Gate(is_taken), total=total)
 
     @staticmethod
     def _dims(call: Call) -> list[int] | None:
         """The dimensions along which indices choose; None where masks do."""
-        ndim = len(_shape(call["input"]))
+        ndim = len(call["input"].shape)
         if call.target is not _INDEX:
             dim = call["dim"]
             return list(range(ndim)) if dim is None else [dim % ndim] if ndim else []
@@ -86,8 +78,9 @@ class Index(Movement):
         """The call on these entries, with indices that all choose the entry at one place along their dimensions."""
         if call.target is _INDEX:
             left = iter(way)
-            indices = [None if i is None else torch.full(_shape(i), next(left), device=x.device) for i in call.args[1]]
-            taken: Tensor = _INDEX(x, indices)
+            shapes = [None if index is None else tuple(index.shape) for index in call.args[1]]
+            filled = [None if shape is None else torch.full(shape, next(left), device=x.device) for shape in shapes]
+            taken: Tensor = _INDEX(x, filled)
             return taken
         strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)] if call["dim"] is None else [1]
         place = sum(at * stride for at, stride in zip(way, strides, strict=True))
@@ -95,7 +88,8 @@ class Index(Movement):
         def convert(leaf: Any) -> Any:
             if leaf is call["input"]:
                 return x
-            return torch.full(_shape(leaf), place, device=x.device) if isinstance(leaf, (Tensor, Operand)) else leaf
+            is_index = isinstance(leaf, (Tensor, Operand))
+            return torch.full(tuple(leaf.shape), place, device=x.device) if is_index else leaf
 
         result: Tensor = call.run(convert)
         return result
@@ -121,41 +115,32 @@ class IndexAdd(Operation):
             result.index_copy_(dim, dst, added.expand(source.index_select(dim, places).shape))
         return expanded(result)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        x, source, dim = call["input"], call["source"], call["dim"]
-        added = flow.scaled(source, source.values, flow.number(call.get("alpha", 1)))
-        exponent = flow.common([x, added])
-        values, more = flow.at(x, exponent), flow.at(added, exponent)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        x, source, shape, dim = call["input"], call["source"], call.output.shape, call["dim"]
+        axis, rows = dim % max(1, len(shape)), shape[dim] if shape else 1
+        alpha = plain(call.get("alpha", 1))
         try:
-            values = values.index_add(dim, self._index(flow, call).to(more.device), more)
+            index = self._index(flow, call)
         except NotConstantError:
-            values = values + more.sum(dim, keepdim=True)
-        return flow.result(call.leaves(Mass), values, exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, dim, alpha = call["input"], call["dim"], float(call.get("alpha", 1))
-        source = flow.nodes(call["source"])
-        shape, axis = call.output.shape, dim % max(1, len(call.output.shape))
-        try:
-            index, slots = self._index(flow, call), None
-        except NotConstantError:
-            rows = torch.arange(shape[axis])
-
-            def goes_there(values: Values) -> Tensor:
-                real = call.on(values)["index"]
-                there: Tensor = real[None, :] == rows[:, None]
-                return there.view(len(rows), *[1] * axis, -1, *[1] * (len(shape) - axis - 1)).expand(
-                    len(rows), *source.shape
-                )
-
-            slots = flow.slots((len(rows), *source.shape), goes_there)
-        dst = flow.new(shape)
-        flow.add(dst, x)
-        if slots is None:
-            flow.connect(dst.index_select(axis, index), source, alpha)
+            added = flow.reduced(
+                source,
+                shape,
+                lambda entries: (entries if shape else entries[None]).movedim(axis, -1).unsqueeze(axis),
+                gate=Gate(
+                    lambda real: _one_hot_rows(real["index"], rows, len(shape) - axis - 1),
+                    (rows, *[1] * (len(shape) - axis - 1), call["index"].shape.numel()),
+                ),
+                total=lambda entries: entries.sum(dim, keepdim=True),
+            )
         else:
-            flow.connect(dst.movedim(axis, 0).unsqueeze(1 + axis), source, alpha, slots)
-        return Nodes(dst, call["input"].params or call["source"].params)
+            added = flow.reduced(
+                source,
+                shape,
+                lambda entries: entries,
+                lambda entries: entries.index_select(axis, index),
+                total=lambda entries: entries.new_zeros(shape).index_add(dim, index.to(entries.device), entries),
+            )
+        return flow.sum(shape, [(x, 1.0), (added, 1.0 if alpha is None else alpha)])
 
     @staticmethod
     def _index(flow: Any, call: Call) -> Tensor:
@@ -163,8 +148,9 @@ class IndexAdd(Operation):
         return value.to("cpu", torch.int64)
 
 
-def _shape(operand: Any) -> tuple[int, ...]:
-    return tuple(operand.values.shape if isinstance(operand, Mass) else operand.shape)
+def _one_hot_rows(index: Tensor, rows: int, others: int) -> Tensor:
+    """1 where an entry of the index is the number of the row: [rows, 1 ..., entries], with so many ones between."""
+    return (index.reshape(1, -1) == torch.arange(rows)[:, None]).view(rows, *[1] * others, -1)
 
 
 register(Index(), "index", "index_select", "gather", "take_along_dim")

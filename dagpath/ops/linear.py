@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow, all_places
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, ZERO, Call, Mass, Weight, compact
+from dagpath.flow.paths import PathFlow, Places
+from dagpath.flow.values import FIXED, ZERO, Call, Weight, compact
 from dagpath.ops.base import Operation, Unknown, all_parameters, register
 from dagpath.ops.elementwise import sum_of_weights
 from dagpath.ops.windows import Windows
 
 _WEIGHTS = "weights that they share"
 _PRODUCT = Unknown("is a factor of a product of two tensors that could both be rescaled")
-
-
-def bilinear_mass(flow: MassFlow, call: Call, operands: Callable[[Call], tuple[Mass, Mass, Mass | None]]) -> Any:
-    """Masses of an operation that is linear in each of two operands, plus a bias; paths go through one of them.
-
-    ``operands`` finds the two and the bias (or None) among the arguments of a call.
-    """
-    a, b, bias = operands(call)
-    if len({id(a), id(b), id(bias)}) < 3:
-        call = call.apart()
-        a, b, bias = operands(call)
-    through_a, through_b = flow.factors(a, b)
-    product = exponent = through_a.exponent + through_b.exponent
-    if bias is not None and not bias.zero:
-        exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-
-    def run(values: Tensor, added: Tensor | None) -> Tensor:
-        given = {id(a): values, id(b): through_b.values, id(bias): added}
-        result: Tensor = call.run(lambda leaf: given.get(id(leaf), leaf))
-        return result
-
-    added = flow.at(bias, exponent) if bias is not None else None
-    if added is None or not flow.is_far(product - exponent):
-        values = run(flow.at(through_a, exponent - through_b.exponent), added)
-    else:
-        alone = Mass(run(through_a.values, torch.zeros_like(added)), product)
-        values = flow.at(alone, exponent) + run(torch.zeros_like(through_a.values), added)
-    layer = any(part.params and not part.data for part in (a, b)) and (a.data or b.data)
-    return flow.result([part for part in (through_a, through_b, bias) if part is not None], values, exponent, layer)
 
 
 def add_bias(flow: NeuronFlow, bias: Any, dst: Tensor) -> None:
@@ -98,38 +67,37 @@ class Convolution(Operation):
         add_bias(flow, bias, dst)
         return dst.view(count, *[1] * (-1 - axis)).expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return bilinear_mass(flow, call, lambda one: (one["input"], one["weight"], one.get("bias")))
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        call = call.apart()
+        operands = call["input"], call["weight"], call.get("bias")
+        return flow.bilinear(
+            call.output.shape, operands, call.as_function_of(*operands), functools.partial(self._places, call)
+        )
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, weight, bias = call["input"], call["weight"], call.get("bias")
+    def _places(self, call: Call) -> tuple[Places, Places, Places, Places, int]:
+        """Where entries meet: batch, group, channel of the center, center, channel of the window, kernel."""
+        x, weight = call["input"], call["weight"]
         groups, kernel = call.get("groups", 1), weight.shape[2:]
-        dims, batch, dst = len(kernel), x.shape[: -1 - len(kernel)], flow.new(call.output.shape)
+        dims, batch, shape = len(kernel), x.shape[: -1 - len(kernel)], call.output.shape
         transposed = call.get("transposed", self.transposed)
-        centers, windows = (x.shape, dst.shape) if transposed else (dst.shape, x.shape)
+        centers, windows = (x.shape, shape) if transposed else (shape, x.shape)
         window = Windows.of(call, windows[-dims:], centers[-dims:], kernel)
 
-        def as_centers(numbers: Tensor) -> Tensor:  # batch, group, center's channel, center, window's channel, kernel
-            return numbers.reshape(*batch, groups, -1, *centers[-dims:], *[1] * (1 + dims))
+        def as_centers(entries: Tensor) -> Tensor:
+            return entries.reshape(*batch, groups, -1, *centers[-dims:], *[1] * (1 + dims))
 
-        def as_windows(numbers: Tensor) -> Tensor:
-            seen = window.gathered(numbers.reshape(*batch, groups, 1, -1, *windows[-dims:]))
+        def as_windows(entries: Tensor) -> Tensor:
+            seen = window.gathered(entries.reshape(*batch, groups, 1, -1, *windows[-dims:]))
             return seen.movedim(-1 - 2 * dims, -1 - dims)
 
-        def as_weight(numbers: Tensor) -> Tensor:
-            return numbers.reshape(groups, len(numbers) // groups, *[1] * dims, *numbers.shape[1:])
+        def as_weight(entries: Tensor) -> Tensor:
+            return entries.reshape(groups, len(entries) // groups, *[1] * dims, *entries.shape[1:])
 
-        place_dst, place_src = (as_windows, as_centers) if transposed else (as_centers, as_windows)
-        flow.multiply(place_dst(dst), x, place_src, weight, as_weight)
-        if bias is not None:
-            flow.add(dst, bias_along(bias, dims))
-        return Nodes(dst, any(part is not None and part.params for part in (x, weight, bias)))
+        def as_bias(entries: Tensor) -> Tensor:
+            return entries.view(-1, *[1] * dims)
 
-
-def bias_along(bias: Any, dims: int) -> Any:
-    """A bias of channels, made to broadcast with positions."""
-    places = all_places(bias.shape).view(-1, *[1] * dims)
-    return bias.taken(places) if isinstance(bias, EdgeWeights) else Nodes(bias.numbers.view(places.shape), bias.params)
+        dst, src = (as_windows, as_centers) if transposed else (as_centers, as_windows)
+        return dst, src, as_weight, as_bias, 1 + dims
 
 
 @dataclass(frozen=True)
@@ -227,32 +195,20 @@ class Contraction(Operation):
         summed = [d for d, label in enumerate(labels.a) if label not in labels.out]
         return _arranged(flow.mix(x, summed, "weights that are not rescaled"), labels.a, labels.out)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        if self.labels(call) is None:
-            return flow.barrier(call)
-        return bilinear_mass(flow, call, self.operands)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        labels, (a, b, bias) = self.labels(call), self.operands(call)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        call = call.apart()
+        labels, operands = self.labels(call), self.operands(call)
         if labels is None:
             return flow.barrier(call)
         summed = "".join(sorted(set(labels.a + labels.b) - set(labels.out)))
 
-        def place_a(numbers: Tensor) -> Tensor:
-            return _arranged(numbers, labels.a, labels.out + summed)
+        def places() -> tuple[Places, Places, Places, Places, int]:
+            ends = (labels.out, labels.a, labels.b)
+            dst, a, b = (functools.partial(_arranged, labels=end, wanted=labels.out + summed) for end in ends)
+            return dst, a, b, lambda bias: bias, len(summed)
 
-        def place_b(numbers: Tensor) -> Tensor:
-            return _arranged(numbers, labels.b, labels.out + summed)
-
-        if isinstance(a, EdgeWeights) and isinstance(b, EdgeWeights):
-            parts = (part.taken(place(all_places(part.shape))) for part, place in ((a, place_a), (b, place_b)))
-            product = EdgeWeights.times(*parts).summed(len(summed))
-            return product if bias is None else product.plus(bias)
-        dst = flow.new(call.output.shape)
-        flow.multiply(_arranged(dst, labels.out, labels.out + summed), a, place_a, b, place_b)
-        if bias is not None:
-            flow.add(dst, bias)
-        return Nodes(dst, any(part is not None and part.params for part in (a, b, bias)))
+        run = call.as_function_of(*operands)
+        return flow.bilinear(call.output.shape, operands, run, places, isinstance(self, Linear))
 
 
 def _differ(numbers: Tensor, labels: str, wanted: str) -> bool:
@@ -276,15 +232,6 @@ def _arranged(x: Tensor, labels: str, wanted: str) -> Tensor:
 
 class Linear(Contraction):
     """A matrix product with a weight on the last axis, plus a bias: new neurons, one per output unit."""
-
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        x, weight, _ = self.operands(call)
-        watch = flow.factors_of(weight, x)
-        if watch is None:
-            return super().mass(flow, call)
-        result = super().mass(flow, call.with_(weight, weight.on(weight.values.detach())))
-        watch(result)
-        return result
 
     def operands(self, call: Call) -> tuple[Any, Any, Any]:
         return call["input"], call["weight"], call.get("bias")
@@ -363,7 +310,7 @@ def _spelled_out(equation: str, *shapes: tuple[int, ...]) -> str:
 def _shape(operand: Any) -> tuple[int, ...]:
     if operand is None:
         return ()
-    return tuple(operand.values.shape if isinstance(operand, Mass) else operand.shape)
+    return tuple(operand.shape)
 
 
 register(Convolution(), "conv1d", "conv2d", "conv3d", "convolution")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.flow.constants import NotConstantError
-from dagpath.flow.edge_values import EdgeWeights, Nodes, stacked
-from dagpath.flow.edges import EdgeFlow, all_places
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.paths import PathFlow
 from dagpath.flow.values import (
     FIXED,
     ZERO,
@@ -30,31 +29,32 @@ from dagpath.flow.values import (
 )
 from dagpath.ops.base import Operation, Unknown, register
 
-
-def move(call: Call, convert: Callable[[Any], Any]) -> Any:
-    """Execute a data movement on integer tensors; kernels that know no integers get float64, exact to 2**53."""
-    try:
-        return call.run(convert)
-    except (NotImplementedError, RuntimeError):
-        moved = call.run(lambda leaf: _double(convert(leaf)))
-        return mapped(moved, Tensor, lambda tensor: tensor.long())
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
-
-
 _MOVED = Unknown("is moved by values that depend on the input")
 
 
 class Movement(Operation):
-    """Data movement: neurons, parameters and masses move as the operation moves values.
+    """Data movement: neurons, parameters and paths move as the operation moves values.
 
     Tensors of integers or booleans beside what is moved say where it goes. Where those depend on the input of the
     model, the methods that are called ``chosen_...`` answer.
     """
 
     moves_weights = True
+
+    @staticmethod
+    def move(call: Call, convert: Callable[[Any], Any]) -> Any:
+        """Run the operation on what ``convert`` makes of its arguments.
+
+        A kernel that knows no integers gets float64 in their place, exact to 2**53.
+        """
+        converted = call.converted(convert)
+        try:
+            return converted.run()
+        except (NotImplementedError, RuntimeError):
+            if not all(map(is_index, converted.leaves(Tensor))):
+                raise
+            moved = converted.converted(lambda leaf: leaf.double() if isinstance(leaf, Tensor) else leaf).run()
+            return mapped(moved, Tensor, lambda tensor: tensor.long())
 
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if is_index(call.output):
@@ -64,35 +64,23 @@ class Movement(Operation):
         except NotConstantError:
             return self.chosen_neurons(flow, call)
         if known.leaves(Weight) and not known.leaves(Tensor):
-            moved = move(known, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
+            moved = self.move(known, lambda leaf: flow.elements(leaf) if isinstance(leaf, Weight) else leaf)
             return mapped(moved, Tensor, lambda elements: Weight(elements.shape, elements=elements))
-        return mapped(move(known, flow.activation), Tensor, expanded)
+        return mapped(self.move(known, flow.activation), Tensor, expanded)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         if is_index(call.output):
-            return flow.linear(call) if call.target is operator.getitem else flow.barrier(call)
+            return flow.moved(call, self.move) if call.target is operator.getitem else flow.barrier(call)
         try:
             known = with_indices(call, flow.real_node)
         except NotConstantError:
-            return self.chosen_mass(flow, call)
-        return flow.linear(known)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        if is_index(call.output):
-            return flow.moved(call, move) if call.target is operator.getitem else flow.barrier(call)
-        try:
-            known = with_indices(call, flow.real_node)
-        except NotConstantError:
-            return self.chosen_edges(flow, call)
-        return flow.moved(known, move)
+            return self.chosen_paths(flow, call)
+        return flow.moved(known, self.move)
 
     def chosen_neurons(self, flow: NeuronFlow, call: Call) -> Any:
         return _MOVED.neurons(flow, call)
 
-    def chosen_mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.barrier(call)
-
-    def chosen_edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def chosen_paths(self, flow: PathFlow, call: Call) -> Any:
         return flow.barrier(call)
 
 
@@ -104,10 +92,7 @@ class SameValues(Operation):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         return call.args[0]
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         return call.args[0] if call.output.is_floating_point() else flow.barrier(call)
 
 
@@ -128,15 +113,8 @@ class ShapedLike(Operation):
             return Weight(call.output.shape, elements=self._shaped(flow.elements(value), call))
         return self._shaped(value, call)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass = call.args[0]
-        return flow.result([mass], self._shaped(mass.values, call), mass.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        value = call.args[0]
-        if isinstance(value, EdgeWeights):
-            return value.taken(self._shaped(all_places(value.shape), call))
-        return Nodes(self._shaped(value.numbers, call), value.params)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        return flow.placed(call.args[0], functools.partial(self._shaped, call=call))
 
 
 class Concatenate(Movement):
@@ -163,29 +141,17 @@ class ConstantPad(Movement):
         fill = ZERO if is_scaleless(call.get("value") or 0) else FIXED
         return torch.nn.functional.pad(flow.activation(call["input"]), call["pad"], value=fill)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        value = call.get("value") or 0
-        if call.get("mode", "constant") != "constant" or value == 0:
-            return flow.linear(call)
-        mass = call["input"]
-        filled = flow.number(value)
-        exponent = flow.common([mass, filled])
-        values = flow.at(mass, exponent)
-        fill = float(flow.at(filled, exponent).detach())  # the same number in any two networks
-        return flow.result([mass], torch.nn.functional.pad(values, call["pad"], value=fill), exponent)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        if call.get("mode", "constant") != "constant" or (call.get("value") or 0) == 0:
+            return super().paths(flow, call)
+        fill = flow.operand(call["value"], "value")
+        return flow.moved(Call(_padded, (call["input"], fill, call["pad"]), {}, call.node), self.move)
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        fill = call.get("value") or 0
-        if call.get("mode", "constant") != "constant" or fill == 0:
-            return super().edges(flow, call)
-        value = flow.number(fill, "value")
-        if isinstance(call["input"], EdgeWeights) and isinstance(value, EdgeWeights):
-            weight, places = call["input"], all_places(call["input"].shape)
-            both = stacked([weight.taken(places.flatten()), value.taken(torch.ones(1, dtype=torch.int64))], -1)
-            return both.taken(torch.nn.functional.pad(places, call["pad"], value=places.numel() + 1))
-        x = flow.nodes(call["input"])
-        filled = flow.nodes(value)
-        return Nodes(torch.nn.functional.pad(x, call["pad"], value=int(filled)), call["input"].params)
+
+def _padded(x: Tensor, fill: Tensor, pad: list[int]) -> Tensor:
+    """Padding by an entry of another tensor."""
+    inside = torch.nn.functional.pad(torch.ones_like(x), pad) > 0
+    return torch.where(inside, torch.nn.functional.pad(x, pad), fill)
 
 
 class ZeroFill(Movement):
@@ -199,7 +165,7 @@ class ZeroFill(Movement):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         if call.leaves(Weight):
             return Unknown().neurons(flow, call)
-        return move(call, lambda leaf: leaf - ZERO if isinstance(leaf, Tensor) else leaf) + ZERO
+        return self.move(call, lambda leaf: leaf - ZERO if isinstance(leaf, Tensor) else leaf) + ZERO
 
 
 def is_index(value: Any) -> bool:
@@ -249,10 +215,7 @@ class Inspection(Operation):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         return flow.constant(call.output)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return call.output
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         return call.output
 
 
@@ -262,15 +225,8 @@ class Copy(Operation):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         return flow.activation(call["src"]).expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass = call["src"]
-        return flow.result([mass], mass.values.expand(call.output.shape), mass.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        value = call["src"]
-        if isinstance(value, EdgeWeights):
-            return value.taken(all_places(value.shape).expand(call.output.shape))
-        return Nodes(value.numbers.expand(call.output.shape), value.params)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        return flow.placed(call["src"], lambda x: x.expand(call.output.shape))
 
 
 class Filled(Operation):
@@ -285,15 +241,9 @@ class Filled(Operation):
     def neurons(self, flow: NeuronFlow, call: Call) -> Any:
         return flow.constant(call.output) + (ZERO if is_scaleless(self._fill(call)) else FIXED)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        fill = flow.number(self._fill(call))
-        return flow.result([fill], fill.values.expand(call.output.shape).clone(), fill.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        fill = flow.number(self._fill(call), "fill_value")
-        if isinstance(fill, EdgeWeights):
-            return fill.taken(torch.ones(call.output.shape, dtype=torch.int64))
-        return Nodes(flow.nodes(fill).expand(call.output.shape))
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        name = "fill_value" if "fill_value" in call.arguments else "value"
+        return flow.placed(flow.operand(self._fill(call), name), lambda x: x.expand(call.output.shape))
 
 
 register(

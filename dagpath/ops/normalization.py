@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow, all_places
-from dagpath.flow.masses import Coefficient, MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import FIXED, Call, Mass, Operand, Weight
-from dagpath.ops.base import Operation, Unknown, register
+from dagpath.flow.paths import Coefficient, PathFlow
+from dagpath.flow.values import FIXED, Call, Operand, Weight
+from dagpath.ops.base import Operation, Unknown, first_of, register
 
 _ONE = torch.ones(())
 
@@ -64,65 +61,25 @@ class Normalization(Operation):
         """Are the statistics those of the input?"""
         return bool(call.get("training", False) or call.get("use_input_stats", False))
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass, weight, bias = call["input"], call.get("weight"), call.get("bias")
-        others = [part for name, part in call.arguments.items() if name != "input" and isinstance(part, Mass)]
-        if any(part.data for part in others):
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        x, weight, bias = call["input"], call.get("weight"), call.get("bias")
+        if any(part.data for part in call.leaves(Operand)[1:]):
             return flow.barrier(call)
         stored = call.get("running_mean") is not None and not self._uses_input(call)
         if not stored:
-            mass = flow.barrier_input(mass)
+            x = flow.anew(x, self._normalized)
 
         @functools.cache
-        def inverse_std(real: Callable[[Mass], Tensor]) -> Tensor:
+        def inverse_std(real: Callable[[Any], Tensor]) -> Tensor:
             return (real(call["running_var"]) + call["eps"]).rsqrt() if stored else _ONE
 
-        def offset(real: Callable[[Mass], Tensor]) -> Tensor:
+        def offset(real: Callable[[Any], Tensor]) -> Tensor:
             return -real(call["running_mean"]) * inverse_std(real)
 
-        parts: list[tuple[Coefficient, Mass | None]] = [(offset, weight)] if stored else []
-        parts += [(lambda _: _ONE, bias)] if bias is not None else []
-        scale = flow.edge([(inverse_std, weight)])
-        constant = flow.edge(parts) if parts else flow.number(0.0)
-        through = Mass(mass.values, mass.exponent + scale.exponent, mass.zero or scale.zero)
-        exponent = flow.common([through, constant])
-        factor, added = (self._placed(part.values, mass.values.ndim) for part in (scale, constant))
-        added = flow.at(replace(constant, values=added), exponent)
-        if flow.is_far(through.exponent - exponent):
-            product = flow.at(replace(through, values=mass.values * factor), exponent).clone()
-        else:
-            product = mass.values * flow.shifted(factor, through.exponent - exponent)
-        used = [mass, *(part for part in (weight, bias) if part is not None)]
-        result = flow.result(used, product.add_(added), exponent)  # addcmul is slow where it broadcasts
-        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        if any(part.data for part in call.leaves(Operand)[1:]):
-            return flow.barrier(call)
-        weight, bias = call.get("weight"), call.get("bias")
-        mean, inverse_std = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        if call.get("running_mean") is not None and not self._uses_input(call):
-            mean = call["running_mean"].total
-            inverse_std = (call["running_var"].total + call["eps"]).rsqrt()
-            x = Nodes(flow.nodes(call["input"]), call["input"].params)
-        else:
-            flow.cut_paths(call["input"])
-            x = flow.source(call["input"].shape, lambda values: self._normalized(call.on(values)))
-        scale = EdgeWeights.constant(inverse_std)
-        shift = EdgeWeights.constant(-mean * inverse_std)
-        if weight is not None:
-            scale, shift = scale.times(weight), shift.times(weight)
-        if bias is not None:
-            shift = shift.plus(bias).merged()
-        dst = flow.new(x.shape)
-        flow.connect(dst, x.numbers, self._placed_weights(scale, dst.ndim))
-        flow.add(dst, self._placed_weights(shift, dst.ndim))
-        params = any(part is not None and part.params for part in (x, weight, bias))
-        result = Nodes(dst, params)
-        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
-
-    def _placed_weights(self, weights: EdgeWeights, ndim: int) -> EdgeWeights:
-        return weights.taken(self._placed(all_places(weights.shape), ndim))
+        shift: list[tuple[Coefficient, Any]] = [(offset, weight)] if stored else []
+        shift += [(lambda _: _ONE, bias)] if bias is not None else []
+        result = flow.affine(x, [(inverse_std, weight)], shift, lambda part: self._placed(part, len(x.shape)))
+        return first_of(result, call.output)
 
     @staticmethod
     def _normalized(real: Call) -> Tensor:
@@ -151,15 +108,11 @@ class WeightNorm(Operation):
         flow.pin(v)
         return Weight(v.shape, elements=flow.elements(g).expand(v.shape))
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        def direction(real: Callable[[Mass], Tensor]) -> Tensor:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        def direction(real: Callable[[Any], Tensor]) -> Tensor:
             return self._direction(real(call["v"]), call["dim"])
 
-        edges = flow.edge([(direction, call["g"])])
-        return flow.result([call["g"]], edges.values, edges.exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        return call["g"].times(EdgeWeights.constant(self._direction(call["v"].total, call["dim"])))
+        return flow.weights([(direction, call["g"])])
 
     @staticmethod
     def _direction(v: Tensor, dim: int) -> Tensor:

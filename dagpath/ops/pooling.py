@@ -1,25 +1,24 @@
 """Pooling and reductions: order statistics and means over positions, which then share a scale.
 
-For path masses a maximum is a sum (every input has a path through it), and a mean over k entries is a sum of edges
-with the constant weight 1/k.
+To paths a maximum is a sum (every input has a path through it) with a gate for each of its edges, and a mean over k
+entries is a sum of edges of the constant weight 1/k.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass, Operand, Weight
-from dagpath.ops.base import Operation, Unknown, register
+from dagpath.flow.paths import Gate, PathFlow
+from dagpath.flow.values import Call, Operand, Weight
+from dagpath.ops.base import Operation, Unknown, first_of, register
 from dagpath.ops.resample import along
 from dagpath.ops.windows import Windows, setting, strides
 
@@ -41,40 +40,28 @@ class Pool(Operation):
             return mixed.expand(outputs.shape)
         return (mixed.expand(outputs[0].shape), flow.constant(outputs[1]))
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass = call["input"]
-        x = mass.values
-        shape = (call.output if isinstance(call.output, Tensor) else call.output[0]).shape[-self.spatial :]
-        if self.adaptive:
-            sizes = [_adaptive_sizes(x.shape[dim - self.spatial], shape[dim]) for dim in range(self.spatial)]
-            count = functools.reduce(torch.mul, torch.meshgrid(*sizes, indexing="ij")).to(x)
-            pooled = call.run(lambda leaf: leaf.values if isinstance(leaf, Mass) else leaf)
-            if not self.average:  # run as a mean: the windows are the same
-                pooled = _ADAPTIVE_MEAN[self.spatial](x, call["output_size"])
-            pooled = pooled * count
-            weight = flow.constant(1 / count) if self.average else None
-        else:
-            pooled, weight = _window_sum(x, call, self.spatial, shape), None
-            if self.average:
-                ones = torch.ones_like(x[:1, :1] if x.ndim == self.spatial + 2 else x[:1])
-                mean = call.run(lambda leaf: ones if isinstance(leaf, Mass) else leaf)
-                weight = flow.constant(mean / _window_sum(ones, call, self.spatial, shape))
-        result = flow.scaled(mass, pooled, weight)
-        return result if isinstance(call.output, Tensor) else (result, None)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        x, shape = call["input"], _first_shape(call.output)
+        sizes, counts = x.shape[-self.spatial :], shape[-self.spatial :]
+        windows = functools.cache(lambda: self._windows(call, sizes, counts))
+        result = flow.reduced(
+            x,
+            shape,
+            lambda entries: windows().gathered(entries),
+            weight=self._mean_weights(call, sizes, counts) if self.average else 1.0,
+            gate=None if self.average else Gate(lambda real: self._chosen(real["input"], windows())),
+            total=lambda entries: self._total(call, entries, counts),
+        )
+        return first_of(result, call.output)
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, outputs = flow.nodes(call["input"]), call.output
-        shape = (outputs if isinstance(outputs, Tensor) else outputs[0]).shape
-        windows = self._windows(call, x.shape[-self.spatial :], shape[-self.spatial :])
-        src, weight, slots = windows.gathered(x), EdgeWeights.constant(torch.ones(())), None
-        if self.average:
-            weight = EdgeWeights.constant(self._mean_weights(call, windows, x.shape[-self.spatial :]))
-        else:
-            slots = flow.slots(src.shape, lambda values: self._chosen(call.on(values)["input"], windows))
-        dst = flow.new(shape)
-        flow.connect(dst.view(*dst.shape, *[1] * self.spatial), src, weight, slots)
-        result = Nodes(dst, call["input"].params)
-        return result if isinstance(outputs, Tensor) else (result, None)
+    def _total(self, call: Call, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Sums over the windows."""
+        if not self.adaptive:
+            return _window_sum(x, call, self.spatial, counts)
+        sizes = [_adaptive_sizes(x.shape[dim - self.spatial], counts[dim]) for dim in range(self.spatial)]
+        number = functools.reduce(torch.mul, torch.meshgrid(*sizes, indexing="ij")).to(x)
+        sums: Tensor = _ADAPTIVE_MEAN[self.spatial](x, counts) * number  # the windows of a maximum are the same
+        return sums
 
     def _windows(self, call: Call, sizes: torch.Size, counts: torch.Size) -> Windows:
         if self.adaptive:
@@ -82,13 +69,12 @@ class Pool(Operation):
         kernel = setting(call, "kernel_size", 1, self.spatial)
         return Windows.of(call, sizes, counts, kernel, strides(call, kernel))
 
-    def _mean_weights(self, call: Call, windows: Windows, sizes: torch.Size) -> Tensor:
+    def _mean_weights(self, call: Call, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
         """The weight of every entry that a window sees: the mean of ones, over the number of ones."""
         ones = torch.ones(1, 1, *sizes, dtype=torch.float64)
-        mean = call.run(lambda leaf: ones if isinstance(leaf, Operand) else leaf)[0, 0]
-        count = windows.gathered(ones[0, 0]).flatten(-self.spatial).sum(-1)
-        weights: Tensor = mean / count
-        return weights.view(*weights.shape, *[1] * self.spatial)
+        mean = call.run(lambda leaf: ones if isinstance(leaf, Operand) else leaf)
+        weights: Tensor = (mean / self._total(call, ones, counts))[0, 0]
+        return weights
 
     def _chosen(self, x: Tensor, windows: Windows) -> Tensor:
         """1 at the largest entry of each window."""
@@ -101,8 +87,14 @@ def _first(x: Tensor) -> Tensor:
     return F.one_hot(x.argmax(-1), x.shape[-1])
 
 
+def _first_shape(output: Any) -> torch.Size:
+    """The shape of what an operation returns, or of the first of it."""
+    shape: torch.Size = (output if isinstance(output, Tensor) else output[0]).shape
+    return shape
+
+
 _SLICE = torch.ops.aten.slice.Tensor
-_ADAPTIVE_MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_ADAPTIVE_MEAN: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def _adaptive_sizes(size: int, count: int) -> Tensor:
@@ -111,7 +103,7 @@ def _adaptive_sizes(size: int, count: int) -> Tensor:
     return -(-(index + 1) * size // count) - index * size // count
 
 
-def _window_sum(x: Tensor, call: Call, spatial: int, shape: torch.Size) -> Tensor:
+def _window_sum(x: Tensor, call: Call, spatial: int, shape: Sequence[int]) -> Tensor:
     """Sums over the windows of a pooling call, one dimension after the other."""
     kernel = setting(call, "kernel_size", 1, spatial)
     stride = strides(call, kernel)
@@ -156,35 +148,29 @@ class Reduce(Operation):
         values = mixed.reshape(outputs[0].shape) if call.get("keepdim") else mixed
         return (values, *flow.constant(list(outputs[1:])))
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass = call["input"]
-        dims = self._dims(call, mass.values.ndim)
-        total = mass.values.sum(dims, keepdim=bool(call.get("keepdim"))) if dims else mass.values
-        count = math.prod(mass.values.shape[dim] for dim in dims)
-        result = flow.scaled(mass, total, flow.number(1 / count) if self.average else None)
-        return result if isinstance(call.output, Tensor) else (result, *[None] * (len(call.output) - 1))
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        x, shape = call["input"], _first_shape(call.output)
+        dims = self._dims(call, len(x.shape))
+        others = [dim for dim in range(len(x.shape)) if dim not in dims]
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x, outputs = flow.nodes(call["input"]), call.output
-        dims = self._dims(call, x.ndim)
-        others = [dim for dim in range(x.ndim) if dim not in dims]
-        src = x.permute(*others, *dims).flatten(len(others)) if dims else x[..., None]
-        slots = None
-        if self.chooses:
-            slots = flow.slots(src.shape, lambda values: self._chosen(call.on(values), others, dims))
-        dst = flow.new((outputs if isinstance(outputs, Tensor) else outputs[0]).shape)
-        weight = 1 / src.shape[-1] if self.average else 1.0
-        flow.connect(dst.view(*src.shape[:-1], 1), src, weight, slots)
-        result = Nodes(dst, call["input"].params)
-        return result if isinstance(outputs, Tensor) else (result, *[None] * (len(outputs) - 1))
+        def rows(entries: Tensor) -> Tensor:
+            return entries.permute(*others, *dims).reshape(*shape, *(x.shape[dim] for dim in dims))
 
-    @staticmethod
-    def _chosen(real: Call, others: list[int], dims: list[int]) -> Tensor:
-        """1 at the first entry that equals the result."""
-        x, result = real["input"], real.run(lambda leaf: leaf)
-        rows = x.permute(*others, *dims).flatten(len(others)) if dims else x[..., None]
-        result = result if isinstance(result, Tensor) else result[0]
-        return _first((rows == result.reshape(*rows.shape[:-1], 1)).int())
+        def is_chosen(real: Call) -> Tensor:
+            seen = rows(real["input"])
+            result = real.result if isinstance(real.result, Tensor) else real.result[0]
+            equal: Tensor = seen.reshape(*shape, -1) == result[..., None]
+            return _first(equal.int()).view(seen.shape)
+
+        result = flow.reduced(
+            x,
+            shape,
+            rows,
+            weight=1 / math.prod(x.shape[dim] for dim in dims) if self.average else 1.0,
+            gate=Gate(is_chosen) if self.chooses else None,
+            total=lambda entries: entries.sum(dims).view(shape) if dims else entries,
+        )
+        return first_of(result, call.output)
 
 
 class Scan(Operation):
@@ -194,13 +180,10 @@ class Scan(Operation):
         x = flow.activation(call["input"])
         return flow.mix(x, [call["dim"] % x.ndim], "a cumulative sum").expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.linear(call)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x = call["input"]
-        axis = call["dim"] % max(len(x.shape), 1)
-        return along(flow, x, axis, torch.ones(x.shape[axis], x.shape[axis]).tril())
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        x, axis = call["input"], call["dim"] % max(len(call["input"].shape), 1)
+        size = x.shape[axis] if x.shape else 1
+        return along(flow, x, axis, torch.ones(size, size, dtype=torch.float64).tril())
 
 
 class Fold(Operation):
@@ -212,16 +195,15 @@ class Fold(Operation):
         mixed = flow.mix(patches, [-2 % patches.ndim, -1 % patches.ndim], "patches that are added up")
         return mixed.expand(output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return flow.linear(call)
+    def paths(self, flow: PathFlow, call: Call) -> Any:
+        settings = [call[name] for name in ("kernel_size", "dilation", "padding", "stride")]
 
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        x = flow.nodes(call["input"])
-        dst = flow.new(call.output.shape)
-        settings = (call[name] for name in ("kernel_size", "dilation", "padding", "stride"))
-        patches = torch.ops.aten.im2col(dst.double(), *settings).long()
-        flow.connect(patches, x)
-        return Nodes(dst, call["input"].params)
+        def patches(entries: Tensor) -> Tensor:
+            numbers: Tensor = torch.ops.aten.im2col(entries.double(), *settings).long()
+            return numbers
+
+        x = call["input"]
+        return flow.reduced(x, call.output.shape, lambda entries: entries, patches, total=call.as_function_of(x))
 
 
 for _n in (1, 2, 3):

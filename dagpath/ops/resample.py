@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
+from dagpath.flow.paths import PathFlow, Places
 from dagpath.flow.values import Call, Operand
 from dagpath.ops.base import Operation, register
 
@@ -25,29 +24,19 @@ class Interpolation(Operation):
         x = flow.activation(call["input"])
         return flow.mix(x, range(x.ndim - self.spatial, x.ndim), "interpolation").expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        mass = call["input"]
-        values, exponent = mass.values, mass.exponent
-        for axis in range(-self.spatial, 0):
-            weights = flow.constant(self._weights(call, mass.values.shape, values, axis))
-            values = (values.movedim(axis, -1) @ weights.values.t()).movedim(-1, axis)
-            exponent += weights.exponent
-        return flow.result([mass], values, exponent)
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         x = call["input"]
-        like = torch.zeros((), dtype=torch.float64)
+        sizes = x.shape[-self.spatial :]
         for axis in range(-self.spatial, 0):
-            x = along(flow, x, axis, self._weights(call, call["input"].shape, like, axis))
+            x = along(flow, x, len(x.shape) + axis, self._weights(call, sizes, axis))
         return x
 
-    def _weights(self, call: Call, shape: torch.Size, like: Tensor, axis: int) -> Tensor:
+    def _weights(self, call: Call, sizes: Sequence[int], axis: int) -> Tensor:
         """The map along one axis, read off the operation's answers to unit vectors along it."""
-        shape = shape[-self.spatial :]
-        size = shape[axis]
-        units = torch.eye(size, dtype=like.dtype, device=like.device)
+        size = sizes[axis]
+        units = torch.eye(size, dtype=torch.float64)
         units = units.reshape(size, 1, *[size if d - self.spatial == axis else 1 for d in range(self.spatial)])
-        probes = units.expand(size, 1, *shape).contiguous()
+        probes = units.expand(size, 1, *sizes).contiguous()
         answers = call.run(lambda leaf: probes if isinstance(leaf, Operand) else leaf)[:, 0].movedim(axis, -1)
         while answers.ndim > 2:
             answers = answers.select(1, 0)
@@ -55,12 +44,24 @@ class Interpolation(Operation):
         return weights
 
 
-def along(flow: EdgeFlow, x: Nodes | EdgeWeights, axis: int, matrix: Tensor) -> Nodes:
-    """New nodes: a constant matrix times the entries along one axis."""
-    src = flow.nodes(x).movedim(axis, -1)
-    dst = flow.new((*src.shape[:-1], len(matrix)), f"axis {axis}")
-    flow.connect(dst[..., None], src[..., None, :], EdgeWeights.constant(matrix))
-    return Nodes(dst.movedim(-1, axis), x.params)
+def along(flow: PathFlow, x: Any, axis: int, matrix: Tensor) -> Any:
+    """A constant matrix times the entries along one axis."""
+
+    def last(entries: Tensor) -> Tensor:
+        return entries.movedim(axis, -1)
+
+    def run(entries: Tensor, weights: Tensor, bias: None) -> Tensor:
+        return (last(entries) @ weights.t()).movedim(-1, axis)
+
+    def places() -> tuple[Places, Places, Places, Places, int]:
+        return lambda dst: last(dst)[..., None], lambda src: last(src)[..., None, :], _same, _same, 1
+
+    shape = [len(matrix) if dim == axis else size for dim, size in enumerate(x.shape)]
+    return flow.bilinear(shape, (x, flow.constant(matrix), None), run, places)
+
+
+def _same(entries: Tensor) -> Tensor:
+    return entries
 
 
 register(Interpolation(1), "upsample_linear1d")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,41 +12,35 @@ from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 
 from dagpath.errors import UnsupportedOpError
-from dagpath.flow.constants import NotConstantError
-from dagpath.flow.edges import EdgeFlow
-from dagpath.flow.masses import MassFlow
 from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.values import Call, Mass, Weight, leaves, mapped
+from dagpath.flow.paths import PathFlow
+from dagpath.flow.values import Call, Operand, Weight, leaves, mapped
 from dagpath.ops.base import Operation, Unknown, operation_name, register, registered
 from dagpath.ops.elementwise import Choice, Homogeneous, Sum
-from dagpath.ops.movement import Movement, move, with_indices
+from dagpath.ops.movement import Movement
 
 
 class Rearrangement(Movement):
-    """Data movement by an operation of a user's own, which may have no derivative: masses follow the numbers."""
+    """Data movement by an operation of a user's own, which need not know any floating-point type: numbers move."""
 
-    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return super().neurons(flow, _on_contiguous(call))
-
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        try:
-            call = with_indices(_on_contiguous(call), flow.real_node)
-        except NotConstantError:
-            return flow.barrier(call)
-        masses = call.leaves(Mass)
-        exponent, starts, end = flow.common(masses), {}, 0
-        for mass in masses:
-            starts[id(mass)] = end
-            end += mass.values.numel()
+    @staticmethod
+    def move(call: Call, convert: Callable[[Any], Any]) -> Any:
+        converted = call.converted(convert)
+        moved = [leaf for leaf in converted.leaves(Tensor) if leaf.is_floating_point()]
+        if not moved:
+            return Movement.move(_on_contiguous(call), convert)
+        starts, end = {}, 0
+        for tensor in moved:
+            starts[id(tensor)] = end
+            end += tensor.numel()
 
         def places(leaf: Any) -> Any:
-            if not isinstance(leaf, Mass):
+            if id(leaf) not in starts:
                 return leaf
-            numbers = torch.arange(leaf.values.numel(), device=leaf.values.device)
-            return (numbers + starts[id(leaf)]).view(leaf.values.shape)
+            return (torch.arange(leaf.numel(), device=leaf.device) + starts[id(leaf)]).view(leaf.shape)
 
-        values = torch.cat([flow.at(mass, exponent).flatten() for mass in masses])
-        return mapped(move(call, places), Tensor, lambda numbers: flow.result(masses, values[numbers], exponent))
+        values = torch.cat([tensor.flatten() for tensor in moved])
+        return mapped(Movement.move(_on_contiguous(converted), places), Tensor, lambda numbers: values[numbers])
 
 
 def _on_contiguous(call: Call) -> Call:
@@ -58,26 +53,27 @@ def _on_contiguous(call: Call) -> Call:
     return Call(target, call.args, call.kwargs, call.node)
 
 
-class OfTwoTensors(Operation):
-    """What an ATen operation does to two tensors, whatever the operation and its arguments are called."""
+def _two_tensors(call: Call) -> list[Any]:
+    """The two tensors of a call, whatever its arguments are called."""
+    operands = call.leaves((Tensor, Weight, Operand))
+    if len(operands) != 2:
+        raise ValueError(f"it was registered as an operation of two tensors, and is called with {len(operands)}")
+    return operands
 
-    def __init__(self, rule: Operation, target: OpOverload) -> None:
-        self._rule, self._target = rule, target
 
-    def _renamed(self, call: Call) -> Call:
-        operands = call.leaves((Tensor, Weight, Mass))
-        if len(operands) != 2:
-            raise ValueError(f"it was registered as an operation of two tensors, and is called with {len(operands)}")
-        return Call(self._target, tuple(operands), {}, call.node)
+class SumOfTwo(Sum):
+    """The sum of the two tensors of a call."""
+
+    operands = staticmethod(_two_tensors)
 
     def keeps_weights(self, call: Call) -> bool:
-        return len(call.leaves(Mass)) == 2 and self._rule.keeps_weights(self._renamed(call))
+        return len(call.leaves(Operand)) == 2 and super().keeps_weights(call)
 
-    def neurons(self, flow: NeuronFlow, call: Call) -> Any:
-        return self._rule.neurons(flow, self._renamed(call))
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
-        return self._rule.mass(flow, self._renamed(call))
+class ChoiceOfTwo(Choice):
+    """An entry of one of the two tensors of a call."""
+
+    operands = staticmethod(_two_tensors)
 
 
 class OwnRule(Operation):
@@ -104,40 +100,35 @@ class OwnRule(Operation):
             raise ValueError(f"its rule says nothing of {names}: use it, pin it, or make it an activation")
         return numbers
 
-    def mass(self, flow: MassFlow, call: Call) -> Any:
+    def paths(self, flow: PathFlow, call: Call) -> Any:
         """What the rule says.
 
         Raises:
-            UnsupportedOpError: it gives anything but a mass of the output's shape.
+            UnsupportedOpError: it gives anything but an operand of the output's shape.
         """
-        masses = self._rule.mass(flow, call)
-        found, fakes = leaves(masses, (Mass, Tensor)), leaves(call.output, Tensor)
+        result = self._rule.paths(flow, call)
+        found, fakes = leaves(result, (Operand, Tensor)), leaves(call.output, Tensor)
         shapes = [tuple(fake.shape) for fake in fakes if fake.is_floating_point()]
-        if not all(isinstance(mass, Mass) for mass in found):
-            raise UnsupportedOpError(f"{self._name(call)} returned a tensor: make it a Mass with flow.result(...)")
-        if len(found) > len(fakes) or any(tuple(mass.values.shape) not in shapes for mass in found):
-            given = [tuple(mass.values.shape) for mass in found]
-            raise UnsupportedOpError(f"{self._name(call)} gave masses of shapes {given}, the output has {shapes}")
-        return masses
-
-    def edges(self, flow: EdgeFlow, call: Call) -> Any:
-        return self._rule.edges(flow, call)
-
-    def _name(self, call: Call) -> str:
-        return f"the method 'mass' of {type(self._rule).__name__}, the rule of {operation_name(call.target)},"
+        rule = f"the method 'paths' of {type(self._rule).__name__}, the rule of {operation_name(call.target)},"
+        if not all(isinstance(operand, Operand) for operand in found):
+            raise UnsupportedOpError(f"{rule} returned a tensor: the verbs of the flow make operands")
+        if len(found) > len(fakes) or any(tuple(operand.shape) not in shapes for operand in found):
+            given = [tuple(operand.shape) for operand in found]
+            raise UnsupportedOpError(f"{rule} gave operands of shapes {given}, the output has {shapes}")
+        return result
 
 
 _RULES: dict[str, Operation] = {
     "homogeneous": Homogeneous(),
     "movement": Rearrangement(),
-    "sum": OfTwoTensors(Sum(), torch.ops.aten.add.Tensor),
-    "choice": OfTwoTensors(Choice(), torch.ops.aten.maximum.default),
+    "sum": SumOfTwo(),
+    "choice": ChoiceOfTwo(),
     "fixed": Unknown("enters an operation that was registered as fixed"),
 }
 
 
 def register_op(op: Any, rule: str | Operation) -> None:
-    """Tell dagpath how an operation treats neurons and path masses.
+    """Tell dagpath how an operation treats neurons and paths.
 
     For an ATen operation that has no rule yet, or one of your own made with :mod:`torch.library`. A rule that is
     already there is replaced. Models that were traced before have to be traced again. :doc:`/howto/own_operation` has
@@ -154,15 +145,14 @@ def register_op(op: Any, rule: str | Operation) -> None:
             - ``"movement"``: every entry of the output is an entry of an input, like a permutation, and which one
               does not depend on the values. The operation itself is run, on contiguous int64 tensors that number the
               entries of the inputs, in place of floating-point tensors (on float64 ones if it raises
-              ``RuntimeError`` or ``NotImplementedError`` for integers), and once more when path masses are
-              computed. Tensors of integers or booleans are taken for indices and masks: they are given as they are,
-              and if they depend on the model's input, the others are fixed;
+              ``RuntimeError`` or ``NotImplementedError`` for integers), and once more in
+              each pass over paths. Tensors of integers or booleans are taken for indices and masks: they are given as
+              they are, and if they depend on the model's input, the others are fixed;
             - ``"sum"``: the sum of its two tensors, entry by entry, broadcast as usual;
             - ``"choice"``: an entry of one of its two tensors in each place, like a maximum, broadcast as usual;
             - ``"fixed"``: not homogeneous; what it touches keeps its scale;
 
-            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``mass``, and
-            ``edges`` for :meth:`TracedModel.unroll`.
+            or an instance of a subclass of :class:`dagpath.ops.Operation` with methods ``neurons`` and ``paths``.
 
     Raises:
         ValueError: ``rule`` is another string, or there is no operation ``op``; the message has names that are close.
