@@ -3,8 +3,8 @@ How do I teach dagpath an operation of my own?
 ==============================================
 
 A model may call an operation that dagpath has no rule for, such as one made with :func:`torch.library.custom_op`.
-The neurons that it touches are then fixed, and no path goes through it. A rule says how neurons and path masses go
-through it; :doc:`/howto/own_operation` explains its two methods line by line.
+The neurons that it touches are then fixed, and no path goes through it. A rule says how neurons and paths go through
+it; :doc:`/howto/own_operation` explains its two methods line by line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.ops import Call, Mass, MassFlow, NeuronFlow, Operation, Weight
+from dagpath.ops import Call, Gate, NeuronFlow, Operand, Operation, PathFlow, Weight
 
 
 @torch.library.custom_op("dagpath_examples::peak", mutates_args=())
@@ -50,10 +50,16 @@ class PeakRule(Operation):
         flow.use(gain, dst=neurons, src=sources)
         return neurons.expand(call.output.shape)
 
-    def mass(self, flow: MassFlow, call: Call) -> Mass:
-        x, gain = call["x"], call["gain"]
-        masses = gain.values * x.values.sum(2)  # a path through every position: a sum in place of the maximum
-        return flow.result([x, gain], masses, x.exponent + gain.exponent)
+    def paths(self, flow: PathFlow, call: Call) -> Operand:
+        shape = call.output.shape
+        peaks = flow.reduced(call["x"], shape, lambda x: x, gate=Gate(self.is_peak))  # a path through every position
+        return flow.product(shape, peaks, call["gain"])
+
+    @staticmethod
+    def is_peak(real: Call) -> Tensor:
+        """1 at the position of each channel that counts for this input: the same shape as x."""
+        x = real["x"]
+        return torch.nn.functional.one_hot(x.argmax(2), x.shape[2])
 
 
 dagpath.register_op(peak, PeakRule())

@@ -1,4 +1,4 @@
-"""Wrong rules: what an operation says of neurons, masses or edges, changed in one plausible way.
+"""Wrong rules: what an operation says of neurons or of paths, changed in one plausible way.
 
 A mutant answers a call in place of the rule, and says whether its answer is another one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,6 +196,36 @@ NEURONS: dict[str, Mutant] = {
 }
 
 
+# -- paths -----------------------------------------------------------------------------------------------------------
+
+
+def _without(name: str, wrong: Any, is_there: Callable[[Any], bool]):
+    """A verb with another value of one argument."""
+
+    def change(flow, verb, *args, **kwargs):
+        bound = inspect.signature(verb).bind(*args, **kwargs)
+        bound.apply_defaults()
+        known = bound.arguments[name]
+        bound.arguments[name] = wrong(known) if is_there(known) else known
+        return verb(*bound.args, **bound.kwargs), is_there(known)
+
+    return change
+
+
+_ungated = _without("gate", lambda gate: None, lambda gate: gate is not None)
+
+VERBS: dict[str, Mutant] = {
+    "last term forgotten": instead("sum", _without("terms", lambda terms: terms[:-1], lambda terms: len(terms) > 1)),
+    "terms times two": instead("sum", _without("terms", lambda terms: [(x, 2 * by) for x, by in terms], bool)),
+    "a sum in place of a mean": instead("reduced", _without("weight", lambda weight: 1.0, lambda weight: weight != 1.0)),
+    "no bias": instead("bilinear", _without("operands", lambda both: (*both[:2], None), lambda both: both[2] is not None)),
+    "no shift": instead("affine", _without("shift", lambda shift: [], bool)),
+    "only one factor": instead("product", lambda flow, product, shape, a, b: (product(shape, a, flow.number(1.0)), True)),
+    "a factor for a divisor": instead("inverse", lambda flow, inverse, x: (x, True)),
+}
+"""Rules that use a verb in a wrong way."""
+
+
 # -- masses ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +262,10 @@ class _Watched(Mass):
         self._read.append(True)
         return self._values
 
+    @property
+    def shape(self) -> torch.Size:
+        return self._values.shape
+
 
 def _operand_times(index: int, factor: float) -> Mutant:
     """The mass of one operand counts with a factor, 0 or 2."""
@@ -261,16 +296,11 @@ def _constant_with_sign(flow, fixed, weights):
     return dataclasses.replace(mass, values=mass.values * signs), bool((weights < 0).any())
 
 
-def _no_weight(flow, scaled, mass, values, weight):
-    differs = weight is not None and (weight.exponent != 0 or bool((weight.values != 1).any()))
-    return scaled(mass, values, None), differs
-
-
-def _path_goes_on(flow, barrier_input, mass):
+def _path_goes_on(flow, ended, mass):
     return mass, bool(mass.data and mass.params)
 
 
-def _path_is_lost(flow, barrier_input, mass):
+def _path_is_lost(flow, ended, mass):
     return Mass(torch.ones_like(mass.values), data=True), bool(mass.data and mass.params)
 
 
@@ -278,10 +308,11 @@ def _other_way(flow, factors, a, b):
     first, second = factors(a, b)
     if (first is a) == (second is b):
         return (first, second), False
-    return ((flow.barrier_input(a), b) if first is a else (a, flow.barrier_input(b))), True
+    return ((flow._ended(a), b) if first is a else (a, flow._ended(b))), True
 
 
 MASSES: dict[str, Mutant] = {
+    **VERBS,
     "twice": afterwards(Mass, _of_mass(lambda mass: {"values": 2 * mass.values} if mass.values.any() else None)),
     "exponent forgotten": afterwards(Mass, _of_mass(lambda mass: {"exponent": 0} if mass.exponent else None)),
     "first operand forgotten": _operand_times(0, 0.0),
@@ -292,10 +323,10 @@ MASSES: dict[str, Mutant] = {
     "third operand twice": _operand_times(2, 2.0),
     "constants not raised to the power": instead("fixed", _constant_as_it_is),
     "constants with their signs": instead("fixed", _constant_with_sign),
-    "a sum in place of a mean": instead("scaled", _no_weight),
-    "paths go on behind a barrier": instead("barrier_input", _path_goes_on),
-    "paths into a barrier forgotten": instead("barrier_input", _path_is_lost),
-    "paths through the other factor": instead("factors", _other_way),
+    "paths go on behind a barrier": instead("_ended", _path_goes_on),
+    "paths into a barrier forgotten": instead("_ended", _path_is_lost),
+    "paths end nowhere": instead("cut_paths", lambda flow, cut, x: (None, isinstance(x, Mass) and x.data and x.params)),
+    "paths through the other factor": instead("_factors", _other_way),
     "turned along channels": afterwards(Mass, _of_mass(_values_turned(1))),
     "turned along the last axis": afterwards(Mass, _of_mass(_values_turned(-1))),
     "no derivative": afterwards(
@@ -357,14 +388,14 @@ def _none_at(index: int) -> Mutant:
     """One of the calls that make edges is forgotten."""
 
     def mutant(answer, flow, call):
-        count, original = [0], flow.connect
+        count, original = [0], flow._connect
 
         def connect(*args, **kwargs):
             count[0] += 1
             if count[0] != index + 1:
                 original(*args, **kwargs)
 
-        with replaced(flow, "connect", connect):
+        with replaced(flow, "_connect", connect):
             return answer(flow, call), count[0] > index
 
     return mutant
@@ -378,15 +409,18 @@ def _gates(change: Callable[[Tensor], Tensor]):
 
 
 EDGES: dict[str, Mutant] = {
-    "twice": instead("connect", _connected(lambda dst, src, weight, slots: (dst, src, weight.scaled(2.0), slots))),
+    **VERBS,
+    "gate forgotten": instead("reduced", _ungated),
+    "gates of a sum forgotten": instead("sum", _ungated),
+    "twice": instead("_connect", _connected(lambda dst, src, weight, slots: (dst, src, weight.scaled(2.0), slots))),
     "first edges forgotten": _none_at(0),
     "second edges forgotten": _none_at(1),
-    "sources turned": instead("connect", _connected(_source_turned)),
-    "constants without signs": instead("connect", _connected(_without_sign)),
-    "constants of one": instead("connect", _connected(_constant_one)),
-    "always open": instead("slots", _gates(torch.ones_like)),
-    "open where closed": instead("slots", _gates(lambda gates: 1 - gates)),
-    "other gates": instead("slots", _gates(lambda gates: gates.roll(1, -1) if gates.ndim else gates)),
+    "sources turned": instead("_connect", _connected(_source_turned)),
+    "constants without signs": instead("_connect", _connected(_without_sign)),
+    "constants of one": instead("_connect", _connected(_constant_one)),
+    "always open": instead("_new_slots", _gates(torch.ones_like)),
+    "open where closed": instead("_new_slots", _gates(lambda gates: 1 - gates)),
+    "other gates": instead("_new_slots", _gates(lambda gates: gates.roll(1, -1) if gates.ndim else gates)),
     "paths into a barrier forgotten": instead(
         "cut_paths", lambda flow, cut, value: (None, isinstance(value, Nodes) and value.params)
     ),

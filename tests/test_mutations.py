@@ -32,6 +32,8 @@ from properties import (
 from rule_networks import CASES
 
 FACTS = {"neurons": NEURONS, "mass": MASSES, "edges": EDGES}
+METHODS = {"neurons": "neurons", "mass": "paths", "edges": "paths"}
+"""Where a rule says each of them: what it says of paths is read by a pass over masses and by one over edges."""
 
 _MOST = 14
 """Networks that the mutants of a rule meet, about, if most networks use it."""
@@ -124,9 +126,8 @@ class Network:
     def run_edges(self) -> None:
         for traced in (self.traced, self.probed):
             parameters = dict(traced.model.named_parameters())
-            EdgeFlow(
-                traced.captured.eval, parameters, base.operation_of, traced.graph.cut, traced.graph.kept
-            ).run_graph()
+            graph = traced.captured.eval
+            EdgeFlow(graph, parameters, base.operation_of, traced.graph.cut, traced.graph.kept).run_graph()
 
     def check_edges(self) -> None:
         """The unrolled graph has the path quantities of the passes, and its paths are the function."""
@@ -200,13 +201,13 @@ Rule = Callable[[Any, Any], Any]
 def in_place_of(rule: Operation, fact: str, answer: Rule) -> dict[str, Operation]:
     """The registry with a rule that gives other answers about one fact."""
     other = copy.copy(rule)
-    setattr(other, fact, answer)
+    setattr(other, METHODS[fact], answer)
     return {name: other if known is rule else known for name, known in base._REGISTRY.items()}
 
 
 def planted(monkeypatch, network: Network, rule: Operation, fact: str) -> set[str]:
     """The mutants that change an answer somewhere in a network: all are asked, none is believed."""
-    answer, found = getattr(rule, fact), set()
+    answer, found = getattr(rule, METHODS[fact]), set()
 
     def asked(flow, call):
         for name, mutant in FACTS[fact].items():
@@ -226,7 +227,7 @@ def planted(monkeypatch, network: Network, rule: Operation, fact: str) -> set[st
 
 def is_caught(monkeypatch, network: Network, rule: Operation, fact: str, name: str) -> bool:
     """Does a property fail where a mutant answers for the rule?"""
-    answer, mutant = getattr(rule, fact), FACTS[fact][name]
+    answer, mutant = getattr(rule, METHODS[fact]), FACTS[fact][name]
     if fact != "neurons":
         assert network.unrolled  # by the true rules
         assert network.quantities

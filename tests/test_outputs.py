@@ -79,7 +79,7 @@ def test_verification_compares_every_tensor_of_a_container(name, monkeypatch):
         def neurons(self, flow, call):
             return call["input"]
 
-        def mass(self, flow, call):
+        def paths(self, flow, call):
             return call["input"]
 
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))

@@ -205,9 +205,9 @@ def test_a_rule_of_ones_own_is_a_class_with_two_methods():
             flow.tie(x, x.flip(-1), "a sum with its reverse")
             return x
 
-        def mass(self, flow, call):
+        def paths(self, flow, call):
             x = call["x"]
-            return flow.result([x], x.values + x.values.flip(-1), x.exponent)
+            return flow.sum(x.shape, [(x, 1.0), (flow.placed(x, lambda entries: entries.flip(-1)), 1.0)])
 
     @custom_op
     def add_reversed(x: Tensor) -> Tensor:
@@ -220,11 +220,12 @@ def test_a_rule_of_ones_own_is_a_class_with_two_methods():
 
 def test_a_rule_may_look_at_a_weight_without_recording_derivatives():
     class Gain(Operation):
-        def mass(self, flow, call):
+        def paths(self, flow, call):
             x, gain = call["x"], call["gain"]
             with torch.no_grad():
+                assert gain.shape == (2,)
                 assert bool((gain.values >= 0).all())
-            return flow.result([x, gain], x.values * gain.values, x.exponent + gain.exponent)
+            return flow.product(call.output.shape, x, gain)
 
         def neurons(self, flow, call):
             flow.pin(call["gain"])
@@ -290,22 +291,20 @@ def test_the_example_of_the_documentation_runs(peaks, capsys):
 
 
 class Shift(Operation):
-    """An offset per unit: ``told`` says whether its rule uses the parameter, ``masses`` what it answers."""
+    """An offset per unit: ``told`` says whether its rule uses the parameter, ``answer`` what it says of paths."""
 
-    def __init__(self, told=True, masses=None):
-        self.told, self.masses = told, masses
+    def __init__(self, told=True, answer=None):
+        self.told, self.answer = told, answer
 
     def neurons(self, flow, call):
         if self.told:
             flow.use(call["shift"], call["x"][0], torch.tensor(FIXED))
         return call["x"]
 
-    def mass(self, flow, call):
-        if self.masses is not None:
-            return self.masses(flow, call)
-        x, shift = call["x"], call["shift"]
-        exponent = flow.common([x, shift])
-        return flow.result([x, shift], flow.at(x, exponent) + flow.at(shift, exponent), exponent)
+    def paths(self, flow, call):
+        if self.answer is not None:
+            return self.answer(flow, call)
+        return flow.sum(call.output.shape, [(call["x"], 1.0), (call["shift"], 1.0)])
 
 
 def shifted_by(rule):
@@ -330,14 +329,14 @@ def test_a_rule_that_says_nothing_of_a_parameter_fixes_what_it_touches():
 
 
 @pytest.mark.parametrize(
-    ("masses", "words"),
+    ("answer", "words"),
     [
         (lambda flow, call: call["x"].values, "returned a tensor"),
-        (lambda flow, call: flow.result([call["x"]], call["x"].values.sum(), 0), r"gave masses of shapes \[\(\)\]"),
+        (lambda flow, call: flow.placed(call["x"], torch.sum), r"gave operands of shapes \[\(\)\]"),
     ],
 )
-def test_masses_that_are_none_are_refused_with_the_rule_that_gave_them(masses, words):
-    traced = dagpath.trace(shifted_by(Shift(masses=masses)), torch.zeros(1, 3).double())
+def test_operands_that_are_none_are_refused_with_the_rule_that_gave_them(answer, words):
+    traced = dagpath.trace(shifted_by(Shift(answer=answer)), torch.zeros(1, 3).double())
     with pytest.raises(dagpath.UnsupportedOpError, match=f"of Shift, the rule of .*shift_by, {words}"):
         dagpath.path_norm(traced)
 

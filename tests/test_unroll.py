@@ -344,12 +344,9 @@ def test_unrolling_sees_the_weights_of_its_time():
     assert (old.path_norm(1), traced.unroll().path_norm(1)) == (6.0, 30.0)
 
 
-def test_a_rule_without_edges_names_the_operation_and_its_place():
+def test_a_rule_without_paths_names_the_operation_and_its_place():
     class Rule(Operation):
         def neurons(self, flow, call):
-            return call.args[0]
-
-        def mass(self, flow, call):
             return call.args[0]
 
     @torch.library.custom_op("dagpath_unroll::same", mutates_args=())
@@ -359,7 +356,7 @@ def test_a_rule_without_edges_names_the_operation_and_its_place():
     same.register_fake(torch.empty_like)
     dagpath.register_op("dagpath_unroll::same", Rule())
     model = net(lambda m, x: m.b(same(m.a(x))))
-    with pytest.raises(dagpath.UnsupportedOpError, match=r"same.*networks.py.*Rule.*'edges'"):
+    with pytest.raises(dagpath.UnsupportedOpError, match=r"same.*networks.py.*Rule.*'paths'"):
         dagpath.trace(model, torch.zeros(1, 4)).unroll()
 
 

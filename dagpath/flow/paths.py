@@ -37,8 +37,14 @@ class Gate:
     """How open edges are, which depends on the input: 0 for an edge that does not count there, 1 for one that does.
 
     Attributes:
-        read: tells how open they are, from the real values of the call.
+        read: tells how open they are, from the real values of the call (a :class:`Call` whose arguments are tensors of
+            values, and whose ``result`` is what the operation returned).
         shape: the shape of what ``read`` returns, which broadcasts to the edges; None for that of the edges.
+
+    Example:
+        >>> import torch
+        >>> from dagpath.ops import Gate
+        >>> is_open = Gate(lambda real: real["x"] > 0)  # the gate of a ReLU
     """
 
     read: Reader
@@ -55,6 +61,34 @@ class PathRule(Protocol):
 
 class PathFlow(fx.Interpreter):
     """Runs a captured graph on operands that stand for paths. Path quantities make it; rules get it.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> @torch.library.custom_op("dagpath_example::average", mutates_args=())
+        ... def average(x: torch.Tensor) -> torch.Tensor:
+        ...     return x.mean(1, keepdim=True)
+        >>> _ = average.register_fake(lambda x: x.new_empty(x.shape[0], 1))
+        >>> class Average(Operation):  # a sum of edges of weight 1/k
+        ...     def neurons(self, flow, call):
+        ...         return flow.mix(flow.activation(call["x"]), [1], "a mean of channels")
+        ...     def paths(self, flow, call):
+        ...         x = call["x"]
+        ...         return flow.reduced(x, call.output.shape, lambda x: x[:, None], weight=1 / x.shape[1])
+        >>> dagpath.register_op(average, Average())
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a = torch.nn.Linear(1, 4, bias=False)
+        ...     def forward(self, x):
+        ...         return average(self.a(x))
+        >>> net = Net()
+        >>> _ = net.a.weight.data.fill_(3.0)
+        >>> traced = dagpath.trace(net, torch.zeros(1, 1))
+        >>> dagpath.path_norm(traced), dagpath.path_norm(traced, p=2)  # four paths of value 3/4
+        (3.0, 1.5)
+        >>> traced.unroll()  # the input, four neurons, and their mean
+        UnrolledGraph(7 nodes, 8 edges, 3 levels)
 
     Args:
         graph: the eval graph of a model.

@@ -72,6 +72,30 @@ class Operand:
         data: does it depend on the input of the network or on a barrier (then it is an activation)?
         params: does it depend on a parameter?
         node: the node of the graph that made it.
+
+    Example:
+        >>> import torch, dagpath
+        >>> from dagpath.ops import Operation
+        >>> seen = []
+        >>> class Doubled(Operation):
+        ...     def neurons(self, flow, call):
+        ...         return call["x"]
+        ...     def paths(self, flow, call):
+        ...         x = call["x"]
+        ...         seen.append((x.shape, x.data, x.params))
+        ...         return flow.sum(x.shape, [(x, 2.0)])
+        >>> @torch.library.custom_op("dagpath_example::doubled", mutates_args=())
+        ... def doubled(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> _ = doubled.register_fake(torch.empty_like)
+        >>> dagpath.register_op(doubled, Doubled())
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return doubled(x)
+        >>> dagpath.path_norm(dagpath.trace(Net(), torch.zeros(4, 3)))  # of one example
+        6.0
+        >>> seen
+        [(torch.Size([1, 3]), True, False)]
     """
 
     data: bool
@@ -95,15 +119,6 @@ class Mass(Operand):
         data: does it depend on the input of the network (or on what leaves an operation that cuts paths)?
         params: does it depend on a parameter?
         node: the node of the graph that made it.
-
-    Example:
-        >>> import torch
-        >>> from dagpath.ops import Mass, MassFlow
-        >>> a, b = Mass(torch.tensor([1.0, 2.0]), exponent=3), Mass(torch.tensor([8.0, 8.0]), exponent=0)
-        >>> a.values * 2.0**a.exponent
-        tensor([ 8., 16.])
-        >>> MassFlow.common([a, b])  # the exponent at which they are added
-        3
     """
 
     values: Tensor
