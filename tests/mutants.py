@@ -214,13 +214,22 @@ def _without(name: str, wrong: Any, is_there: Callable[[Any], bool]):
 
 _ungated = _without("gate", lambda gate: None, lambda gate: gate is not None)
 
+
+def _is_no_one(weight: Any) -> bool:
+    return isinstance(weight, Tensor) or weight != 1.0
+
+
+def _one_factor(flow, product, shape, a, b):
+    return product(shape, a, flow.number(1.0)), True
+
+
 VERBS: dict[str, Mutant] = {
     "last term forgotten": instead("sum", _without("terms", lambda terms: terms[:-1], lambda terms: len(terms) > 1)),
     "terms times two": instead("sum", _without("terms", lambda terms: [(x, 2 * by) for x, by in terms], bool)),
-    "a sum in place of a mean": instead("reduced", _without("weight", lambda weight: 1.0, lambda weight: weight != 1.0)),
-    "no bias": instead("bilinear", _without("operands", lambda both: (*both[:2], None), lambda both: both[2] is not None)),
+    "a sum in place of a mean": instead("reduced", _without("weight", lambda _: 1.0, _is_no_one)),
+    "no bias": instead("bilinear", _without("operands", lambda both: (*both[:2], None), lambda both: bool(both[2]))),
     "no shift": instead("affine", _without("shift", lambda shift: [], bool)),
-    "only one factor": instead("product", lambda flow, product, shape, a, b: (product(shape, a, flow.number(1.0)), True)),
+    "only one factor": instead("product", _one_factor),
     "a factor for a divisor": instead("inverse", lambda flow, inverse, x: (x, True)),
 }
 """Rules that use a verb in a wrong way."""

@@ -271,7 +271,7 @@ class EdgeFlow(PathFlow):
             sources = src(self.nodes(x))
             slots = None if gate is None else self._slots(gate, sources.shape)
         made = self.new(shape)
-        others = max(0, sources.ndim - len(shape))
+        others = max(0, max(sources.ndim, 0 if chosen is None else len(chosen.shape)) - len(shape))
         factor = torch.as_tensor(weight, dtype=torch.float64)
         factor = factor.reshape(*factor.shape, *[1] * others) if factor.ndim else factor
         placed = made.reshape(*made.shape, *[1] * others) if dst is None else dst(made)

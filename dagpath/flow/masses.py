@@ -248,7 +248,8 @@ class MassFlow(PathFlow):
     def inverse(self, x: Mass) -> Mass:
         if x.data:
             x = self._ended(x)
-        return Mass(1 / x.values.detach(), -x.exponent)
+        values = 1 / x.values.detach()
+        return Mass(values.masked_fill(values.isinf(), 0.0), -x.exponent)  # as every constant that is infinite
 
     def bilinear(
         self,

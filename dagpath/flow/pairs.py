@@ -106,7 +106,8 @@ class PairFlow(MassFlow):
         if mass.data or mass.node is None:  # a gate, a number: the same in both networks
             return super().inverse(mass)
         values = (constants(find(mass.node)) for find, constants, _ in self._readers)
-        return self._pair(*(self.scaled_of(1 / value.detach().to(torch.float64)) for value in values))
+        inverses = (1 / value.detach().to(torch.float64) for value in values)
+        return self._pair(*(self.scaled_of(inverse.masked_fill(inverse.isinf(), 0.0)) for inverse in inverses))
 
     def edge(self, parts: Terms) -> Mass:
         first, second = (self.scaled_of(self._value(parts, *reader)) for reader in self._readers)

@@ -58,13 +58,6 @@ class Negative(Homogeneous):
         return -1.0
 
 
-class Dropout(Homogeneous):
-    """Dropout: in eval mode its output is its input."""
-
-    def slope(self, call: Call) -> float | None:
-        return None if call["train"] else 1.0
-
-
 class Clamp(Homogeneous):
     """Bounds that are zero, infinite or absent: a positively homogeneous function. Other bounds fix the input."""
 
@@ -295,10 +288,9 @@ class Quotient(Product):
 
 register(
     Homogeneous(),
-    *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "abs"),
+    *("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "dropout", "feature_dropout", "abs"),
 )
 register(Negative(), "neg")
-register(Dropout(), "dropout", "feature_dropout")
 register(NanToNum(), "nan_to_num")
 register(Clamp(), "clamp", "clamp_min", "clamp_max", "hardtanh", "clip")
 register(Sum(), "add")
