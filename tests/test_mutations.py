@@ -60,6 +60,7 @@ EQUIVALENT = {
     ("Unknown of view.dtype", "edges", "turned along the last axis"): _ALIKE,
     ("Normalization of _batch_norm_no_update", "neurons", "operands fixed"): _ALREADY,
     ("Normalization of layer_norm", "neurons", "operands fixed"): _ALREADY,
+    ("NanToNum of nan_to_num", "edges", "gates of a sum forgotten"): "of numbers it is the identity",
     ("Index of gather", "mass", "second operand forgotten"): "paths end at computed indices: their masses are not used",
     ("Index of gather", "mass", "second operand twice"): "paths end at computed indices: their masses are not used",
 }
