@@ -25,7 +25,7 @@ from hypothesis import settings
 from sybil import Example, Sybil
 from sybil.parsers import markdown, rest
 
-from dagpath import cli
+from dagpath.cli import app as cli
 
 import vision  # noqa: F401 (lets torchvision be imported beside a PyTorch without its compiled operators)
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 from common import save
 

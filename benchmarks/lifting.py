@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from resnet import resnet50
 
 import dagpath
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 from common import ratio, save, seconds_in_turn
 

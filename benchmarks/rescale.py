@@ -28,7 +28,7 @@ from resnet import resnet50
 from solver import PlainCoordinateDescent
 
 import dagpath
-from dagpath.report import table
+from dagpath.graph.explanation import table
 from dagpath.study import mlp
 
 from common import ratio, save, seconds_in_turn

@@ -30,7 +30,7 @@ from resnet import resnet50
 
 import dagpath
 from dagpath.criteria import PathConditioning
-from dagpath.report import table
+from dagpath.graph.explanation import table
 from dagpath.solver import Problem, solve_coordinate, solve_newton
 from dagpath.solver.newton import NewtonSystem
 from dagpath.solver.preconditioner import SeparableHessian

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dagpath import study
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 from common import RESULTS, save
 

@@ -22,8 +22,8 @@ from torch.optim import SGD, Optimizer
 from tqdm.auto import tqdm
 
 import dagpath
+from dagpath.graph.explanation import table
 from dagpath.optim import GSGD, PathSGD, Rebalance
-from dagpath.report import table
 
 from common import ratio, save, seconds_in_turn
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 from common import save
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dagpath
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 from common import save
 from vision import build, models, outputs, relative

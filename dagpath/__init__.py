@@ -1,11 +1,13 @@
 """dagpath: the neuron graph of any PyTorch ReLU network, its path quantities, and the rescaling that balances it."""
 
 from dagpath import optim
+from dagpath.apply.rescaling import Rescaling
 from dagpath.balance import balance, random_rescaling
 from dagpath.checkpoint import rescale_checkpoint
 from dagpath.criteria import EquiNorm, PathConditioning, RangeEqualization
 from dagpath.errors import BalanceError, CaptureError, DagpathError, UnsupportedOpError, VerificationError
 from dagpath.graph import NeuronGraph
+from dagpath.graph.unrolled import UnrolledGraph
 from dagpath.lifting import (
     GramOperator,
     expected_gram_diagonal,
@@ -23,9 +25,7 @@ from dagpath.paths import Path, PathLifting
 from dagpath.paths.conserved import conserved_quantities
 from dagpath.paths.top import ChannelPath, top_paths
 from dagpath.rescale import rescale_
-from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, trace
-from dagpath.unroll import UnrolledGraph
 
 __version__ = "0.1.0"
 

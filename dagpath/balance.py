@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dagpath.apply.multiply import beyond
+from dagpath.apply.rescaling import Rescaling, scales_of
 from dagpath.criteria import Criterion, criterion_of
 from dagpath.errors import BalanceError
-from dagpath.fetched import device_of
-from dagpath.multiply import beyond
-from dagpath.rescaling import Rescaling, scales_of
+from dagpath.runtime.fetched import device_of
+from dagpath.runtime.state import plain_computation
 from dagpath.solver import SOLVERS, Problem, RangeProblem, Solution, round_to_powers_of_two, solve
 from dagpath.solver.checks import check_bound, check_limits
 from dagpath.solver.problem import DEFAULT_BOUND
-from dagpath.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 from dagpath.words import counted, not_finite
 

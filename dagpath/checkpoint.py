@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dagpath.apply.buffers import require_same_neurons, with_values
+from dagpath.apply.multiply import Moving, multiply_one_
+from dagpath.apply.rescaling import Rescaling
 from dagpath.balance import BalanceOptions
-from dagpath.buffers import require_same_neurons, with_values
 from dagpath.criteria import Criterion
-from dagpath.fetched import Fetched
-from dagpath.files import require_regular, written_whole
-from dagpath.multiply import Moving, multiply_one_
-from dagpath.rescaling import Rescaling
+from dagpath.runtime.fetched import Fetched
+from dagpath.runtime.files import require_regular, written_whole
 from dagpath.trace import TracedModel, trace
 from dagpath.words import counted
 

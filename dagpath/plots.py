@@ -15,10 +15,10 @@ import networkx as nx
 import numpy as np
 import torch
 
+from dagpath.apply.rescaling import Rescaling
 from dagpath.lifting import gram, path_mass
 from dagpath.lifting import path_length_profile as length_profile
 from dagpath.lifting.operator import live_eigenvalues
-from dagpath.rescaling import Rescaling
 from dagpath.trace import TracedModel, require_finite, require_traced
 
 try:

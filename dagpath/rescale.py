@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dagpath.apply.multiply import transaction
+from dagpath.apply.rescaling import Rescaling
+from dagpath.apply.verify import Verification
 from dagpath.balance import BalanceOptions, balance
 from dagpath.criteria import Criterion
-from dagpath.distributed import Peers, reshard
-from dagpath.multiply import transaction
-from dagpath.rescaling import Rescaling
-from dagpath.state import unwrap
+from dagpath.runtime.distributed import Peers, reshard
+from dagpath.runtime.state import unwrap
 from dagpath.trace import inputs_of, trace
-from dagpath.verify import Verification
 
 _BALANCE_OPTIONS = [name for name in inspect.signature(balance).parameters if name not in ("traced", "criterion")]
 

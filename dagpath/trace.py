@@ -15,18 +15,18 @@ from torch import Tensor, fx, nn
 from dagpath.capture.graph import Capture, CapturedGraph, shared_parameters
 from dagpath.capture.modes import changed_by_modes
 from dagpath.capture.survey import survey
-from dagpath.distributed import Peers, has_all_values, values_of, whole
-from dagpath.flow.agreement import agree, grouped, reconciled
-from dagpath.flow.masses import MassFlow
-from dagpath.flow.neurons import NeuronFlow
-from dagpath.flow.structure import Structure
-from dagpath.flow.structure_flow import StructureFlow
-from dagpath.graph import NeuronGraph
-from dagpath.ops.base import Unknown, operation_of
-from dagpath.ops.compound import is_compound
-from dagpath.report import explain, explanation
-from dagpath.state import one_thread, plain_computation, uncollected, unwrap
-from dagpath.unroll import UnrolledGraph
+from dagpath.graph.explanation import explain, explanation
+from dagpath.graph.neuron_graph import NeuronGraph
+from dagpath.graph.unrolled import UnrolledGraph
+from dagpath.passes.agreement import agree, grouped, reconciled
+from dagpath.passes.masses import MassFlow
+from dagpath.passes.neurons import NeuronFlow
+from dagpath.passes.structure import Structure
+from dagpath.passes.structure_flow import StructureFlow
+from dagpath.rules.base import Unknown, operation_of
+from dagpath.rules.compound import is_compound
+from dagpath.runtime.distributed import Peers, has_all_values, values_of, whole
+from dagpath.runtime.state import one_thread, plain_computation, uncollected, unwrap
 from dagpath.words import not_finite
 
 Flow = TypeVar("Flow", bound=MassFlow)

@@ -15,10 +15,11 @@ from typing import Any
 
 from typer.main import get_command
 
-from dagpath import cli, study
+from dagpath import study
+from dagpath.cli import app as cli
+from dagpath.graph.explanation import table
 from dagpath.ops import registered
-from dagpath.ops.base import Unknown
-from dagpath.report import table
+from dagpath.rules.base import Unknown
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -86,7 +87,7 @@ def cells(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
 
 
 def wrapped(text: str) -> str:
-    """A table of :func:`dagpath.report.table` as one of reST, whose headings and cells may wrap."""
+    """A table of :func:`dagpath.graph.explanation.table` as one of reST, whose headings and cells may wrap."""
     headings, rule, *rows = text.splitlines()
     spans = [column.span() for column in re.finditer("-+", rule)]
     first, *others = ([line[slice(*span)].strip() for span in spans] for line in (headings, *rows))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.edge_values import EdgeWeights, Nodes
-from dagpath.flow.values import FIXED, ZERO, Mass, Weight, mapped
+from dagpath.passes.edge_values import EdgeWeights, Nodes
+from dagpath.passes.values import FIXED, ZERO, Mass, Weight, mapped
 
 Answer = Callable[[Any, Any], Any]
 Mutant = Callable[[Answer, Any, Any], tuple[Any, bool]]

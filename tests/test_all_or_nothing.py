@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dagpath
-from dagpath import multiply
+from dagpath.apply import multiply
 
 from networks import mlp
 
@@ -180,7 +180,7 @@ def test_a_second_interruption_does_not_stop_the_first_from_being_undone(line, m
 
 
 def test_ctrl_c_works_as_before_once_a_block_is_done():
-    from dagpath.state import uninterrupted
+    from dagpath.runtime.state import uninterrupted
 
     reached = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dagpath
-from dagpath import files
+from dagpath.runtime import files
 
 from invariance import rescale_alike_
 from networks import Net, RandomNet, mlp
@@ -378,7 +378,7 @@ def test_a_disk_that_is_full_leaves_no_file(tmp_path):
 KILLED = """
     import os, signal, sys, torch, dagpath
     from torch import nn
-    from dagpath import files
+    from dagpath.runtime import files
     folder, last = sys.argv[1], int(sys.argv[2])
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to("meta")
     events = []

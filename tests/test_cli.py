@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dagpath
-from dagpath import cli
+from dagpath.cli import app as cli
 
 SOURCE = """
 import torch

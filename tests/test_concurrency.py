@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import dagpath
-from dagpath.state import mode, uncollected
+from dagpath.runtime.state import mode, uncollected
 
 from networks import RandomNet, mlp
 

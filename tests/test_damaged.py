@@ -67,8 +67,8 @@ METADATA = {
 def test_a_rescaling_with_damaged_metadata_is_refused_by_name(damage, saved):
     traced, tensors, metadata, path = saved
     change, message = METADATA[damage]
-    text = change(json.loads(metadata["dagpath.rescaling"]))
-    save_file(tensors, path, {**metadata, "dagpath.rescaling": text})
+    text = change(json.loads(metadata["dagpath.apply.rescaling"]))
+    save_file(tensors, path, {**metadata, "dagpath.apply.rescaling": text})
     with pytest.raises(ValueError, match=f"{path.name} is damaged: {message}"):
         dagpath.Rescaling.load(path, traced)
 
@@ -98,8 +98,8 @@ def test_a_rescaling_with_damaged_factors_is_refused_by_name(damage, saved):
 
 def test_factors_that_should_be_powers_of_two_are(saved):
     traced, tensors, metadata, path = saved
-    found = json.loads(metadata["dagpath.rescaling"])
-    save_file(tensors, path, {**metadata, "dagpath.rescaling": json.dumps({**found, "power_of_two": True})})
+    found = json.loads(metadata["dagpath.apply.rescaling"])
+    save_file(tensors, path, {**metadata, "dagpath.apply.rescaling": json.dumps({**found, "power_of_two": True})})
     with pytest.raises(
         ValueError, match=r"is damaged: 'log_scales' at index 0 is .*, not the logarithm of a power of two"
     ):
@@ -111,8 +111,8 @@ def test_factors_that_should_be_powers_of_two_are(saved):
     [
         (None, "holds no rescaling"),
         ({"dagpath.graph": "x"}, "holds no rescaling"),
-        ({"dagpath.rescaling": "{}"}, "is for a model with another neuron graph"),
-        ({"dagpath.rescaling": "{}", "dagpath.graph": "x"}, "is for a model with another neuron graph"),
+        ({"dagpath.apply.rescaling": "{}"}, "is for a model with another neuron graph"),
+        ({"dagpath.apply.rescaling": "{}", "dagpath.graph": "x"}, "is for a model with another neuron graph"),
     ],
 )
 def test_a_file_of_something_else_is_no_rescaling(metadata, message, saved):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.fetched import Fetched
 from dagpath.lifting.gram import visit_common_gram_diagonal
+from dagpath.runtime.fetched import Fetched
 from dagpath.trace import TracedModel
 
 from networks import Net, RandomNet, mlp

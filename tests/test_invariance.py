@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.ops import base
+from dagpath.rules import base
 
 from invariance import assert_invariant
 from networks import Net

@@ -14,9 +14,10 @@ from test_fetched import assert_same_quantities
 from torch import Tensor, fx
 
 import dagpath
-from dagpath.flow.edges import EdgeFlow
 from dagpath.graph import NeuronGraph
-from dagpath.ops import Operation, base
+from dagpath.ops import Operation
+from dagpath.passes.edges import EdgeFlow
+from dagpath.rules import base
 from dagpath.trace import neurons_of
 
 from mutants import EDGES, MASSES, NEURONS

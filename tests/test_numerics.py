@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dagpath
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Later
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.values import Later
 
 from networks import Net, mlp
 

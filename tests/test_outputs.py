@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import dagpath
 from dagpath.capture.running import run
-from dagpath.ops import Operation, base
+from dagpath.ops import Operation
+from dagpath.rules import base
 
 
 @dataclass

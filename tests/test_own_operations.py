@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.ops import FIXED, Operation, base
+from dagpath.ops import FIXED, Operation
+from dagpath.rules import base
 
 import own_operation
 from networks import Net

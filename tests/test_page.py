@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dagpath
-from dagpath.page import ROW, _axis, _drawing, _lanes, _rows, html_report
+from dagpath.page.page import ROW, _axis, _drawing, _lanes, _rows, html_report
 
 from networks import mlp
 

@@ -318,7 +318,7 @@ def test_an_option_that_does_not_exist_is_refused_before_anything_is_traced():
 
 
 def test_a_wrong_rule_is_caught_and_everything_restored(monkeypatch):
-    from dagpath.ops import base, elementwise
+    from dagpath.rules import base, elementwise
 
     monkeypatch.setitem(base._REGISTRY, "tanh", elementwise.Homogeneous())
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -357,7 +357,7 @@ def test_an_interruption_while_verifying_restores_everything(error, raised):
 
 
 def test_an_interruption_while_applying_restores_everything(monkeypatch):
-    from dagpath import multiply as module
+    from dagpath.apply import multiply as module
 
     net = mlp(3, 4, 4, 2)
     found = dagpath.random_rescaling(dagpath.trace(net, torch.zeros(1, 3)))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import dagpath
-from dagpath.flow.scratch import Scratch
+from dagpath.passes.scratch import Scratch
 
 
 def large() -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import dagpath
-from dagpath.flow.powers import PowerFlow
-from dagpath.state import uncollected
+from dagpath.passes.powers import PowerFlow
+from dagpath.runtime.state import uncollected
 
 from networks import Net
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import Mass
 from dagpath.ops import Operation
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.values import Mass
 
 from networks import BruteForce, Net, RandomNet
 

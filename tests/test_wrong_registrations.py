@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import dagpath
-from dagpath.ops import base
+from dagpath.rules import base
 
 from networks import Net
 

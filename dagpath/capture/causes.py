@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from tqdm import TMonitor
 
-from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
+from dagpath.runtime.distributed import has_all_values
 
 _PACKED = (
     "A packed sequence has a shape that depends on the lengths, which no graph can hold: run the recurrent layer on "

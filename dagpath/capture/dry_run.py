@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.containers import opened
-from dagpath.distributed import stand_in
-from dagpath.kept import place_text
-from dagpath.reach import Reach
-from dagpath.state import GradMode, Setting, mode, random_states, switch, without_autocast, without_value_checks
+from dagpath.runtime.distributed import stand_in
+from dagpath.runtime.kept import place_text
+from dagpath.runtime.reach import Reach
+from dagpath.runtime.state import GradMode, Setting, mode, random_states, switch, without_autocast, without_value_checks
 
 MODE_DEPENDENT: dict[Callable[..., Any], int] = {
     F.batch_norm: 5,

@@ -24,10 +24,10 @@ from dagpath.capture.functional import constants_of, functional_graph, take_out
 from dagpath.capture.graph import CapturedGraph, storage_of
 from dagpath.capture.site import describe
 from dagpath.capture.sizes import copies
-from dagpath.distributed import has_all_values, stand_in
 from dagpath.errors import CaptureError
-from dagpath.kept import overlaps
-from dagpath.state import GradMode, mode, random_states, without_value_checks
+from dagpath.runtime.distributed import has_all_values, stand_in
+from dagpath.runtime.kept import overlaps
+from dagpath.runtime.state import GradMode, mode, random_states, without_value_checks
 
 _REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
 """What operations raise where tensors do not fit."""

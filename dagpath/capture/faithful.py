@@ -15,7 +15,7 @@ from dagpath.capture.graph import CapturedGraph, is_random
 from dagpath.capture.running import mode_text, run
 from dagpath.capture.sizes import copies
 from dagpath.errors import CaptureError
-from dagpath.state import GradMode, mode
+from dagpath.runtime.state import GradMode, mode
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference relative to the largest entry; other types are too coarse to tell. Rounding is far below, and what

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.containers import opened
-from dagpath.reach import Reach
+from dagpath.runtime.reach import Reach
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.sizes import Dim
-from dagpath.distributed import own
+from dagpath.runtime.distributed import own
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dagpath.state import mode, parameters_kept
+from dagpath.runtime.state import mode, parameters_kept
 
 
 def changed_by_modes(model: nn.Module, factors: Mapping[str, Tensor]) -> list[str]:

@@ -14,8 +14,8 @@ from dagpath.capture.export import export
 from dagpath.capture.graph import CapturedGraph
 from dagpath.capture.running import capture_error, mode_text
 from dagpath.capture.sizes import copies
-from dagpath.reach import Reach
-from dagpath.state import Setting, mode, switch, without_autocast
+from dagpath.runtime.reach import Reach
+from dagpath.runtime.state import Setting, mode, switch, without_autocast
 
 _CALLS_IN_A_ROW = 10
 """Calls in a row that are looked at where one leaves something behind: most counters are small."""

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.causes import cause_of, messages
 from dagpath.capture.containers import opened
 from dagpath.capture.sizes import copies
-from dagpath.distributed import stand_in, whole
 from dagpath.errors import CaptureError
-from dagpath.state import GradMode, mode, without_autocast
+from dagpath.runtime.distributed import stand_in, whole
+from dagpath.runtime.state import GradMode, mode, without_autocast
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER + os.sep, "<")

@@ -31,11 +31,11 @@ from dagpath.capture.sizes import (
     shapes_text,
     with_batch,
 )
-from dagpath.distributed import has_all_values
 from dagpath.errors import CaptureError
-from dagpath.kept import overlaps
-from dagpath.reach import Reach
-from dagpath.state import GradMode, Setting, has_mixed_modes, mode, parameters_kept
+from dagpath.runtime.distributed import has_all_values
+from dagpath.runtime.kept import overlaps
+from dagpath.runtime.reach import Reach
+from dagpath.runtime.state import GradMode, Setting, has_mixed_modes, mode, parameters_kept
 
 
 def survey(

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion
 from dagpath.optim.rebalance import Rebalance
-from dagpath.state import unwrap
+from dagpath.runtime.state import unwrap
 from dagpath.trace import trace
 
 

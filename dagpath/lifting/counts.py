@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from dagpath.flow.masses import MassFlow
-from dagpath.flow.paths import Terms
-from dagpath.flow.powers import checked_power
-from dagpath.flow.values import Mass, broadcast
 from dagpath.lifting.lengths import LengthFlow
-from dagpath.state import plain_computation
+from dagpath.passes.masses import MassFlow
+from dagpath.passes.paths import Terms
+from dagpath.passes.powers import checked_power
+from dagpath.passes.values import Mass, broadcast
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 _EXACT = 2.0**48
@@ -27,7 +27,7 @@ class CountFlow(MassFlow):
     """The number of paths. A parameter is an edge whatever its value, a constant where it is not zero.
 
     Args:
-        graph, parameters, rule, cut, kept, dtype: see :class:`~dagpath.flow.masses.MassFlow`.
+        graph, parameters, rule, cut, kept, dtype: see :class:`~dagpath.passes.masses.MassFlow`.
         modulus: count modulo this prime, exactly; None for floating-point numbers.
         step: the factor of a path for each parametrized linear layer that it crosses.
     """

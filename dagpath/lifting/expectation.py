@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.paths import Terms
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Mass, ldexp_
 from dagpath.lifting.gram import collected_gradients
-from dagpath.state import plain_computation
+from dagpath.passes.paths import Terms
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.values import NOTHING, Mass, ldexp_
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 

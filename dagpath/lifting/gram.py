@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.fetched import device_of
-from dagpath.flow.masses import MassFlow
-from dagpath.flow.powers import OnGradient, PowerFlow
-from dagpath.flow.values import NOTHING, ldexp_
-from dagpath.state import plain_computation
+from dagpath.passes.masses import MassFlow
+from dagpath.passes.powers import OnGradient, PowerFlow
+from dagpath.passes.values import NOTHING, ldexp_
+from dagpath.runtime.fetched import device_of
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 _LEAST = math.ulp(0.0)

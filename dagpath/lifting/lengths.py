@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Mass, leaves, mapped
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.values import NOTHING, Mass, leaves, mapped
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LengthFlow(PowerFlow):
     which is its derivative, and what it is at zero are paths that start there.
 
     Args:
-        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.flow.powers.PowerFlow`.
+        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.passes.powers.PowerFlow`.
         progress: show a bar if it takes more than two seconds.
     """
 

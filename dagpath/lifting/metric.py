@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dagpath.capture.site import describe
-from dagpath.flow.differences import DifferenceFlow, GapFlow
-from dagpath.flow.pairs import PairFlow
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.values import NOTHING, Call, Mass, leaves
-from dagpath.state import plain_computation
+from dagpath.passes.differences import DifferenceFlow, GapFlow
+from dagpath.passes.pairs import PairFlow
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.values import NOTHING, Call, Mass, leaves
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 _PLAIN = 1e-2

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagpath.flow.powers import PowerFlow, checked_power
-from dagpath.flow.values import Mass, ldexp_
-from dagpath.state import plain_computation
+from dagpath.passes.powers import PowerFlow, checked_power
+from dagpath.passes.values import Mass, ldexp_
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 

@@ -12,15 +12,15 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dagpath.fetched import device_of
-from dagpath.flattened import Flattened
-from dagpath.flow.masses import MassFlow
-from dagpath.flow.pairs import PairFlow, scaled
-from dagpath.flow.values import LARGEST_STEP, NOTHING, is_count, ldexp_
 from dagpath.lifting.gram import gram_diagonal
 from dagpath.lifting.repeated import used_repeatedly
-from dagpath.sparse import without_csr_warning
-from dagpath.state import plain_computation
+from dagpath.passes.flattened import Flattened
+from dagpath.passes.masses import MassFlow
+from dagpath.passes.pairs import PairFlow, scaled
+from dagpath.passes.sparse import without_csr_warning
+from dagpath.passes.values import LARGEST_STEP, NOTHING, is_count, ldexp_
+from dagpath.runtime.fetched import device_of
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_dtype, require_finite, require_traced
 
 _MOST_DENSE = 20_000

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from dagpath.errors import UnsupportedOpError
-from dagpath.flow.powers import PowerFlow, checked_power
-from dagpath.flow.values import Mass, leaves
 from dagpath.lifting.repeated import used_repeatedly
-from dagpath.state import plain_computation
+from dagpath.passes.powers import PowerFlow, checked_power
+from dagpath.passes.values import Mass, leaves
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 
@@ -20,7 +20,7 @@ class NeuronMassFlow(PowerFlow):
     """``Σ |Φ|^q`` over the paths through each neuron.
 
     Args:
-        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.flow.powers.PowerFlow`.
+        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.passes.powers.PowerFlow`.
         places: nodes -> which neuron stands in each entry of the output, -1 for none.
         fed: parameter name -> which neuron each element leads into, -1 for one that has a place.
         num_neurons: how many neurons there are.

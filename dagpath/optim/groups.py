@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.distributed import is_spread, reshard
+from dagpath.runtime.distributed import is_spread, reshard
 from dagpath.trace import TracedModel
 from dagpath.words import counted
 

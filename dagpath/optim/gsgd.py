@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.flattened import Flattened
+from dagpath.apply.optimizer_state import register_state
 from dagpath.optim.groups import (
     check_rates,
     check_state,
@@ -22,7 +22,7 @@ from dagpath.optim.groups import (
     trained_edges,
 )
 from dagpath.optim.skeleton import Skeleton, require_skeleton
-from dagpath.optimizer_state import register_state
+from dagpath.passes.flattened import Flattened
 from dagpath.paths.basis import ElementOrder, choose_skeleton, element_order
 from dagpath.trace import TracedModel, require_traced
 from dagpath.words import counted

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dagpath.flow.values import ldexp_
+from dagpath.apply.optimizer_state import register_state
 from dagpath.lifting.gram import visit_gram_diagonal
 from dagpath.optim.groups import check_rates, check_state, check_steps, evaluate, inverse_of, parameter_groups
-from dagpath.optimizer_state import register_state
-from dagpath.state import plain_computation
+from dagpath.passes.values import ldexp_
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 

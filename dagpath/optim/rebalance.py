@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dagpath.apply.optimizer_state import moving_state
+from dagpath.apply.rescaling import Rescaling
 from dagpath.balance import BalanceOptions
 from dagpath.criteria import Criterion, EquiNorm
-from dagpath.distributed import reshard, warn_if_alone
 from dagpath.optim.groups import check_steps, is_count
-from dagpath.optimizer_state import moving_state
-from dagpath.rescaling import Rescaling
+from dagpath.runtime.distributed import reshard, warn_if_alone
 from dagpath.trace import TracedModel, require_traced
 
 

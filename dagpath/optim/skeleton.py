@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dagpath.flattened import Flattened
+from dagpath.passes.flattened import Flattened
 from dagpath.paths.basis import ElementOrder, identified
 from dagpath.words import counted
 

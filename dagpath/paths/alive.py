@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dagpath.flow.constants import Constants
-from dagpath.flow.powers import PowerFlow
-from dagpath.flow.structure import Structure
-from dagpath.flow.values import Call
+from dagpath.passes.constants import Constants
+from dagpath.passes.powers import PowerFlow
+from dagpath.passes.structure import Structure
+from dagpath.passes.values import Call
 from dagpath.trace import TracedModel
 
 

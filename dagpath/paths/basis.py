@@ -9,9 +9,9 @@ import torch
 from scipy.sparse import coo_array, csgraph, csr_array
 from torch import Tensor
 
-from dagpath.flow.structure import Edges, Links, Structure
+from dagpath.passes.structure import Edges, Links, Structure
 from dagpath.paths.alive import alive_elements
-from dagpath.state import plain_computation
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 from dagpath.words import counted
 

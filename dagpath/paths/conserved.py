@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dagpath.state import plain_computation
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
 
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.containers import opened
 from dagpath.capture.graph import CapturedGraph
 from dagpath.errors import UnsupportedOpError
-from dagpath.flow.real import widened
-from dagpath.state import mode, without_autocast
+from dagpath.passes.real import widened
+from dagpath.runtime.state import mode, without_autocast
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}

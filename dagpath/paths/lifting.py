@@ -15,16 +15,16 @@ from torch.utils import _pytree as pytree
 from dagpath.capture.graph import is_random
 from dagpath.capture.site import describe
 from dagpath.errors import UnsupportedOpError
-from dagpath.flow.level_masses import numbers_of, product_of_each, running_products
-from dagpath.flow.real import RealFlow, widened
+from dagpath.graph.unrolled import UnrolledGraph
 from dagpath.lifting import path_count
+from dagpath.passes.level_masses import numbers_of, product_of_each, running_products
+from dagpath.passes.real import RealFlow, widened
+from dagpath.passes.sparse import csr_tensor
 from dagpath.paths.basis import BasisPaths, basis_paths
 from dagpath.paths.independence import require_independent
 from dagpath.paths.inputs import examples
-from dagpath.sparse import csr_tensor
-from dagpath.state import plain_computation
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_traced
-from dagpath.unroll import UnrolledGraph
 from dagpath.words import counted
 
 
@@ -74,7 +74,7 @@ class PathLifting:
         limit: the largest number of paths to enumerate.
 
     Attributes:
-        graph: the :class:`dagpath.unroll.UnrolledGraph`.
+        graph: the :class:`dagpath.UnrolledGraph`.
         values: Φ, float64 tensor [paths]. Paths are ordered by the output that they end in.
         edges: int64 tensor [paths, longest path]: the edges of each path from its start, then -1.
         starts: int64 tensor [paths]: the node of the graph where each path starts.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dagpath.flow.structure import Edges, Links, Structure
-from dagpath.flow.values import broadcast
+from dagpath.passes.structure import Edges, Links, Structure
+from dagpath.passes.values import broadcast
 
 _SOURCES = ("constant", "input", "barrier")
 

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from dagpath.capture.site import describe
 from dagpath.errors import UnsupportedOpError
-from dagpath.flow.structure import CONSTANT, Structure
-from dagpath.flow.values import is_count
 from dagpath.lifting import path_norm
+from dagpath.passes.structure import CONSTANT, Structure
+from dagpath.passes.values import is_count
 from dagpath.paths.alive import alive_elements, masses_with
 from dagpath.paths.search import Search, Step
-from dagpath.state import plain_computation
+from dagpath.runtime.state import plain_computation
 from dagpath.trace import TracedModel, require_finite, require_traced
 
 _MARK = 50

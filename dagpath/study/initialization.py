@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dagpath.report import table
+from dagpath.graph.explanation import table
 from dagpath.study.prediction import Effect, predict
 from dagpath.study.schemes import checked_scheme, initialize_
 from dagpath.trace import trace

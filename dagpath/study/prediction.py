@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dagpath.apply.rescaling import Rescaling
 from dagpath.balance import balance
+from dagpath.graph.explanation import table
 from dagpath.lifting import expected_gram_diagonal, gram_diagonal
-from dagpath.report import table
-from dagpath.rescaling import Rescaling
 from dagpath.solver import MassAggregator, Problem
 from dagpath.study.schemes import checked_scheme, second_moments
 from dagpath.trace import TracedModel, trace

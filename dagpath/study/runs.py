@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from dagpath.report import table
+from dagpath.graph.explanation import table
 
 FACTS = ("task", "method", "lr", "seed", "epochs", "batch_size")
 """What tells one run from another."""

@@ -1,0 +1,1 @@
+"""Factors, and all that they multiply: parameters, optimizer state, files; and whether outputs stay."""
