@@ -96,7 +96,7 @@ def html_report(traced: TracedModel, rescaling: Rescaling | None = None) -> str:
         type(traced.model).__name__, traced.graph, traced.captured.train_failure, traced.captured.covers
     )
     lines, width = _drawing(layers)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("dagpath", ""), autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("dagpath.page", ""), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         facts=facts,
         numbers=_numbers(facts, rescaling),
