@@ -115,10 +115,10 @@ class PathConditioning:
             masses.add_product(left, right, graph.ends[name].dst, graph.ends[name].src)
 
         try:
-            exponent = visit_common_gram_diagonal(traced, visit, None if reference is not None else visit_factors)
+            log2_scale = visit_common_gram_diagonal(traced, visit, None if reference is not None else visit_factors)
         except OverflowError as error:
             raise BalanceError(str(error)) from error
-        return Problem.path_conditioning(masses, bound, offset=exponent * math.log(2))
+        return Problem.path_conditioning(masses, bound, offset=log2_scale * math.log(2))
 
     def _checked_reference(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, float | Tensor] | None:
         if self.reference is None:

@@ -245,7 +245,7 @@ def _of_mass(change: Callable[[Mass], dict[str, Any] | None]):
         fields = change(value)
         if fields is None:
             return None
-        known = {name: getattr(value, name) for name in ("values", "exponent", "zero", "data", "params")}
+        known = {name: getattr(value, name) for name in ("values", "log2_scale", "zero", "data", "params")}
         return Mass(**{**known, **fields}, node=flow.node)
 
     return method
@@ -263,7 +263,7 @@ class _Watched(Mass):
     """A mass with other values, which says when these are read."""
 
     def __init__(self, mass: Mass, factor: float, read: list[bool]) -> None:
-        kept = {name: getattr(mass, name) for name in ("exponent", "zero", "data", "params", "node")}
+        kept = {name: getattr(mass, name) for name in ("log2_scale", "zero", "data", "params", "node")}
         self.__dict__.update(kept, _values=mass.values * factor, _read=read)  # a mass is frozen
 
     @property
@@ -296,7 +296,7 @@ def _constant_as_it_is(flow, fixed, weights):
     """A constant's absolute value, not raised to the power of the pass."""
     mass = fixed(weights)
     values = weights.abs().to(mass.values.dtype)
-    return Mass(values), not torch.equal(torch.ldexp(mass.values, torch.tensor(mass.exponent)), values)
+    return Mass(values), not torch.equal(torch.ldexp(mass.values, torch.tensor(mass.log2_scale)), values)
 
 
 def _constant_with_sign(flow, fixed, weights):
@@ -323,7 +323,7 @@ def _other_way(flow, factors, a, b):
 MASSES: dict[str, Mutant] = {
     **VERBS,
     "twice": afterwards(Mass, _of_mass(lambda mass: {"values": 2 * mass.values} if mass.values.any() else None)),
-    "exponent forgotten": afterwards(Mass, _of_mass(lambda mass: {"exponent": 0} if mass.exponent else None)),
+    "power of two forgotten": afterwards(Mass, _of_mass(lambda mass: {"log2_scale": 0} if mass.log2_scale else None)),
     "first operand forgotten": _operand_times(0, 0.0),
     "second operand forgotten": _operand_times(1, 0.0),
     "third operand forgotten": _operand_times(2, 0.0),

@@ -75,7 +75,7 @@ class Network:
     Attributes:
         name: of the network.
         traced: as it is.
-        scaled: with parameters so large that masses travel with exponents.
+        scaled: with parameters so large that masses travel with powers of two.
         probed: a sigmoid reads every activation, so paths end everywhere.
         inputs: example inputs.
         groups: how many scale groups are free.
@@ -133,7 +133,7 @@ class Network:
 
     def check_edges(self) -> None:
         """The unrolled graph has the path quantities of the passes, and its paths are the function."""
-        for traced, expected in zip((self.traced, self.probed), self.quantities, strict=True):
+        for traced, expected in zip((self.traced, self.probed), self.poweruantities, strict=True):
             assert_agree(unrolled_quantities(traced.unroll()), expected)
         if not self.unrolled[0]["cut"] and in_float64(self.traced):
             check_realization(self.traced, self.inputs, self.outputs)

@@ -379,7 +379,7 @@ def test_a_rescaling_of_no_examples_and_of_no_neurons_is_one():
 def test_the_mass_of_a_parameter_is_replaced_like_any_other():
     net = mlp(2, 3, 1).double()
     traced = dagpath.trace(net, torch.zeros(1, 2, dtype=torch.float64))
-    flow = traced.masses(PowerFlow, exponent=1)
+    flow = traced.masses(PowerFlow, power=1)
     placeholder = next(node for node in traced.fx.graph.nodes if node.name in traced.captured.eval.parameters)
     later = Later(lambda node: flow.parameter("0.weight"), True, placeholder)
     changed = replace(later, data=True)

@@ -51,7 +51,7 @@ def test_a_pass_is_freed_without_garbage_collection() -> None:
         return m.layer(x), m.read
 
     net = Net(function, layer=nn.Linear(2, 2), read=torch.ones(3), unread=torch.ones(3))
-    flow = dagpath.trace(net, torch.zeros(1, 2)).masses(PowerFlow, exponent=2, on_gradient=lambda *visit: None)
+    flow = dagpath.trace(net, torch.zeros(1, 2)).masses(PowerFlow, power=2, on_gradient=lambda *visit: None)
     torch.autograd.backward(flow.total().values)
     freed = weakref.ref(flow)
     with uncollected():

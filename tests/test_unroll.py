@@ -46,7 +46,7 @@ def assert_agrees(model: nn.Module, x) -> dagpath.UnrolledGraph:
 
 def masses_of(traced: dagpath.TracedModel, p: float) -> dict:
     """The mass of every activation in the lifting pass."""
-    flow = traced.masses(PowerFlow, exponent=p)
+    flow = traced.masses(PowerFlow, power=p)
     flow.garbage_collect_values = False
     flow.total()
     return {node: value for node, value in flow.env.items() if isinstance(value, Mass) and value.data}

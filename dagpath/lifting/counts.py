@@ -49,7 +49,7 @@ class CountFlow(MassFlow):
         edges = [self.fixed(coefficient(self.real)).values for coefficient, _ in parts]
         weight = parts[0][1]
         if len(parts) == 1 and weight is not None:
-            return Mass(edges[0] * weight.values, weight.exponent)
+            return Mass(edges[0] * weight.values, weight.log2_scale)
         return Mass(torch.stack(broadcast(*edges)).amax(0))
 
     def layer(self, values: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def path_count(traced: TracedModel, progress: bool = True, log: bool = False) ->
     if log:
         total = traced.masses(CountFlow).total()
         count = float(total.values)
-        return math.log(count) + total.exponent * math.log(2) if count > 0 else -math.inf
+        return math.log(count) + total.log2_scale * math.log(2) if count > 0 else -math.inf
     return _exact_sums(traced, [1], progress)[0]
 
 
@@ -145,7 +145,7 @@ def path_length_profile(traced: TracedModel, p: float | None = None, progress: b
     """
     require_traced(traced)
     if p is not None:
-        return dict(traced.masses(LengthFlow, exponent=checked_power(p), progress=progress).shares())
+        return dict(traced.masses(LengthFlow, power=checked_power(p), progress=progress).shares())
     flow = traced.masses(CountFlow)
     flow.total()
     longest = _longest_chain(traced.fx, flow.layers)
@@ -171,7 +171,7 @@ def _exact_sums(traced: TracedModel, steps: Sequence[int], progress: bool) -> li
     estimate = traced.masses(CountFlow).total()
     if estimate.zero:
         return [0] * len(steps)
-    bits = math.log2(float(estimate.values)) + estimate.exponent + 1
+    bits = math.log2(float(estimate.values)) + estimate.log2_scale + 1
     for size in (30, 26, 22, 18, 14, 10):
         rounds = math.ceil(bits / (size - 1))
         found, modulus = [0] * len(steps), 1

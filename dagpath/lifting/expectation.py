@@ -21,25 +21,27 @@ class MomentFlow(PowerFlow):
     """``E Σ Φ²`` over all paths, for independent parameters of given second moments."""
 
     def __init__(self, *graph: Any, moments: Mapping[str, Tensor], **options: Any) -> None:
-        super().__init__(*graph, exponent=2, **options)
+        super().__init__(*graph, power=2, **options)
         self._moments = moments
 
     def parameter(self, name: str) -> Mass:
         moments = self._moments[name].to(self.device, self.dtype, copy=True)
-        top = self.exponent_of(moments)
-        exponent = top if top != NOTHING and abs(top) > 300 else 0
-        return self._watched(name, Mass(ldexp_(moments, -exponent), exponent, zero=top == NOTHING))
+        top = self.log2_of(moments)
+        log2_scale = top if top != NOTHING and abs(top) > 300 else 0
+        return self._watched(name, Mass(ldexp_(moments, -log2_scale), log2_scale, zero=top == NOTHING))
 
     def edge(self, parts: Terms) -> Mass:
         """``Σ coefficient² · E parameter²``: parameters of mean zero, so that mixed terms vanish."""
         one = self.number(1.0)
         terms = [(self.fixed(coefficient(self.real)), weight or one) for coefficient, weight in parts]
-        exponents = [square.exponent + weight.exponent for square, weight in terms if not (square.zero or weight.zero)]
-        exponent = max(exponents, default=0)
+        log2_scales = [
+            square.log2_scale + weight.log2_scale for square, weight in terms if not (square.zero or weight.zero)
+        ]
+        log2_scale = max(log2_scales, default=0)
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for square, weight in terms:
-            total = total + square.values * self.at(weight, exponent - square.exponent)
-        return Mass(total, exponent, zero=not exponents)
+            total = total + square.values * self.at(weight, log2_scale - square.log2_scale)
+        return Mass(total, log2_scale, zero=not log2_scales)
 
 
 @plain_computation()

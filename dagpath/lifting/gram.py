@@ -22,19 +22,19 @@ _LEAST = math.ulp(0.0)
 def visit_gram_diagonal(traced: TracedModel, visit: OnGradient) -> int:
     """Hand ``diag(G)`` to ``visit``, parameter by parameter as the backward pass completes each.
 
-    It gets the name, d and k: this part of the diagonal is ``d · 2**(k + exponent)``. A parameter that no path meets is
-    not visited. Nothing is kept: the memory of each part is freed after its visit.
+    It gets the name, d and k: this part of the diagonal is ``d · 2**(k + log2_scale)``. A parameter that no path meets
+    is not visited. Nothing is kept: the memory of each part is freed after its visit.
 
     Returns:
-        The exponent.
+        The logarithm to base 2 of the scale.
 
     Raises:
         OverflowError: see :func:`gram_diagonal`.
     """
-    flow = traced.masses(PowerFlow, exponent=2, on_gradient=visit)
+    flow = traced.masses(PowerFlow, power=2, on_gradient=visit)
     total = flow.total()
     flow.backward(total)
-    return total.exponent
+    return total.log2_scale
 
 
 def visit_common_gram_diagonal(
@@ -42,7 +42,7 @@ def visit_common_gram_diagonal(
     visit: Callable[[str, Tensor], None],
     visit_factors: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> int:
-    """The same, all parts at one exponent: ``diag(G) / 2**exponent``.
+    """The same, all parts at one scale: ``diag(G) / 2**log2_scale``.
 
     If ``visit_factors`` is given, it gets those of linear layers, as ``left[i] · right[j]`` for the weight (i, j).
 
@@ -52,27 +52,27 @@ def visit_common_gram_diagonal(
     bases: dict[str, list[int]] = {}
     top: list[int] = []
 
-    def aligned(name: str, gradient: Tensor, exponent: int) -> None:  # must not refer to the flow, which refers to it
-        visit(name, _moved(gradient, exponent - the_top(), _LEAST))
+    def aligned(name: str, gradient: Tensor, log2_scale: int) -> None:  # must not refer to the flow, which refers to it
+        visit(name, _moved(gradient, log2_scale - the_top(), _LEAST))
 
     def the_top() -> int:
         if not top:
             top.append(max((-base[0] for base in bases.values() if base), default=0))
         return top[0]
 
-    def aligned_factors(name: str, left: Tensor, right: Tensor, exponent: int) -> None:
+    def aligned_factors(name: str, left: Tensor, right: Tensor, log2_scale: int) -> None:
         assert visit_factors is not None
-        own = [MassFlow.exponent_of(side) for side in (left, right)]
-        shift = exponent - the_top() + sum(own) if min(own) > NOTHING else 0
+        own = [MassFlow.log2_of(side) for side in (left, right)]
+        shift = log2_scale - the_top() + sum(own) if min(own) > NOTHING else 0
         halves = (shift // 2 - own[0], shift - shift // 2 - own[1]) if min(own) > NOTHING else (0, 0)
         visit_factors(name, *(_moved(*side, math.sqrt(_LEAST)) for side in zip((left, right), halves, strict=True)))
 
     options = {"on_factors": None if visit_factors is None else aligned_factors}
-    flow = traced.masses(PowerFlow, exponent=2, on_gradient=aligned, **options)
+    flow = traced.masses(PowerFlow, power=2, on_gradient=aligned, **options)
     total = flow.total()
     bases.update(flow.bases)
     flow.backward(total)
-    return total.exponent + (top[0] if top else 0)
+    return total.log2_scale + (top[0] if top else 0)
 
 
 def _moved(values: Tensor, shift: int, least: float) -> Tensor:
@@ -84,10 +84,10 @@ def _moved(values: Tensor, shift: int, least: float) -> Tensor:
 def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], **options: Any) -> dict[str, Tensor]:
     """The derivatives of a sum over paths with respect to each parameter's masses, or their natural logarithms."""
     found: dict[str, Tensor] = {}
-    exponents: dict[str, int] = {}
+    log2_scales: dict[str, int] = {}
 
-    def visit(name: str, gradient: Tensor, exponent: int) -> None:
-        found[name], exponents[name] = gradient, exponent
+    def visit(name: str, gradient: Tensor, log2_scale: int) -> None:
+        found[name], log2_scales[name] = gradient, log2_scale
 
     flow = traced.masses(kind, on_gradient=visit, **options)
     total = flow.total()
@@ -95,10 +95,10 @@ def collected_gradients(traced: TracedModel, log: bool, kind: type[PowerFlow], *
     result = {}
     device = device_of(traced.values)
     for name, shape in traced.graph.shapes.items():
-        values, exponent = found.pop(name, None), total.exponent + exponents.get(name, 0)
+        values, log2_scale = found.pop(name, None), total.log2_scale + log2_scales.get(name, 0)
         if values is None:
             values = torch.zeros(shape, dtype=options.get("dtype", torch.float64), device=device)
-        result[name] = values.log_().add_(exponent * math.log(2)) if log else ldexp_(values, exponent)
+        result[name] = values.log_().add_(log2_scale * math.log(2)) if log else ldexp_(values, log2_scale)
     return result
 
 
@@ -122,7 +122,7 @@ def gram_diagonal(traced: TracedModel, log: bool = False, dtype: torch.dtype = t
         parameter name -> tensor of its shape, in the order of ``model.named_parameters()``. Zero for
         parameters that no path meets, such as the slope of a PReLU or a layer that eval mode does not use.
 
-    Parameters may be of any size, and layers of any sizes beside each other: each has an exponent of its own. Within
+    Parameters may be of any size, and layers of any sizes beside each other: each has a scale of its own. Within
     one tensor, of a parameter or an activation, a mass below 1e-308 (1e-38 in float32) of the largest counts as zero.
 
     Raises:
@@ -143,4 +143,4 @@ def gram_diagonal(traced: TracedModel, log: bool = False, dtype: torch.dtype = t
         {'0.weight': [[9.0, 9.0]], '2.weight': [[18.0]], '2.bias': [1.0]}
     """
     require_traced(traced)
-    return collected_gradients(traced, log, PowerFlow, exponent=2, dtype=dtype)
+    return collected_gradients(traced, log, PowerFlow, power=2, dtype=dtype)

@@ -16,7 +16,7 @@ from dagpath.passes.values import NOTHING, Mass, leaves, mapped
 
 @dataclass(frozen=True)
 class PartedMass(Mass):
-    """A mass with its parts by the length of the paths: their values add up to its own and share its exponent."""
+    """A mass with its parts by the length of the paths: their values add up to its own and share its scale."""
 
     parts: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -28,7 +28,7 @@ class LengthFlow(PowerFlow):
     which is its derivative, and what it is at zero are paths that start there.
 
     Args:
-        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.passes.powers.PowerFlow`.
+        graph, parameters, rule, cut, kept, dtype, power: see :class:`~dagpath.passes.powers.PowerFlow`.
         progress: show a bar if it takes more than two seconds.
     """
 
@@ -45,7 +45,7 @@ class LengthFlow(PowerFlow):
         sums: dict[int, float] = {}
         for sink in self.sinks:
             for length, part in getattr(sink, "parts", {0: sink.values}).items():
-                sums[length] = sums.get(length, 0.0) + float(self.shifted(part, sink.exponent - top).sum())
+                sums[length] = sums.get(length, 0.0) + float(self.shifted(part, sink.log2_scale - top).sum())
         total = sum(sums.values())
         return {length: sums[length] / total if total else 0.0 for length in sorted(sums)}
 
@@ -81,7 +81,7 @@ class LengthFlow(PowerFlow):
 
         for found, new, mass in zip(parts, run(at_zero), _masses(whole), strict=True):
             if not new.zero:
-                found[step] = self.at(new, mass.exponent)
+                found[step] = self.at(new, mass.log2_scale)
         with torch.enable_grad():
             reached = [(found, mass.values) for found, mass in zip(parts, run(at_points), strict=True)]
             reached = [(found, values) for found, values in reached if values.requires_grad]
@@ -133,4 +133,4 @@ def _is_parted(leaf: Any) -> bool:
 
 
 def _parted(mass: Mass, parts: Mapping[int, Tensor]) -> PartedMass:
-    return PartedMass(mass.values, mass.exponent, mass.zero, mass.data, mass.params, mass.node, parts)
+    return PartedMass(mass.values, mass.log2_scale, mass.zero, mass.data, mass.params, mass.node, parts)

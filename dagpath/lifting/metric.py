@@ -109,7 +109,7 @@ def _facts(node: fx.Node) -> tuple[Any, ...]:
 def _euclidean(a: TracedModel, b: TracedModel) -> float:
     options = {"others": dict(b.values), "other_graph": b.captured.eval}
     both = a.masses(PairFlow, **options).total()
-    squares = [traced.masses(PowerFlow, exponent=2).total() for traced in (a, b)]
+    squares = [traced.masses(PowerFlow, power=2).total() for traced in (a, b)]
     plain = _log_sum([*squares, both], [1.0, 1.0, -2.0])
 
     def integral(places: Sequence[float], weights: Sequence[float]) -> float:
@@ -125,7 +125,7 @@ def _euclidean(a: TracedModel, b: TracedModel) -> float:
 
 def _taxicab(a: TracedModel, b: TracedModel) -> float:
     options = {"others": dict(b.values), "other_graph": b.captured.eval}
-    totals = [traced.masses(PowerFlow, exponent=1).total() for traced in (a, b)]
+    totals = [traced.masses(PowerFlow, power=1).total() for traced in (a, b)]
     bounds = [_log_sum(totals, [1.0, 1.0])]
     low, high = (a.masses(GapFlow, place=place, **options) for place in (0.0, 1.0))
     ends = [flow.total() for flow in (high, low)]
@@ -180,6 +180,6 @@ def _log_sum(masses: Sequence[Mass], signs: Sequence[float]) -> float:
     if top == NOTHING:
         return -math.inf
     known = [(mass, sign) for mass, sign in zip(masses, signs, strict=True) if not mass.zero]
-    terms = [sign * float(mass.values.detach()) * 2.0 ** (mass.exponent - top) for mass, sign in known]
+    terms = [sign * float(mass.values.detach()) * 2.0 ** (mass.log2_scale - top) for mass, sign in known]
     total = math.fsum(terms) if all(map(math.isfinite, terms)) else math.nan
     return math.log(total) + top * math.log(2) if not total <= 0 else -math.inf

@@ -60,7 +60,7 @@ def path_norm(
     """
     require_traced(traced)
     p = checked_power(p)
-    flow = traced.masses(PowerFlow, exponent=p, dtype=dtype)
+    flow = traced.masses(PowerFlow, power=p, dtype=dtype)
     total = flow.total()
     if not per_output:
         return float(_norm(total, p, log))
@@ -71,6 +71,6 @@ def path_norm(
 def _norm(mass: Mass, p: float, log: bool) -> Tensor:
     values = mass.values.double()
     if log:
-        return (values.log() + mass.exponent * math.log(2)) / p
-    whole, rest = divmod(mass.exponent / p, 1)
+        return (values.log() + mass.log2_scale * math.log(2)) / p
+    whole, rest = divmod(mass.log2_scale / p, 1)
     return ldexp_(values ** (1 / p) * 2.0**rest, int(whole))

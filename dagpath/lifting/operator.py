@@ -119,7 +119,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
         known = [index for index, p in enumerate(whole.values()) if p.is_floating_point()]
         names = [list(whole)[index] for index in known]
         found = {name: scaled(whole[name], self._dtype) for name in names}
-        exponents = [found[name][1] if name in found else 0 for name in whole]
+        log2_scales = [found[name][1] if name in found else 0 for name in whole]
         first = [found[name][0].requires_grad_() for name in names]
         second = [leaf.detach().clone().requires_grad_() for leaf in first]
         leaves = [
@@ -133,7 +133,7 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             return result
         inner = torch.autograd.grad(total.values, second, create_graph=True, materialize_grads=True)
         self._check_range(names, inner)
-        moves, columns = _gauged(columns, sizes, exponents)
+        moves, columns = _gauged(columns, sizes, log2_scales)
         live = [index for index, gradient in enumerate(inner) if gradient.requires_grad]
         chunks = list(_chunks(columns.shape[1]))
         for chunk in tqdm(chunks, desc="Gram products", disable=not progress, leave=False, delay=2):
@@ -145,11 +145,11 @@ class GramOperator(LinearOperator):  # type: ignore[misc]
             for index, part in zip(known, outer, strict=True):
                 if part is not None:
                     rows[index].copy_(part.reshape(count, sizes[index]).t())
-        return ldexp_(result, total.exponent) if moves is None else _multiplied(result, total.exponent + moves)
+        return ldexp_(result, total.log2_scale) if moves is None else _multiplied(result, total.log2_scale + moves)
 
     def _check_range(self, names: list[str], gradients: Sequence[Tensor]) -> None:
         for name, gradient in zip(names, gradients, strict=True):
-            if NOTHING < MassFlow.exponent_of(gradient) < _LEAST[self._dtype]:
+            if NOTHING < MassFlow.log2_of(gradient) < _LEAST[self._dtype]:
                 wider = "use dtype=torch.float64" if self._dtype == torch.float32 else "scale the layers evenly first"
                 raise OverflowError(f"the path masses through {name!r} leave the range of {self._dtype}: {wider}")
 
@@ -267,31 +267,33 @@ def live_eigenvalues(values: np.ndarray) -> np.ndarray:
     return live
 
 
-def _unscaled(leaf: Tensor, exponent: int) -> Tensor:
-    return MassFlow.shifted(leaf.double(), exponent) if exponent else leaf
+def _unscaled(leaf: Tensor, log2_scale: int) -> Tensor:
+    return MassFlow.shifted(leaf.double(), log2_scale) if log2_scale else leaf
 
 
-def _gauged(columns: Tensor, sizes: list[int], exponents: list[int]) -> tuple[Tensor | None, Tensor]:
+def _gauged(columns: Tensor, sizes: list[int], log2_scales: list[int]) -> tuple[Tensor | None, Tensor]:
     """Where parameters were divided by powers of two: what the entries of the products are to be multiplied by for it,
-    as exponents of two, and the columns that go in.
+    as powers of two, and the columns that go in.
     """
-    if not any(exponents):
+    if not any(log2_scales):
         return None, columns
     device = columns.device
-    rows = torch.repeat_interleave(torch.tensor(exponents, device=device), torch.tensor(sizes, device=device))[:, None]
+    rows = torch.repeat_interleave(torch.tensor(log2_scales, device=device), torch.tensor(sizes, device=device))[
+        :, None
+    ]
     there = torch.frexp(columns).exponent - rows
     tops = there.masked_fill(columns == 0, NOTHING).amax(0)
     tops = torch.where(tops == NOTHING, 0, tops)
     return tops - rows, _multiplied(columns, -rows - tops)
 
 
-def _multiplied(values: Tensor, exponents: Tensor) -> Tensor:
-    """``values · 2**exponents``, entry by entry."""
+def _multiplied(values: Tensor, log2_scales: Tensor) -> Tensor:
+    """``values · 2**log2_scales``, entry by entry."""
     step = LARGEST_STEP[values.dtype]
     for _ in range(3):
-        now = exponents.clamp(-step, step)
+        now = log2_scales.clamp(-step, step)
         values = values * torch.pow(2.0, now.to(values.dtype))
-        exponents = exponents - now
+        log2_scales = log2_scales - now
     return values
 
 

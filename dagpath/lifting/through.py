@@ -20,7 +20,7 @@ class NeuronMassFlow(PowerFlow):
     """``Σ |Φ|^q`` over the paths through each neuron.
 
     Args:
-        graph, parameters, rule, cut, kept, dtype, exponent: see :class:`~dagpath.passes.powers.PowerFlow`.
+        graph, parameters, rule, cut, kept, dtype, power: see :class:`~dagpath.passes.powers.PowerFlow`.
         places: nodes -> which neuron stands in each entry of the output, -1 for none.
         fed: parameter name -> which neuron each element leads into, -1 for one that has a place.
         num_neurons: how many neurons there are.
@@ -110,7 +110,7 @@ def path_mass(traced: TracedModel, p: float = 2) -> Tensor:
             "own elements, and is used more than once: the paths through them are not told apart by their use"
         )
     options = {"places": graph.places, "fed": graph.fed, "num_neurons": graph.num_neurons}
-    flow = traced.masses(NeuronMassFlow, exponent=checked_power(p), **options)
+    flow = traced.masses(NeuronMassFlow, power=checked_power(p), **options)
     total = flow.total()
     if total.values.requires_grad and not total.zero:
         torch.autograd.backward(total.values)

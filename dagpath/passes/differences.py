@@ -33,15 +33,15 @@ class DifferenceFlow(PairFlow):
         self._places = s, t
 
     def _pair(self, first: Scaled, second: Scaled) -> Mass:
-        (one, other), exponent = self._aligned(first, second)
+        (one, other), log2_scale = self._aligned(first, second)
         s, t = self._places
         values = (other + s * (one - other)) * (other + t * (one - other))
-        return Mass(values, 2 * exponent, zero=self.exponent_of(values) == NOTHING)
+        return Mass(values, 2 * log2_scale, zero=self.log2_of(values) == NOTHING)
 
     def _aligned(self, first: Scaled, second: Scaled) -> tuple[tuple[Tensor, Tensor], int]:
-        exponent = max(first[1], second[1])
-        one, other = (self.shifted(values, power - exponent) for values, power in (first, second))
-        return (one, other), exponent
+        log2_scale = max(first[1], second[1])
+        one, other = (self.shifted(values, power - log2_scale) for values, power in (first, second))
+        return (one, other), log2_scale
 
     def derivative(self) -> Mass:
         """The mixed derivative by s and t of the sum over all paths, as a mass of one entry, of any sign."""
@@ -52,7 +52,7 @@ class DifferenceFlow(PairFlow):
             (slope,) = torch.autograd.grad(total.values, s, create_graph=True, materialize_grads=True)
             if slope.requires_grad:
                 (gained,) = torch.autograd.grad(slope, t, materialize_grads=True)
-        return Mass(gained.detach(), total.exponent, zero=not bool(gained))
+        return Mass(gained.detach(), total.log2_scale, zero=not bool(gained))
 
 
 class GapFlow(DifferenceFlow):
@@ -68,14 +68,14 @@ class GapFlow(DifferenceFlow):
         self.signs_agree = self.first_is_above = self.second_is_above = True
 
     def _pair(self, first: Scaled, second: Scaled) -> Mass:
-        (one, other), exponent = self._aligned(first, second)
+        (one, other), log2_scale = self._aligned(first, second)
         self.signs_agree = self.signs_agree and bool((one.sign() * other.sign() >= 0).all())
         one, other = one.abs(), other.abs()
         self.first_is_above = self.first_is_above and bool((one >= other).all())
         self.second_is_above = self.second_is_above and bool((other >= one).all())
         low = torch.minimum(one, other)
         values = low + self._places[1] * (torch.maximum(one, other) - low)
-        return Mass(values, exponent, zero=self.exponent_of(values) == NOTHING)
+        return Mass(values, log2_scale, zero=self.log2_of(values) == NOTHING)
 
     def derivative(self) -> Mass:
         """The derivative by t of the sum over all paths."""
@@ -83,4 +83,4 @@ class GapFlow(DifferenceFlow):
         gained = torch.zeros_like(total.values)
         if total.values.requires_grad:
             (gained,) = torch.autograd.grad(total.values, self._places[1], materialize_grads=True)
-        return Mass(gained.detach(), total.exponent, zero=not bool(gained))
+        return Mass(gained.detach(), total.log2_scale, zero=not bool(gained))

@@ -83,7 +83,7 @@ class MassFlow(PathFlow):
 
     def settled(self, values: Tensor) -> tuple[Tensor, int | None]:
         """Computed values, brought back near one where they drift away, and by how much; None if all are zero."""
-        top = self.exponent_of(values)
+        top = self.log2_of(values)
         if top == NOTHING:
             return values, None
         return (self.shifted(values, -top), top) if abs(top) > _HEADROOM[self.dtype] else (values, 0)
@@ -101,9 +101,11 @@ class MassFlow(PathFlow):
         with torch.set_grad_enabled(self.records):
             if not self.sinks:
                 return Mass(torch.zeros((), dtype=self.dtype, device=self.device), zero=True)
-            exponent = self.common(self.sinks)  # a sum of zero has derivatives too: those by the zeros of a last layer
-            sums = [self.at(sink, exponent).sum() for sink in self.sinks]
-            return Mass(torch.stack(sums).sum(), exponent, zero=all(sink.zero for sink in self.sinks))
+            log2_scale = self.common(
+                self.sinks
+            )  # a sum of zero has derivatives too: those by the zeros of a last layer
+            sums = [self.at(sink, log2_scale).sum() for sink in self.sinks]
+            return Mass(torch.stack(sums).sum(), log2_scale, zero=all(sink.zero for sink in self.sinks))
 
     def parameter_at(self, node: fx.Node) -> Mass:
         return Later(self._parameter, True, node)
@@ -175,14 +177,14 @@ class MassFlow(PathFlow):
         return value.to(self.device, torch.float64).detach()
 
     def result(
-        self, parents: Sequence[Mass], values: Tensor, exponent: int, gate: Gate | None = None, layer: bool = False
+        self, parents: Sequence[Mass], values: Tensor, log2_scale: int, gate: Gate | None = None, layer: bool = False
     ) -> Mass:
         """A computed mass; its values are brought back near one where they drift away.
 
         Args:
             parents: what it was computed from.
             values: its values.
-            exponent: the power of two beside them.
+            log2_scale: the power of two beside them.
             gate: what the input decides of it.
             layer: did the paths cross a parametrized linear layer?
         """
@@ -192,35 +194,37 @@ class MassFlow(PathFlow):
         values, shift = self.settled(values)
         data = gate is not None or any(parent.data for parent in parents)
         params = any(parent.params for parent in parents)
-        return Mass(values, exponent + (shift or 0), shift is None, data, params, self.node)
+        return Mass(values, log2_scale + (shift or 0), shift is None, data, params, self.node)
 
     def _weighted(self, mass: Mass, weight: Tensor | float) -> Mass:
         """A mass times that of a constant weight."""
         if not isinstance(weight, Tensor) and abs(weight) == 1:
             return mass
         factor = self.constant(torch.as_tensor(weight, dtype=torch.float64))
-        return replace(mass, values=mass.values * factor.values, exponent=mass.exponent + factor.exponent, node=None)
+        return replace(
+            mass, values=mass.values * factor.values, log2_scale=mass.log2_scale + factor.log2_scale, node=None
+        )
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 
     def moved(self, call: Call, move: Callable[[Call, Callable[[Any], Any]], Any]) -> Any:
         parents = call.leaves(Mass)
-        exponent = self.common(parents)
-        moved = move(call, lambda leaf: self.at(leaf, exponent) if isinstance(leaf, Mass) else leaf)
-        return mapped(moved, Tensor, lambda values: self.result(parents, values, exponent))
+        log2_scale = self.common(parents)
+        moved = move(call, lambda leaf: self.at(leaf, log2_scale) if isinstance(leaf, Mass) else leaf)
+        return mapped(moved, Tensor, lambda values: self.result(parents, values, log2_scale))
 
     def placed(self, x: Mass, place: Places) -> Mass:
-        return self.result([x], place(x.values), x.exponent)
+        return self.result([x], place(x.values), x.log2_scale)
 
     def sum(self, shape: Sequence[int], terms: Sequence[tuple[Mass, float]], gate: Gate | None = None) -> Mass:
         masses = [self._weighted(x, factor) for x, factor in terms]
         if len(masses) == 1 and gate is None and masses[0].shape == shape:
             return masses[0]
-        exponent = self.common(masses)
-        whole = self.at(masses[0], exponent)
+        log2_scale = self.common(masses)
+        whole = self.at(masses[0], log2_scale)
         for mass in masses[1:]:
-            whole = whole + self.at(mass, exponent)
-        return self.result(masses, whole.expand(torch.Size(shape)), exponent, gate)
+            whole = whole + self.at(mass, log2_scale)
+        return self.result(masses, whole.expand(torch.Size(shape)), log2_scale, gate)
 
     def reduced(
         self,
@@ -238,18 +242,18 @@ class MassFlow(PathFlow):
             values = seen.sum(tuple(range(len(shape), seen.ndim))) if seen.ndim > len(shape) else seen
         else:
             values = total(x.values)
-        sums = self._weighted(Mass(values.expand(torch.Size(shape)), x.exponent), weight)
-        return self.result([x], sums.values, sums.exponent, gate, layer=gate is not None and x.params and not x.data)
+        sums = self._weighted(Mass(values.expand(torch.Size(shape)), x.log2_scale), weight)
+        return self.result([x], sums.values, sums.log2_scale, gate, layer=gate is not None and x.params and not x.data)
 
     def product(self, shape: Sequence[int], a: Mass, b: Mass) -> Mass:
         a, b = self._factors(a, b)
-        return self.result([a, b], a.values * b.values, a.exponent + b.exponent)
+        return self.result([a, b], a.values * b.values, a.log2_scale + b.log2_scale)
 
     def inverse(self, x: Mass) -> Mass:
         if x.data:
             x = self._ended(x)
         values = 1 / x.values.detach()
-        return Mass(values.masked_fill(values.isinf(), 0.0), -x.exponent)  # as every constant that is infinite
+        return Mass(values.masked_fill(values.isinf(), 0.0), -x.log2_scale)  # as every constant that is infinite
 
     def bilinear(
         self,
@@ -263,17 +267,17 @@ class MassFlow(PathFlow):
         watch = self.factors_of(b, a) if is_layer else None
         through_a, through_b = self._factors(a, b)
         values_b = through_b.values if watch is None else through_b.values.detach()
-        product = exponent = through_a.exponent + through_b.exponent
+        product = log2_scale = through_a.log2_scale + through_b.log2_scale
         if bias is not None and not bias.zero:
-            exponent = bias.exponent if a.zero or b.zero else max(exponent, bias.exponent)
-        added = self.at(bias, exponent) if bias is not None else None
-        if added is None or not self.is_far(product - exponent):
-            values = run(self.at(through_a, exponent - through_b.exponent), values_b, added)
+            log2_scale = bias.log2_scale if a.zero or b.zero else max(log2_scale, bias.log2_scale)
+        added = self.at(bias, log2_scale) if bias is not None else None
+        if added is None or not self.is_far(product - log2_scale):
+            values = run(self.at(through_a, log2_scale - through_b.log2_scale), values_b, added)
         else:
             alone = Mass(run(through_a.values, values_b, torch.zeros_like(added)), product)
-            values = self.at(alone, exponent) + run(torch.zeros_like(through_a.values), values_b, added)
+            values = self.at(alone, log2_scale) + run(torch.zeros_like(through_a.values), values_b, added)
         layer = any(part.params and not part.data for part in (a, b)) and (a.data or b.data)
-        result = self.result([part for part in (through_a, through_b, bias) if part], values, exponent, layer=layer)
+        result = self.result([part for part in (through_a, through_b, bias) if part], values, log2_scale, layer=layer)
         if watch is not None:
             watch(result)
         return result
@@ -281,20 +285,20 @@ class MassFlow(PathFlow):
     def affine(self, x: Mass, scale: Terms, shift: Terms, place: Places) -> Mass:
         slope = self.edge(scale)
         constant = self.edge(shift) if shift else self.constant(torch.zeros((), dtype=torch.float64))
-        through = Mass(x.values, x.exponent + slope.exponent, x.zero or slope.zero)
-        exponent = self.common([through, constant])
+        through = Mass(x.values, x.log2_scale + slope.log2_scale, x.zero or slope.zero)
+        log2_scale = self.common([through, constant])
         factor, added = (place(part.values) for part in (slope, constant))
-        added = self.at(replace(constant, values=added), exponent)
-        if self.is_far(through.exponent - exponent):
-            product = self.at(replace(through, values=x.values * factor), exponent).clone()
+        added = self.at(replace(constant, values=added), log2_scale)
+        if self.is_far(through.log2_scale - log2_scale):
+            product = self.at(replace(through, values=x.values * factor), log2_scale).clone()
         else:
-            product = x.values * self.shifted(factor, through.exponent - exponent)
+            product = x.values * self.shifted(factor, through.log2_scale - log2_scale)
         used = [x, *(weight for _, weight in (*scale, *shift) if weight is not None)]
-        return self.result(used, product.add_(added), exponent)  # addcmul is slow where it broadcasts
+        return self.result(used, product.add_(added), log2_scale)  # addcmul is slow where it broadcasts
 
     def weights(self, terms: Terms) -> Mass:
         edges = self.edge(terms)
-        return self.result([weight for _, weight in terms if weight is not None], edges.values, edges.exponent)
+        return self.result([weight for _, weight in terms if weight is not None], edges.values, edges.log2_scale)
 
     def _ended(self, mass: Mass) -> Mass:
         """Cut the paths into one tensor; returns the new inputs that replace it."""
@@ -314,7 +318,7 @@ class MassFlow(PathFlow):
     # -- powers of two ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def exponent_of(values: Tensor) -> int:
+    def log2_of(values: Tensor) -> int:
         """The power of two just above the largest absolute value."""
         if not values.numel():
             return NOTHING
@@ -336,9 +340,9 @@ class MassFlow(PathFlow):
             shift -= now
         return values
 
-    def at(self, mass: Mass, exponent: int) -> Tensor:
-        """The values of a mass at another exponent: masses are added at one, see :meth:`common`."""
-        return self.shifted(mass.values, mass.exponent - exponent)
+    def at(self, mass: Mass, log2_scale: int) -> Tensor:
+        """The values of a mass at another scale: masses are added at one, see :meth:`common`."""
+        return self.shifted(mass.values, mass.log2_scale - log2_scale)
 
     def is_far(self, shift: int) -> bool:
         """Would derivatives leave the range of the type if values are multiplied by ``2**shift``?"""
@@ -346,6 +350,6 @@ class MassFlow(PathFlow):
 
     @staticmethod
     def common(masses: list[Mass]) -> int:
-        """The exponent at which masses are added: the largest of those that are not zero."""
+        """The log2_scale at which masses are added: the largest of those that are not zero."""
         largest = max(mass.magnitude for mass in masses)
-        return largest if largest != NOTHING else masses[0].exponent
+        return largest if largest != NOTHING else masses[0].log2_scale

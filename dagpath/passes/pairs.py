@@ -32,7 +32,7 @@ class PairFlow(MassFlow):
         graph, parameters, rule, cut, kept, dtype: see :class:`~dagpath.passes.masses.MassFlow`.
         others: the parameters θ' by name.
         other_graph: the graph of the other network, which has the same calls in the same order; its constants are used.
-        leaves: of both networks, the values and exponents that some parameters were computed from, by name.
+        leaves: of both networks, the values and powers of two that some parameters were computed from, by name.
 
     Raises:
         OverflowError: a gradient would leave the range of the type.
@@ -68,7 +68,7 @@ class PairFlow(MassFlow):
 
     def _pair(self, first: Scaled, second: Scaled) -> Mass:
         values = first[0] * second[0]
-        return Mass(values, first[1] + second[1], zero=self.exponent_of(values) == NOTHING)
+        return Mass(values, first[1] + second[1], zero=self.log2_of(values) == NOTHING)
 
     def fixed(self, weights: Tensor) -> Mass:
         """Edges of the same constant weights in both networks."""
@@ -78,15 +78,15 @@ class PairFlow(MassFlow):
     def is_far(self, shift: int) -> bool:
         return self.records and shift <= -_FAR[self.dtype]
 
-    def at(self, mass: Mass, exponent: int) -> Tensor:
-        shift = mass.exponent - exponent
+    def at(self, mass: Mass, log2_scale: int) -> Tensor:
+        shift = mass.log2_scale - log2_scale
         if mass.values.requires_grad and self.is_far(min(-2 * shift, shift) if mass.zero else shift):
             wider = "use dtype=torch.float64" if self.dtype == torch.float32 else "scale the layers evenly first"
             raise OverflowError(
                 f"the path masses in {self.node} are 2**{shift} of what they are added to, beyond the range of "
                 f"{self.dtype}: {wider}"
             )
-        return super().at(mass, exponent)
+        return super().at(mass, log2_scale)
 
     def evaluated(self, node: fx.Node) -> Any:
         (find, constants, _), (find_other, other_constants, _) = self._readers
@@ -138,7 +138,7 @@ class PairFlow(MassFlow):
 def scaled(tensor: Tensor, dtype: torch.dtype) -> Scaled:
     """A copy of a tensor in another type, and the power of two beside it; 0 where its size is even."""
     tensor = tensor if tensor.is_floating_point() else tensor.to(dtype)
-    top = MassFlow.exponent_of(tensor)
-    exponent = top if top != NOTHING and abs(top) > _EVEN[dtype] else 0
-    wide = tensor.double() if exponent else tensor
-    return MassFlow.shifted(wide, -exponent).to(dtype, copy=not exponent), exponent
+    top = MassFlow.log2_of(tensor)
+    log2_scale = top if top != NOTHING and abs(top) > _EVEN[dtype] else 0
+    wide = tensor.double() if log2_scale else tensor
+    return MassFlow.shifted(wide, -log2_scale).to(dtype, copy=not log2_scale), log2_scale

@@ -24,7 +24,7 @@ for products with masses, and for derivatives."""
 _TINY = {torch.float64: 2.0**-970, torch.float32: 2.0**-90}
 """Derivatives that are all smaller are about to leave the range of the type."""
 _FAR = {torch.float64: 500, torch.float32: 50}
-"""Derivatives of what is added to masses this many powers of two larger are carried at an exponent of their own."""
+"""Derivatives of what is added to masses this many powers of two larger are carried at a scale of their own."""
 
 OnGradient = Callable[[str, Tensor, int], None]
 OnFactors = Callable[[str, Tensor, Tensor, int], None]
@@ -44,7 +44,7 @@ def checked_power(p: Any) -> float:
 class Backward:
     """A backward pass whose derivatives may be further apart than the range of their type.
 
-    Where a mass is added to a far larger one, the pass stops, and is resumed from there once it is over, at an exponent
+    Where a mass is added to a far larger one, the pass stops, and is resumed from there once it is over, at a scale
     of its own.
 
     Args:
@@ -57,7 +57,7 @@ class Backward:
         self._visit = visit
         self._visit_factors = visit_factors
         self._dtype = dtype
-        self._exponent = 0
+        self._log2_scale = 0
         self._resumes = False
         self._waiting: list[tuple[Tensor, Tensor, int]] = []
         self._parts: dict[str, list[tuple[Tensor, int]]] = {}
@@ -70,28 +70,28 @@ class Backward:
         def wait(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
-            self._waiting.append((values, gradient, self._exponent + shift))
+            self._waiting.append((values, gradient, self._log2_scale + shift))
 
         moved.requires_grad_(True).register_post_accumulate_grad_hook(wait)  # type: ignore[no-untyped-call]
         return moved
 
-    def hand_over(self, name: str, gradient: Tensor, exponent: int) -> None:
+    def hand_over(self, name: str, gradient: Tensor, log2_scale: int) -> None:
         """Take the derivatives of a parameter."""
         if self._is_lost(gradient):
             self._lost.append(name)
         if self._resumes:
-            self._parts.setdefault(name, []).append((gradient, exponent + self._exponent))
+            self._parts.setdefault(name, []).append((gradient, log2_scale + self._log2_scale))
         elif self._visit is not None:
-            self._visit(name, gradient, exponent)
+            self._visit(name, gradient, log2_scale)
 
-    def hand_over_factors(self, name: str, left: Tensor, right: Tensor, exponent: int) -> None:
-        """Take the derivatives of a parameter, ``left[i] · right[j] · 2**exponent``."""
+    def hand_over_factors(self, name: str, left: Tensor, right: Tensor, log2_scale: int) -> None:
+        """Take the derivatives of a parameter, ``left[i] · right[j] · 2**log2_scale``."""
         if self._resumes or self._visit_factors is None:
-            self.hand_over(name, left[:, None] * right, exponent)
+            self.hand_over(name, left[:, None] * right, log2_scale)
             return
         if self._is_lost(left):
             self._lost.append(name)
-        self._visit_factors(name, left, right, exponent)
+        self._visit_factors(name, left, right, log2_scale)
 
     def _is_lost(self, gradient: Tensor) -> bool:
         largest = float(gradient.amax()) if gradient.numel() else 0.0
@@ -101,10 +101,10 @@ class Backward:
         """The derivatives of a total, see :meth:`PowerFlow.backward`."""
         torch.autograd.backward(total, retain_graph=self._resumes)
         while self._waiting:
-            values, gradient, exponent = self._waiting.pop()
-            top = MassFlow.exponent_of(gradient)
+            values, gradient, log2_scale = self._waiting.pop()
+            top = MassFlow.log2_of(gradient)
             if top != NOTHING:
-                self._exponent = exponent + top
+                self._log2_scale = log2_scale + top
                 torch.autograd.backward(values, MassFlow.shifted(gradient, -top), retain_graph=True)
         for name in list(self._parts):
             whole = self._together(name, self._parts.pop(name))
@@ -118,14 +118,14 @@ class Backward:
             )
 
     def _together(self, name: str, parts: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
-        exponent = max(own + MassFlow.exponent_of(gradient) for gradient, own in parts)
-        if exponent < NOTHING // 2:  # all are zero
+        log2_scale = max(own + MassFlow.log2_of(gradient) for gradient, own in parts)
+        if log2_scale < NOTHING // 2:  # all are zero
             return parts[0]
-        moved = [MassFlow.shifted(gradient, own - exponent) for gradient, own in parts]
+        moved = [MassFlow.shifted(gradient, own - log2_scale) for gradient, own in parts]
         whole = functools.reduce(torch.add, moved)
         if any(bool(((gradient > 0) & (whole == 0)).any()) for gradient, _ in parts):
             self._lost.append(name)
-        return whole, exponent
+        return whole, log2_scale
 
 
 class PowerFlow(MassFlow):
@@ -133,7 +133,7 @@ class PowerFlow(MassFlow):
 
     Args:
         graph, parameters, rule, cut, kept, dtype: see :class:`~dagpath.passes.masses.MassFlow`.
-        exponent: q.
+        power: q.
         on_gradient: if given, :meth:`backward` calls it with the name of each parameter, d and k, as soon as they are
             complete: ``d · 2**k`` is the derivative of the total's values with respect to ``|θ|^q``. Then d is freed.
         on_factors: if given too, it is called where a weight's derivatives are a product, with the name, both sides, k:
@@ -141,20 +141,20 @@ class PowerFlow(MassFlow):
 
     Attributes:
         mixed: was there an edge whose weight depends on several parameters?
-        bases: parameter name -> the exponent of the masses that its derivatives belong to, see :class:`Watched`.
+        bases: parameter name -> the log2_scale of the masses that its derivatives belong to, see :class:`Watched`.
     """
 
     def __init__(
         self,
         *graph: Any,
-        exponent: float,
+        power: float,
         on_gradient: OnGradient | None = None,
         on_factors: OnFactors | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*graph, **options)
         self.records = on_gradient is not None
-        self.q = exponent
+        self.power = power
         self.mixed = False
         self.bases: dict[str, list[int]] = {}
         places = (node for node in self.graph_inputs.module.graph.nodes if node.name in self.graph_inputs.parameters)
@@ -187,11 +187,11 @@ class PowerFlow(MassFlow):
         if not torch.allclose(rows, rows[:1], rtol=8 * torch.finfo(self.dtype).eps, atol=0):  # up to rounding
             return None
         assert weight.node is not None
-        name, right, exponent = self.graph_inputs.parameters[weight.node.name], rows[0], x.exponent
+        name, right, log2_scale = self.graph_inputs.parameters[weight.node.name], rows[0], x.log2_scale
         backward = self._backward
 
         def watch(result: Mass) -> None:
-            shift = exponent - result.exponent
+            shift = log2_scale - result.log2_scale
 
             def hand_over(gradient: Tensor) -> None:  # must not refer to the flow
                 backward.hand_over_factors(name, gradient.reshape(-1, gradient.shape[-1]).sum(0), right, shift)
@@ -203,7 +203,7 @@ class PowerFlow(MassFlow):
     def _watched(self, name: str, mass: Mass) -> Mass:
         if self._on_gradient is None:
             return mass
-        base = self.bases[name] = [] if mass.zero and self._uses.get(name) == 1 else [mass.exponent]
+        base = self.bases[name] = [] if mass.zero and self._uses.get(name) == 1 else [mass.log2_scale]
         backward = self._backward
 
         def hand_over(leaf: Tensor) -> None:  # must not refer to the flow: autograd's cycles are never collected
@@ -213,17 +213,17 @@ class PowerFlow(MassFlow):
 
         values = mass.values.requires_grad_(True)
         values.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-        return Watched(values, mass.exponent, mass.zero, params=True, base=base)
+        return Watched(values, mass.log2_scale, mass.zero, params=True, base=base)
 
-    def at(self, mass: Mass, exponent: int) -> Tensor:
+    def at(self, mass: Mass, log2_scale: int) -> Tensor:
         found = mass.made
         if isinstance(found, Watched) and found.zero:
             if not found.base:
-                found.base.append(exponent)
-            return self.shifted(found.values, found.base[0] - exponent)
-        values, shift = found.values, found.exponent - exponent
+                found.base.append(log2_scale)
+            return self.shifted(found.values, found.base[0] - log2_scale)
+        values, shift = found.values, found.log2_scale - log2_scale
         if found.zero or not self.is_far(shift) or not values.requires_grad:
-            return super().at(mass, exponent)
+            return super().at(mass, log2_scale)
         self.resumptions += 1
         return self._backward.resumed(values, self.shifted(values.detach(), shift), shift)
 
@@ -242,18 +242,18 @@ class PowerFlow(MassFlow):
     def fixed(self, weights: Tensor) -> Mass:
         """``|weights|^q``, in memory of its own. Where that leaves the floating-point range, with a power of two."""
         masses = self._magnitudes(weights)
-        powers = masses if self.q == 1 else masses.pow_(self.q)
+        powers = masses if self.power == 1 else masses.pow_(self.power)
         if 1 / _SAFE[self.dtype] <= float(powers.sum()) <= _SAFE[self.dtype]:
             return Mass(powers)
         wide = weights.detach().to(self.device, torch.float64, copy=True).abs_()
         largest = float(wide.amax()) if wide.numel() else 0.0
         if largest == 0 or not math.isfinite(largest):
-            return Mass(wide.pow_(self.q).to(self.dtype), zero=largest == 0)
-        mantissa, power = math.frexp(largest)
-        of_mantissa = self.q * math.log2(mantissa)
-        exponent = math.floor(self.q * power + of_mantissa)
-        wide = ldexp_(wide, -power).div_(mantissa).pow_(self.q)  # at most 1
-        return Mass(wide.mul_(2.0 ** (self.q * power - exponent + of_mantissa)).to(self.dtype), exponent)
+            return Mass(wide.pow_(self.power).to(self.dtype), zero=largest == 0)
+        mantissa, log2_largest = math.frexp(largest)
+        of_mantissa = self.power * math.log2(mantissa)
+        log2_scale = math.floor(self.power * log2_largest + of_mantissa)
+        wide = ldexp_(wide, -log2_largest).div_(mantissa).pow_(self.power)  # at most 1
+        return Mass(wide.mul_(2.0 ** (self.power * log2_largest - log2_scale + of_mantissa)).to(self.dtype), log2_scale)
 
     def _magnitudes(self, weights: Tensor) -> Tensor:
         """``|weights|`` in the type of the pass, in memory of its own."""
@@ -274,6 +274,6 @@ class PowerFlow(MassFlow):
         for factor, weight in known:
             if weight is not None and self.records:
                 slope = self.fixed(factor)
-                moved = self.at(weight, whole.exponent - slope.exponent)
+                moved = self.at(weight, whole.log2_scale - slope.log2_scale)
                 values = values + (moved - moved.detach()) * slope.values
-        return Mass(values, whole.exponent, whole.zero)
+        return Mass(values, whole.log2_scale, whole.zero)

@@ -162,7 +162,7 @@ class Responses:
         fill: float | Mapping[fx.Node, float | Tensor],
     ) -> tuple[list[Mass | None], list[Mass]]:
         """The masses that a call returns if every entry of its activations is ``fill``, and those that end in it."""
-        flow = PowerFlow(self._graph, {}, self._rule, self._cut, self._kept, exponent=power)
+        flow = PowerFlow(self._graph, {}, self._rule, self._cut, self._kept, power=power)
         flow.node, flow.real_node = node, self._values
         activations = {used for used in data if not self._masses.is_inputless(used)} or set(data)
 
@@ -193,7 +193,7 @@ class Responses:
 def _plain(mass: Mass | None) -> Tensor:
     if mass is None:
         return torch.zeros((), dtype=torch.float64)
-    return ldexp_(mass.values.clone(), mass.exponent)
+    return ldexp_(mass.values.clone(), mass.log2_scale)
 
 
 def _is_one(values: Tensor) -> bool:

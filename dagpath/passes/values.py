@@ -110,11 +110,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Mass(Operand):
-    """A tensor of path masses ``values * 2**exponent``, one mass per entry.
+    """A tensor of path masses ``values * 2**log2_scale``, one mass per entry.
 
     Attributes:
         values: float64 (or float32) tensor, non-negative.
-        exponent: the power of two beside it, so that no mass leaves the floating-point range.
+        log2_scale: the power of two beside it, so that no mass leaves the floating-point range.
         zero: are all values zero? Then other masses need not be aligned with this one.
         data: does it depend on the input of the network (or on what leaves an operation that cuts paths)?
         params: does it depend on a parameter?
@@ -122,7 +122,7 @@ class Mass(Operand):
     """
 
     values: Tensor
-    exponent: int = 0
+    log2_scale: int = 0
     zero: bool = False
     data: bool = False
     params: bool = False
@@ -130,7 +130,7 @@ class Mass(Operand):
 
     def on(self, values: Tensor) -> Mass:
         """The same mass with its values in other memory."""
-        return Mass(values, self.exponent, self.zero, self.data, self.params, self.node)
+        return Mass(values, self.log2_scale, self.zero, self.data, self.params, self.node)
 
     @property
     def shape(self) -> torch.Size:
@@ -138,8 +138,8 @@ class Mass(Operand):
 
     @property
     def magnitude(self) -> int:
-        """The exponent to which others are aligned; below all others for a mass of zero."""
-        return NOTHING if self.zero else self.exponent
+        """The log2_scale to which others are aligned; below all others for a mass of zero."""
+        return NOTHING if self.zero else self.log2_scale
 
     @property
     def made(self) -> Mass:
@@ -152,7 +152,7 @@ class Watched(Mass):
     """The mass of a parameter whose derivatives are wanted.
 
     Attributes:
-        base: the exponent of the values that the derivatives belong to. Of a mass of zero that is used once any is
+        base: the log2_scale of the values that the derivatives belong to. Of a mass of zero that is used once any is
             right: empty until that use, which says what suits. (A bias of zero is common, its neighbours may be
             2**-1000.)
     """
@@ -194,8 +194,8 @@ class Later(Mass):
         return self.made.values
 
     @property
-    def exponent(self) -> int:
-        return self.made.exponent
+    def log2_scale(self) -> int:
+        return self.made.log2_scale
 
     @property
     def zero(self) -> bool:
@@ -394,14 +394,14 @@ LARGEST_STEP = {torch.float64: 1000, torch.float32: 120}
 """Powers of two by which tensors are multiplied at once; three of them lead from one end of the range to the other."""
 
 
-def ldexp_(tensor: Tensor, exponent: int) -> Tensor:
-    """``tensor · 2**exponent`` in place, by multiplications: :func:`torch.ldexp` takes longer."""
+def ldexp_(tensor: Tensor, log2_scale: int) -> Tensor:
+    """``tensor · 2**log2_scale`` in place, by multiplications: :func:`torch.ldexp` takes longer."""
     step = LARGEST_STEP[tensor.dtype]
-    exponent = max(-3 * step, min(exponent, 3 * step))
-    while exponent:
-        now = max(-step, min(step, exponent))
+    log2_scale = max(-3 * step, min(log2_scale, 3 * step))
+    while log2_scale:
+        now = max(-step, min(step, log2_scale))
         tensor.mul_(2.0**now)
-        exponent -= now
+        log2_scale -= now
     return tensor
 
 

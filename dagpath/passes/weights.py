@@ -67,7 +67,7 @@ class WeightMasses:
         kept: Mapping[fx.Node, int],
     ) -> None:
         self._rule = rule
-        self._flows = [PowerFlow(graph, parameters, rule, cut, kept, exponent=power) for power in _POWERS]
+        self._flows = [PowerFlow(graph, parameters, rule, cut, kept, power=power) for power in _POWERS]
         inputless: set[fx.Node] = set()
         for node in graph.module.graph.nodes:
             given = node.op == "get_attr" or node.name in graph.parameters or node.name in graph.tensors
@@ -142,4 +142,4 @@ def _zero(mass: Mass) -> Mass:
 def _plain(mass: Any) -> Tensor:
     if not isinstance(mass, Mass):
         raise NotConstantError("no weight")
-    return ldexp_(mass.values.detach().to("cpu", torch.float64, copy=True), mass.exponent)
+    return ldexp_(mass.values.detach().to("cpu", torch.float64, copy=True), mass.log2_scale)

@@ -18,7 +18,7 @@ from dagpath.trace import TracedModel
 def masses_with(traced: TracedModel, values: Mapping[str, Tensor], dtype: torch.dtype, **options: Any) -> PowerFlow:
     """A pass of power 1 over the eval graph in which some parameters have other values."""
     parameters = {**traced.values, **values}
-    return traced.masses(PowerFlow, exponent=1, dtype=dtype, parameters=parameters, **options)
+    return traced.masses(PowerFlow, power=1, dtype=dtype, parameters=parameters, **options)
 
 
 def alive_elements(traced: TracedModel, structure: Structure) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def alive_elements(traced: TracedModel, structure: Structure) -> dict[str, Tenso
     even = {name: torch.full_like(parameters[name], 1 / max(parameters[name].shape[1:].numel(), 1)) for name in names}
     found = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in names}
 
-    def visit(name: str, gradient: Tensor, exponent: int) -> None:
+    def visit(name: str, gradient: Tensor, log2_scale: int) -> None:
         found[name] = gradient.cpu() > 0
 
     flow = masses_with(traced, even, torch.float64, on_gradient=visit)

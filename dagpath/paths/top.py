@@ -212,7 +212,7 @@ def _fits(traced: TracedModel, structure: Structure, steps: list[Step]) -> bool:
             expected += _MARK
         expected += log_constant / math.log(2)
     total = masses_with(traced, marked, torch.float32).total()
-    return bool(total.values > 0) and math.log2(float(total.values)) + total.exponent > expected
+    return bool(total.values > 0) and math.log2(float(total.values)) + total.log2_scale > expected
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
