@@ -36,7 +36,7 @@ def assert_agrees(model: nn.Module, x) -> dagpath.UnrolledGraph:
     for node, masses in masses_of(traced, 2).items():
         nodes = graph.nodes_of(node)
         if len(nodes) == masses.values.numel():
-            found = torch.ldexp(masses.values, torch.tensor(masses.exponent)).flatten()
+            found = torch.ldexp(masses.values, torch.tensor(masses.log2_scale)).flatten()
             torch.testing.assert_close(forward[nodes], found, rtol=1e-12, atol=0)
     for level in graph.levels:
         parts = level.weights.crow_indices(), level.weights.col_indices(), level.weights.values()
