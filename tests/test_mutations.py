@@ -133,7 +133,7 @@ class Network:
 
     def check_edges(self) -> None:
         """The unrolled graph has the path quantities of the passes, and its paths are the function."""
-        for traced, expected in zip((self.traced, self.probed), self.poweruantities, strict=True):
+        for traced, expected in zip((self.traced, self.probed), self.quantities, strict=True):
             assert_agree(unrolled_quantities(traced.unroll()), expected)
         if not self.unrolled[0]["cut"] and in_float64(self.traced):
             check_realization(self.traced, self.inputs, self.outputs)
