@@ -16,7 +16,10 @@ from networks import mlp
 
 FILES = {
     str(Path(dagpath.__file__).parent / name)
-    for name in ("multiply.py", "rescale.py", "rescaling.py", "optimizer_state.py", "optim/rebalance.py")
+    for name in (
+        *("apply/multiply.py", "apply/rescaling.py", "apply/optimizer_state.py"),
+        *("rescale.py", "optim/rebalance.py"),
+    )
 }
 
 
