@@ -1,6 +1,6 @@
-"""Rules for operations: what a rule of one's own needs, and :func:`register_op`, which takes it.
+"""What a rule for an operation of one's own needs, and :func:`dagpath.register_op`, which takes it.
 
-The rules that dagpath has are in :mod:`dagpath.rules`.
+The rules that dagpath has are in the folder ``rules``, one file per family.
 """
 
 from dagpath.passes.neurons import NeuronFlow

@@ -245,7 +245,7 @@ class PathFlow(fx.Interpreter):
         Args:
             shape: of the result, to which the operands broadcast.
             terms: operands and their factors.
-            gate: how open each edge is; the edges have the shape [terms, *shape].
+            gate: how open each edge is; the edges have the shape ``[terms, *shape]``.
         """
         raise NotImplementedError
 
@@ -265,7 +265,7 @@ class PathFlow(fx.Interpreter):
             x: the operand.
             shape: of the result.
             src: puts the entries of x where they broadcast with their destinations.
-            dst: puts the entries of the result there. If None, ``src`` returns [*shape, ...], and sums are over the
+            dst: puts the entries of the result there. If None, ``src`` returns ``[*shape, ...]``, and sums are over the
                 other dimensions.
             weight: a constant for each entry of the result, or for all.
             gate: how open each edge is.
