@@ -51,7 +51,7 @@ napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style")]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(lightning|transformers)\..*"),  # which are not installed here
-    ("py:class", r"dagpath\.flow\.structure\..*"),  # which is no part of the public interface
+    ("py:class", r"dagpath\.passes\.structure\..*"),  # which is no part of the public interface
 ]
 
 intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
