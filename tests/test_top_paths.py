@@ -180,3 +180,23 @@ def test_k_is_at_least_one(k):
     traced = dagpath.trace(nn.Linear(1, 1), torch.zeros(1, 1))
     with pytest.raises(ValueError, match=rf"k must be an integer of at least 1, got {k}"):
         dagpath.top_paths(traced, k)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, -0.5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_entries_that_are_added_by_an_index_keep_all_their_paths(alpha, batch):
+    class Added(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.head = torch.nn.Linear(5, 6), torch.nn.Linear(5, 5), torch.nn.Linear(6, 2)
+            self.register_buffer("index", torch.tensor([0, 2, 0, 2, 2]))  # several are added to one entry
+
+        def forward(self, x):
+            added = torch.relu(self.a(x)).index_add(1, self.index, torch.relu(self.c(x)), alpha=alpha)
+            return self.head(added)
+
+    torch.manual_seed(0)
+    traced = dagpath.trace(Added().double(), torch.randn(batch, 5, dtype=torch.float64))
+    paths = dagpath.top_paths(traced, 10**4, progress=False)
+    assert len(paths) == dagpath.path_count(traced)
+    assert sum(path.value for path in paths) == pytest.approx(dagpath.path_norm(traced, 1), rel=1e-12)

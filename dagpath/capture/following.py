@@ -85,7 +85,8 @@ def exported_with_what_is_left(model: nn.Module) -> Iterator[Left]:
         yield left
 
 
-_PLAIN_ATTRIBUTES = set(vars(FakeTensorMode().from_tensor(torch.zeros(()))))
+_PLAIN_ATTRIBUTES = set(vars(FakeTensorMode().from_tensor(torch.zeros((), device="cpu"))))
+"""What every tensor that the exporter makes has among its attributes."""
 
 
 def _tensors(tree: Any) -> list[Tensor]:

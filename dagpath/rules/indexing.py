@@ -111,8 +111,9 @@ class IndexAdd(Operation):
         for nth in range(int(turn.max()) + 1 if len(turn) else 0):  # the n-th that is added to each entry
             places = order[turn == nth]
             dst = index[places]
-            added = flow.join(result.index_select(dim, dst), source.index_select(dim, places), "a sum")
-            result.index_copy_(dim, dst, added.expand(source.index_select(dim, places).shape))
+            more = source.index_select(dim, places)
+            added = flow.join(result.index_select(dim, dst), more, "a sum", plain(call.get("alpha", 1)) or 1.0)
+            result.index_copy_(dim, dst, added.expand(more.shape))
         return expanded(result)
 
     def paths(self, flow: PathFlow, call: Call) -> Any:
